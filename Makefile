@@ -1,0 +1,30 @@
+# Every target makes its own environment; VENV=path puts it elsewhere.
+VENV ?= .venv
+PYTHON ?= python3
+BIN := $(VENV)/bin
+
+.PHONY: demo test lint bench clean
+
+# torch and torchvision are resolved together, as they come: a CPU-only torch does not import with the index's torchvision.
+$(VENV)/installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	touch $@
+
+demo: $(VENV)/installed
+	$(BIN)/python tests/demo.py demo
+
+test: lint
+	$(BIN)/python -m pytest -n 2
+
+lint: $(VENV)/installed
+	$(BIN)/ruff check featx tests
+	$(BIN)/ruff format --check featx tests
+	$(BIN)/mypy
+
+bench: $(VENV)/installed
+	$(BIN)/python tests/bench.py bench
+
+clean:
+	rm -rf $(VENV) demo bench dist .mypy_cache .ruff_cache .pytest_cache
+	find featx tests -name __pycache__ -type d -exec rm -rf {} +

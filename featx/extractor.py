@@ -1,0 +1,200 @@
+"""Batches -> activations: FeatureExtractor(LightningModule), what users subclass."""
+
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor, nn
+
+from featx import network as networks
+from featx.datamodule import Batch, cores_per_process, usable_cores
+from featx.layers import Taps, resolve_layers
+from featx.messages import BadValueError, UserError, log
+from featx.network import SEED, Weights
+from featx.preprocess import Preprocessing
+
+# Images that one core computes at a time. On a CPU the last bits of a result depend on how many images and threads
+# compute it, so both are fixed: one thread a slice, and as many slices at once as there are cores. Of 8, 16 and 32,
+# 16 was the best or within 20 % of it for AlexNet, VGG16, ResNet-50 and ViT-B/16.
+SLICE = 16
+
+
+class FeatureExtractor(LightningModule):
+    """Which network, with which weights, and which of its layers.
+
+    To use a network of one's own, override ``build_network``::
+
+        class Mine(FeatureExtractor):
+            def build_network(self) -> nn.Module:
+                return torchvision.models.alexnet(num_classes=10)
+
+    and give its weights with ``--model.weights FILE``, or load them there.
+
+    Args:
+        layer: fc6, fc7 or fc8 of AlexNet and networks built like it, before the ReLU, or the path of any module;
+            a list as [fc6,fc7] takes several in one pass.
+        arch: Name of a torchvision classification network.
+        weights: auto: torchvision's best for the arch; DEFAULT or a name such as IMAGENET1K_V1; a file; random.
+
+    Attributes:
+        network: The network, from ``configure_model`` on.
+        preprocessing: What the images have to go through for these weights.
+        layers: Each layer with the path of its module.
+        weights_used: What the network's weights are, in words.
+
+    Raises:
+        UserError: From ``check`` and ``configure_model``, what cannot be used. ``ValueError`` and
+            ``FileNotFoundError`` are among its bases.
+    """
+
+    network: nn.Module
+    preprocessing: Preprocessing
+    layers: dict[str, str]
+    weights_used: str
+
+    def __init__(self, layer: str | list[str] = "fc7", arch: str = "alexnet", weights: str = "auto") -> None:
+        super().__init__()
+        self.layer = layer
+        self.arch = arch
+        self.weights = weights
+        self._taps: Taps | None = None
+        self._pool: ThreadPoolExecutor | None = None
+        self._named_network_built = False
+
+    @property
+    def own_network(self) -> bool:
+        """Whether a subclass builds the network."""
+        return type(self).build_network is not FeatureExtractor.build_network
+
+    @property
+    def layer_list(self) -> list[str]:
+        """The layers asked for, as the user named them."""
+        return [self.layer] if isinstance(self.layer, str) else list(self.layer)
+
+    @property
+    def title(self) -> str:
+        """What the network is called in messages and in the record."""
+        return type(self).__name__ if self.own_network else self.arch
+
+    def build_network(self) -> nn.Module:
+        """Return the network: here, the one ``arch`` names, with the weights that ``weights`` names.
+
+        The one method to override. Weights in a file are loaded afterwards, strictly.
+        """
+        self._named_network_built = True
+        return networks.build(self.arch, self._choose_weights().entry)
+
+    def check(self) -> None:
+        """Raise UserError for what can be known before weights and images are read: arch, weights' name, layers."""
+        if not self.layer_list:
+            raise BadValueError("--model.layer []: expected at least one layer, such as fc7.")
+        if not self.own_network:
+            networks.check_arch(self.arch)
+            resolve_layers(networks.build_empty(self.arch), self.layer_list, self.title)
+        self._choose_weights()
+
+    def configure_model(self) -> None:
+        """Build the network, load its weights and hook its layers, once."""
+        if self._taps is not None:
+            return
+        self.check()
+        weights = self._choose_weights()
+        self._named_network_built = False
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(SEED)  # what stays random is the same in every process and every run
+            network = self.build_network()
+        if not isinstance(network, nn.Module):
+            raise BadValueError(f"--model {self.title}: build_network() returned {network!r}. Expected an nn.Module.")
+        if not self._named_network_built and not weights.file and self.weights != "auto":
+            raise BadValueError(
+                f"--model.weights {self.weights}: {self.title} builds its own network, to which this name says nothing."
+                "\nExpected a file, or nothing: then the weights are what build_network() made them."
+            )
+        self.layers = resolve_layers(network, self.layer_list, self.title)
+        if weights.file:
+            networks.load_strictly(network, networks.read_checkpoint(weights.file), weights.file, self.title)
+        if self._named_network_built:
+            self.preprocessing = networks.preset_of(self.arch, weights)
+        else:
+            self.preprocessing = Preprocessing.usual()
+        as_built = self.own_network and not weights.file
+        self.weights_used = f"as {self.title}.build_network() made them" if as_built else weights.name
+        log.info("network: %s, weights: %s", self.title, self.weights_used)
+        if weights.random:
+            log.warning("RANDOM WEIGHTS (seed %d): these features say nothing about what is in the images", SEED)
+        self.network = network.eval().requires_grad_(False)
+        self._taps = Taps(network, self.layers)
+
+    def try_out(self, batch: Batch) -> dict[str, int]:
+        """Run one small batch and return how many columns each layer has.
+
+        Raises:
+            UserError: The images do not go through the network, or a layer cannot be taken.
+        """
+        columns = {layer: rows.shape[1] for layer, rows in self.predict_step(batch).items()}
+        if self._pool is not None:
+            self._pool.shutdown()  # the run's own number of cores may be another
+            self._pool = None
+        return columns
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        """Return each layer's rows, ``(B, D) float32``, for images ``(B, 3, H, W) uint8`` of one shape."""
+        assert self._taps is not None, "configure_model() comes first"
+        with torch.inference_mode(), self._precision():
+            pixels = self.preprocessing.normalize(images).to(self._network_dtype())
+            try:
+                return self._taps(pixels)
+            except torch.OutOfMemoryError:
+                raise
+            except (RuntimeError, AssertionError, ValueError) as err:  # torchvision's networks raise all three
+                raise UserError(
+                    f"{self.title} failed on images of the shape {tuple(images.shape[1:])}: "
+                    f"{str(err).splitlines()[0]}\nIf it cannot take them, --data.resize and --data.crop change it."
+                ) from err
+
+    def predict_step(self, batch: Batch, batch_idx: int = 0, dataloader_idx: int = 0) -> dict[str, Tensor]:
+        """Return each layer's rows, ``(B, D) float32``, in the order of the batch's names.
+
+        Raises:
+            UserError: Images of different shapes gave rows of different lengths.
+        """
+        slices = [(rows[i : i + self._slice], images[i : i + self._slice])
+                  for rows, images in batch.groups for i in range(0, len(rows), self._slice)]  # fmt: skip
+        if self.device.type == "cpu":
+            parts = list(self._threads().map(self.forward, [images for _, images in slices]))
+        else:
+            parts = [self.forward(images) for _, images in slices]
+        order = torch.tensor([row for rows, _ in slices for row in rows])
+        features = {}
+        for layer in self.layers:
+            widths = {part[layer].shape[1] for part in parts}
+            if len(widths) > 1:
+                raise UserError(
+                    f"--model.layer {layer}: {' and '.join(map(str, sorted(widths)))} columns for images of different "
+                    "shapes in one batch.\nGive them one shape with --data.crop, or take a layer behind the pooling."
+                )
+            found = torch.cat([part[layer] for part in parts])  # (B, D), as grouped
+            features[layer] = torch.empty_like(found).index_copy_(0, order.to(found.device), found)
+        return features
+
+    @property
+    def _slice(self) -> int:
+        return SLICE if self.device.type == "cpu" else 1 << 30
+
+    def _threads(self) -> ThreadPoolExecutor:
+        if self._pool is None:
+            cores = cores_per_process(self.trainer) if self._trainer is not None else usable_cores()
+            self._pool = ThreadPoolExecutor(cores, "network", initializer=torch.set_num_threads, initargs=(1,))
+        return self._pool
+
+    def _precision(self) -> AbstractContextManager[Any]:
+        # Autocast belongs to a thread, and Lightning switches it on in the main one only.
+        return self.trainer.precision_plugin.forward_context() if self._trainer is not None else nullcontext()
+
+    def _network_dtype(self) -> torch.dtype:
+        return next((p.dtype for p in self.network.parameters() if p.is_floating_point()), torch.float32)
+
+    def _choose_weights(self) -> Weights:
+        return networks.choose_weights(self.arch, self.weights)

@@ -1,0 +1,75 @@
+"""An image -> what the network was trained on: resize, crop, mean and std, read off the weights' own transforms."""
+
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torchvision.models import AlexNet_Weights
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms import functional as F
+
+Interpolation = Literal["auto", "nearest", "nearest-exact", "bilinear", "bicubic", "box", "hamming", "lanczos"]
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """Resize the short side, crop the centre, scale to 0..1, subtract the mean, divide by the standard deviation.
+
+    Equal to torchvision's classification transforms on a PIL image, up to float32 rounding; a resize or a crop of
+    None leaves that step out.
+
+    Args:
+        resize: The short side after resizing, in pixels, or None.
+        crop: The side of the centre crop, in pixels, or None.
+        interpolation: PIL's filter, by torchvision's name for it.
+        mean: Mean of each channel, on the scale 0..1.
+        std: Standard deviation of each channel, on the scale 0..1.
+        source: Where these values come from.
+    """
+
+    resize: int | None
+    crop: int | None
+    interpolation: str
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    source: str
+
+    @classmethod
+    def of_weights(cls, weights: Any) -> "Preprocessing":
+        """Read the values off a torchvision weights entry's ``transforms()``."""
+        preset = weights.transforms()
+        return cls(
+            resize=preset.resize_size[0],
+            crop=preset.crop_size[0],
+            interpolation=preset.interpolation.value,
+            mean=tuple(preset.mean),
+            std=tuple(preset.std),
+            source=str(weights),
+        )
+
+    @classmethod
+    def usual(cls) -> "Preprocessing":
+        """Return what most ImageNet networks were trained with, as torchvision states it for AlexNet."""
+        return replace(cls.of_weights(AlexNet_Weights.IMAGENET1K_V1), source="the usual one for ImageNet")
+
+    def to_tensor(self, image: Image.Image) -> Tensor:
+        """Resize and crop an RGB image to a ``(3, H, W) uint8`` tensor, on PIL's side, with antialias."""
+        if self.resize is not None:
+            image = F.resize(image, [self.resize], InterpolationMode(self.interpolation))
+        if self.crop is not None:
+            image = F.center_crop(image, [self.crop, self.crop])
+        pixels: Tensor = F.pil_to_tensor(image)
+        return pixels
+
+    def normalize(self, images: Tensor) -> Tensor:
+        """Turn ``(B, 3, H, W) uint8`` into float32 as ToTensor and Normalize do, operation for operation."""
+        mean = torch.tensor(self.mean, device=images.device).view(-1, 1, 1)
+        std = torch.tensor(self.std, device=images.device).view(-1, 1, 1)
+        return images.float().div_(255).sub_(mean).div_(std)
+
+    def __str__(self) -> str:
+        resize = f"resize {self.resize} {self.interpolation}" if self.resize is not None else "no resize"
+        crop = f"crop {self.crop}" if self.crop is not None else "no crop"
+        return f"{resize}, {crop} ({self.source})"

@@ -1,0 +1,144 @@
+"""What the tests share: made-up photographs, random weights in a file, the command line as a process, the oracle."""
+
+import csv
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+from torchvision import models, transforms
+from torchvision.datasets import ImageFolder
+
+from featx.datamodule import ImageFolderDataModule
+from featx.preprocess import Preprocessing
+
+REPO = Path(__file__).parent.parent
+ENV = {**os.environ, "PYTHONWARNINGS": "", "TORCH_HOME": "/nonexistent/torch", "COLUMNS": "80"}
+
+
+def make_image(seed: int, size: tuple[int, int], mode: str = "RGB") -> Image.Image:
+    """Coarse coloured noise, enlarged: like a photograph, it has edges and areas, and differs from seed to seed."""
+    coarse = np.random.default_rng(seed).integers(0, 256, (6, 8, 3), dtype=np.uint8)
+    return Image.fromarray(coarse).resize(size, Image.Resampling.BICUBIC).convert(mode)
+
+
+@pytest.fixture(scope="session")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """37 images of several shapes, modes and suffixes in three class folders, one of them nested."""
+    root = tmp_path_factory.mktemp("photos")
+    shapes = [(320, 240), (240, 320), (300, 300), (256, 256), (400, 230)]
+    modes = ["RGB", "L", "RGB", "CMYK", "RGB", "P", "1"]
+    for i in range(37):
+        folder = root / ["ants", "bees/wild", "cats"][i % 3]
+        folder.mkdir(parents=True, exist_ok=True)
+        mode = modes[i % len(modes)]
+        suffix = ".png" if mode in ("P", "1") else [".jpg", ".JPEG"][i % 2]
+        make_image(i, shapes[i % len(shapes)], mode).save(folder / f"image-{i:02}{suffix}")
+    return root
+
+
+@pytest.fixture(scope="session")
+def three_photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("three")
+    for i in range(3):
+        make_image(100 + i, (260, 240)).save(root / f"{i}.png")
+    return root
+
+
+def random_network(name: str, seed: int = 1, **options: object) -> nn.Module:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return models.get_model(name, weights=None, **options).eval()
+
+
+@pytest.fixture(scope="session")
+def alexnet() -> nn.Module:
+    return random_network("alexnet")
+
+
+@pytest.fixture(scope="session")
+def alexnet_file(alexnet: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("weights") / "alexnet.pth"
+    torch.save(alexnet.state_dict(), path)
+    return path
+
+
+Run = Callable[..., subprocess.CompletedProcess[str]]
+
+
+def featx(*args: object, cwd: Path | None = None, prefix: tuple[str, ...] = (), env: dict[str, str] | None = None):
+    """Run ``featx ARGS`` as a process and return it, ended, with its stdout and stderr as text."""
+    command = [*prefix, sys.executable, "-m", "featx", *map(str, args)]
+    environment = {**ENV, "PYTHONPATH": str(REPO), **(env or {})}
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=600)
+
+
+def predict(photos: Path, out: Path, *args: object, **how: object) -> subprocess.CompletedProcess[str]:
+    """Run ``featx predict`` and expect that it works."""
+    done = featx("predict", "--data.dir", photos, "--writer.out_dir", out, *args, **how)
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr
+    return done
+
+
+def read_csv(path: Path) -> tuple[list[str], np.ndarray]:
+    """Read a CSV as any reader does: names and ``(N, D) float32``."""
+    with path.open(newline="", encoding="utf-8", errors="surrogateescape") as file:
+        rows = list(csv.reader(file))
+    return [row[0] for row in rows], np.array([row[1:] for row in rows], dtype=np.float32)
+
+
+def loader(photos: Path, processes: int = 1, rank: int = 0, **options: object):
+    """A data module and the loader it gives to one rank of a run on CPUs, without a Trainer."""
+    data = ImageFolderDataModule(str(photos), **options)
+    data.setup("predict")
+    data.trainer = SimpleNamespace(
+        strategy=SimpleNamespace(root_device=torch.device("cpu")),
+        num_devices=processes,
+        world_size=processes,
+        global_rank=rank,
+        lightning_module=SimpleNamespace(preprocessing=Preprocessing.usual()),
+    )
+    return data, data.predict_dataloader()
+
+
+ALEXNET_LAYERS = {"fc6": "classifier.1", "fc7": "classifier.4", "fc8": "classifier.6"}
+
+
+def oracle(
+    root: Path, network: nn.Module, paths: list[str], resize: int | None = 256, crop: int | None = 224
+) -> tuple[list[str], list[np.ndarray]]:
+    """Names and each path's activations ``(N, D)``, by plain torch: hook, copy, one image at a time."""
+    steps = [
+        *([transforms.Resize(resize)] if resize else []),
+        *([transforms.CenterCrop(crop)] if crop else []),
+        transforms.ToTensor(),
+        transforms.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]),
+    ]
+    images = ImageFolder(str(root), transforms.Compose(steps))
+    seen: dict[str, list[np.ndarray]] = {path: [] for path in paths}
+
+    def keep(path: str) -> Callable[..., None]:
+        return lambda module, inputs, output: seen[path].append(output.detach().clone().flatten(1).numpy())
+
+    handles = [network.get_submodule(path).register_forward_hook(keep(path)) for path in paths]
+    with torch.no_grad():
+        for image, _ in images:
+            network(image[None])
+    for handle in handles:
+        handle.remove()
+    names = [os.path.basename(path) for path, _ in images.samples]
+    return names, [np.concatenate(seen[path]) for path in paths]
+
+
+def relative_error(found: np.ndarray, expected: np.ndarray) -> float:
+    """L2 norm of the difference over the norm of what was expected, of the worst row."""
+    assert found.shape == expected.shape
+    return float((np.linalg.norm(found - expected, axis=1) / np.linalg.norm(expected, axis=1)).max())

@@ -1,0 +1,343 @@
+"""The command line as users run it: as a process."""
+
+import fcntl
+import json
+import os
+import pty
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import termios
+import time
+
+import pytest
+import torch
+from conftest import ALEXNET_LAYERS, ENV, REPO, featx, make_image, oracle, predict, read_csv, relative_error
+from torchvision import models
+
+
+@pytest.mark.parametrize("args", [[], ["--help"], ["-h"], ["--version"]])
+def test_help_does_not_import_torch(args):
+    code = f"import sys, featx.cli; assert featx.cli.main({args}) == 0; assert 'torch' not in sys.modules"
+    done = subprocess.run([sys.executable, "-c", code], env=ENV | {"PYTHONPATH": str(REPO)}, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    assert b"featx" in done.stdout
+
+
+def test_predict_help_is_about_two_screens_and_says_how_to_see_the_rest():
+    done = featx("predict", "--help")
+    lines = done.stdout.splitlines()
+    assert done.returncode == 0 and len(lines) < 70 and max(map(len, lines)) <= 80
+    assert "--help_all" in done.stdout and "--data.dir" in done.stdout and "--model.weights" in done.stdout
+    everything = featx("predict", "--help_all").stdout
+    assert "--trainer.max_time" in everything and "--writer.header" in everything
+
+
+def test_the_main_job(photos, tmp_path, alexnet, alexnet_file):
+    done = predict(photos, "out", "--model.layer", "[fc6,fc7,fc8]", "--model.weights", alexnet_file, cwd=tmp_path)
+    names, expected = oracle(photos, alexnet, list(ALEXNET_LAYERS.values()))
+    for layer, values in zip(ALEXNET_LAYERS, expected, strict=True):
+        found_names, found = read_csv(tmp_path / "out" / f"{layer}.csv")
+        assert found_names == names and relative_error(found, values) < 1e-5
+    assert sorted(os.listdir(tmp_path)) == ["out"]  # no lightning_logs, no config.yaml
+    assert sorted(os.listdir(tmp_path / "out")) == sorted(
+        f"{layer}{s}" for layer in ALEXNET_LAYERS for s in (".csv", ".json")
+    )
+    first, *files = done.stdout.splitlines()
+    assert first.startswith("37 rows in ") and first.endswith(" images/s")
+    assert files == [f"out/{layer}.csv" for layer in ALEXNET_LAYERS]
+    told = done.stderr.splitlines()
+    assert len(told) <= 8 and not any(word in done.stderr for word in ("Tip", "TPU", "litlogger", "\r"))
+    assert any("resize 256 bilinear, crop 224 (AlexNet_Weights.IMAGENET1K_V1)" in line for line in told)
+    assert any("data worker" in line for line in told)
+
+
+def test_three_layers_in_one_pass_are_the_same_as_one(photos, tmp_path, alexnet_file):
+    predict(photos, tmp_path / "three", "--model.layer", "[fc6,fc7,fc8]", "--model.weights", alexnet_file)
+    predict(photos, tmp_path / "one", "--model.layer", "fc6", "--model.weights", alexnet_file)
+    assert (tmp_path / "one" / "fc6.csv").read_bytes() == (tmp_path / "three" / "fc6.csv").read_bytes()
+
+
+def torchrun_two_nodes(photos, out, *args):
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    nodes = [
+        subprocess.Popen(
+            f"{sys.executable} -m torch.distributed.run --nnodes 2 --node_rank {node} --nproc_per_node 1 --master_addr "
+            f"127.0.0.1 --master_port {port} -m featx predict --trainer.num_nodes 2".split()
+            + list(map(str, ("--data.dir", photos, "--writer.out_dir", out, *args))),
+            env=ENV | {"PYTHONPATH": str(REPO)},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for node in range(2)
+    ]
+    for node in nodes:
+        _, told = node.communicate(timeout=300)
+        assert node.returncode == 0, told
+
+
+def slurm_two_tasks(photos, out, *args):
+    """Start two processes with the variables that srun sets: Lightning takes its cluster from them."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = str(free.getsockname()[1])
+    common = {"SLURM_NTASKS": "2", "SLURM_JOB_ID": "7", "SLURM_JOB_NAME": "night", "SLURM_NODELIST": "127.0.0.1"}
+    common |= {"SLURM_NTASKS_PER_NODE": "2", "SLURM_NNODES": "1", "SLURM_NODEID": "0", "MASTER_PORT": port}
+    tasks = [
+        subprocess.Popen(
+            list(map(str, (sys.executable, "-m", "featx", "predict", "--data.dir", photos, "--writer.out_dir", out)))
+            + list(map(str, (*DDP, *args))),
+            env=ENV | common | {"PYTHONPATH": str(REPO), "SLURM_PROCID": str(task), "SLURM_LOCALID": str(task)},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for task in range(2)
+    ]
+    for task in tasks:
+        _, told = task.communicate(timeout=300)
+        assert task.returncode == 0, told
+
+
+DDP = ("--trainer.devices", "2", "--trainer.strategy", "ddp")
+
+
+def test_the_file_is_the_same_whatever_processes_workers_and_cores(photos, tmp_path, alexnet_file):
+    base = (
+        "--model.layer",
+        "fc7",
+        "--model.weights",
+        alexnet_file,
+        "--data.batch_size",
+        "8",
+        "--writer.header",
+        "true",
+    )
+    predict(photos, tmp_path / "one", *base, "--data.num_workers", "1")
+    predict(photos, tmp_path / "two-workers", *base, "--data.num_workers", "2")
+    predict(photos, tmp_path / "no-worker", *base, "--data.num_workers", "0")
+    predict(photos, tmp_path / "one-core", *base, prefix=("taskset", "-c", "0"))
+    predict(photos, tmp_path / "ddp", *base, *DDP)
+    torchrun_two_nodes(photos, tmp_path / "torchrun", *base)
+    slurm_two_tasks(photos, tmp_path / "slurm", *base)
+    expected = (tmp_path / "one" / "fc7.csv").read_bytes()
+    assert expected.count(b"\n") == 38
+    for run in ("two-workers", "no-worker", "one-core", "ddp", "torchrun", "slurm"):
+        assert (tmp_path / run / "fc7.csv").read_bytes() == expected, run
+        assert sorted(os.listdir(tmp_path / run)) == ["fc7.csv", "fc7.json"], run
+
+
+def test_a_rank_without_a_batch_is_no_trouble(three_photos, tmp_path, alexnet_file):
+    base = ("--model.weights", alexnet_file, "--data.batch_size", "8")
+    predict(three_photos, tmp_path / "one", *base)
+    predict(three_photos, tmp_path / "two", *base, *DDP)
+    torchrun_two_nodes(three_photos, tmp_path / "nodes", *base)
+    expected = (tmp_path / "one" / "fc7.csv").read_bytes()
+    assert expected.count(b"\n") == 3
+    assert (tmp_path / "two" / "fc7.csv").read_bytes() == expected
+    assert (tmp_path / "nodes" / "fc7.csv").read_bytes() == expected
+
+
+def test_resnet50_whose_bits_depend_most_on_threads_gives_the_same_file(photos, tmp_path):
+    base = (
+        "--model.arch",
+        "resnet50",
+        "--model.weights",
+        "random",
+        "--model.layer",
+        "avgpool",
+        "--data.batch_size",
+        "8",
+    )
+    predict(photos, tmp_path / "one", *base)
+    predict(photos, tmp_path / "one-core", *base, prefix=("taskset", "-c", "0"))
+    predict(photos, tmp_path / "ddp", *base, *DDP)
+    expected = (tmp_path / "one" / "avgpool.csv").read_bytes()
+    assert (tmp_path / "one-core" / "avgpool.csv").read_bytes() == expected
+    assert (tmp_path / "ddp" / "avgpool.csv").read_bytes() == expected
+    assert "random (seed 0)" in json.loads((tmp_path / "one" / "avgpool.json").read_text())["weights"]
+
+
+OWN = """\
+from torchvision import models
+from featx import FeatureExtractor
+
+class MyExtractor(FeatureExtractor):
+    def build_network(self):
+        return models.alexnet(num_classes=10)
+
+class NotOne:
+    pass
+"""
+
+
+@pytest.fixture(scope="module")
+def mess(tmp_path_factory, alexnet_file):
+    """A folder with everything that a user can get wrong."""
+    folder = tmp_path_factory.mktemp("mess")
+    (folder / "photos").mkdir()
+    make_image(1, (30, 30)).save(folder / "photos" / "1.png")
+    (folder / "empty").mkdir()
+    (folder / "file").touch()
+    (folder / "text.pth").write_text("not a checkpoint")
+    (folder / "typo.yaml").write_text("data:\n  batchsize: 3\n")
+    (folder / "broken.yaml").write_text("data: [\n")
+    (folder / "my_module.py").write_text(OWN)
+    torch.save(models.resnet18(weights=None).state_dict(), folder / "resnet18.pth")
+    os.symlink(alexnet_file, folder / "good.pth")
+    return folder
+
+
+MISTAKES = [
+    ("--data.dir nowhere", ["--data.dir nowhere", "no such folder"]),
+    ("--data.dir empty", ["--data.dir empty", "no image"]),
+    ("--data.dir file", ["--data.dir file", "a file", "Expected a folder"]),
+    ("--data.dir photos --model.layer fc9", ["--model.layer fc9", "Did you mean", "fc7"]),
+    ("--data.dir photos --model.arch alexnt", ["--model.arch alexnt", "Did you mean alexnet?"]),
+    ("--data.dir photos --data.batchsize 3", ["--data.batchsize", "Did you mean --data.batch_size"]),
+    ("--data.dir photos --model.lyer fc7", ["--model.lyer", "Did you mean --model.layer"]),
+    ("--data.dir photos --config typo.yaml", ["--data.batchsize", "Did you mean --data.batch_size"]),
+    ("--data.dir photos --config broken.yaml", ["config"]),
+    ("--data.dir photos --config missing.yaml", ["--config", "missing.yaml"]),
+    ("--data.dir photos --model.weights missing.pth", ["--model.weights missing.pth", "no such file"]),
+    ("--data.dir photos --model.weights text.pth", ["--model.weights text.pth", "no PyTorch checkpoint"]),
+    ("--data.dir photos --model.weights resnet18.pth", ["resnet18.pth", "does not fit alexnet", "conv1.weight"]),
+    ("--data.dir photos --model.weights IMAGENET1K_V7", ["IMAGENET1K_V7", "Did you mean IMAGENET1K_V1?"]),
+    ("--data.dir photos --writer.out_dir file", ["--writer.out_dir file", "is a file"]),
+    ("--data.dir photos --model.weights good.pth --writer.out_dir /proc/features", ["--writer.out_dir /proc/features"]),
+    ("--data.dir photos --data.batch_size 0", ["--data.batch_size 0", "at least 1"]),
+    ("--data.dir photos --data.batch_size many", ["--data.batch_size many", "a whole number"]),
+    ("--data.dir photos --data.resize large", ["--data.resize large", "auto, a whole number or null"]),
+    ("--data.dir photos --data.interpolation cubic", ["--data.interpolation cubic", "Did you mean bicubic?"]),
+    ("--data.dir photos --writer.format excel", ["--writer.format excel", "expected csv"]),
+    ("--data.dir photos --trainer.accelerator gpu --trainer.devices 99", ["--trainer.devices 99"]),
+    ("--data.dir photos --trainer.strategy dpp", ["--trainer.strategy dpp", "ddp"]),
+    ("--data.dir photos --model my_module.NotOne", ["--model my_module.NotOne", "subclass of featx.FeatureExtractor"]),
+    ("--data.dir photos --model my_module.Missing", ["--model my_module.Missing", "no attribute 'Missing'"]),
+    ("--data.dir photos --model.weights", ["--model.weights", "missing"]),
+    ("--data.dir photos stray", ["stray", "without an option"]),
+    ("--model.layer fc7", ["--data.dir", "missing"]),
+]
+
+
+@pytest.mark.parametrize(("line", "words"), MISTAKES, ids=[line for line, _ in MISTAKES])
+def test_a_mistake_is_a_few_words_and_exit_2(mess, line, words):
+    before = sorted(os.listdir(mess))
+    done = featx("predict", *line.split(), cwd=mess)
+    assert done.returncode == 2, done.stderr
+    assert len(done.stderr.splitlines()) <= 12 and "Traceback" not in done.stderr and done.stdout == ""
+    for word in words:
+        assert word in done.stderr
+    assert sorted(os.listdir(mess)) == before
+
+
+def test_an_unknown_command_is_told():
+    done = featx("predikt", "--data.dir", "photos")
+    assert done.returncode == 2 and "Did you mean predict?" in done.stderr
+
+
+def test_weights_that_cannot_be_downloaded_name_url_cache_and_way_out(mess, tmp_path):
+    done = featx(
+        "predict",
+        "--data.dir",
+        "photos",
+        cwd=mess,
+        env={"TORCH_HOME": str(tmp_path), "https_proxy": "http://127.0.0.1:9"},
+    )
+    assert done.returncode == 2 and "Traceback" not in done.stderr and len(done.stderr.splitlines()) <= 12
+    for word in (
+        "download.pytorch.org/models/alexnet-owt-7be5be79.pth",
+        f"{tmp_path}/hub/checkpoints",
+        "--model.weights FILE",
+    ):
+        assert word in done.stderr
+
+
+def test_a_mistake_under_ddp_is_told_once(mess):
+    done = featx("predict", "--data.dir", "photos", "--model.layer", "fc9", *DDP, cwd=mess)
+    assert done.returncode == 2 and done.stderr.count("fc9: alexnet") == 1
+
+
+def test_an_unreadable_image_is_exit_3_with_its_path(tmp_path, alexnet_file):
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for i in range(20):
+        make_image(i, (260, 260)).save(folder / f"{i:02}.png")
+    (folder / "17.png").write_bytes((folder / "17.png").read_bytes()[:500])
+    done = featx("predict", "--data.dir", folder, "--model.weights", alexnet_file, cwd=tmp_path)
+    assert done.returncode == 3 and "17.png: " in done.stderr and "truncated" in done.stderr
+    assert "Traceback" not in done.stderr and os.listdir(tmp_path / "features") == []
+
+
+def test_a_network_of_ones_own_from_the_command_line(mess, photos, tmp_path):
+    torch.save(models.alexnet(num_classes=10).state_dict(), tmp_path / "ten.pth")
+    for line in (
+        ("--model.weights", tmp_path / "ten.pth", "--model", "my_module.MyExtractor", "--model.layer", "fc8"),
+        ("--model=my_module.MyExtractor", "--model.layer=fc8", f"--model.weights={tmp_path / 'ten.pth'}"),
+    ):
+        done = predict(photos, tmp_path / "out", *line, cwd=mess)
+        assert read_csv(tmp_path / "out" / "fc8.csv")[1].shape == (37, 10)
+        assert f"weights: {tmp_path / 'ten.pth'}" in done.stderr
+    done = predict(photos, tmp_path / "out", "--model", "my_module.MyExtractor", "--model.layer", "fc8", cwd=mess)
+    assert "as MyExtractor.build_network() made them" in done.stderr
+
+
+def test_the_last_of_a_repeated_option_wins(photos, tmp_path, alexnet_file):
+    predict(photos, tmp_path, "--model.layer", "fc6", "--model.weights", alexnet_file, "--model.layer", "fc8")
+    assert (tmp_path / "fc8.csv").exists() and not (tmp_path / "fc6.csv").exists()
+
+
+def test_environment_variables_decide_nothing():
+    env = {"JSONARGPARSE_DEFAULT_ENV": "true", "PL_DATA__DIR": "/elsewhere", "PL_TRAINER_DEVICES": "7"}
+    done = featx("predict", "--data.dir", "x", "--print_config", env=env)
+    assert "dir: x" in done.stdout and "devices: auto" in done.stdout
+
+
+def test_a_printed_config_can_be_used(photos, tmp_path, alexnet_file):
+    line = ("--model.weights", alexnet_file, "--model.layer", "[fc7,fc8]", "--data.crop", "null")
+    printed = featx("predict", "--data.dir", photos, *line, "--print_config")
+    (tmp_path / "c.yaml").write_text(printed.stdout)
+    again = featx("predict", "--config", tmp_path / "c.yaml", "--print_config")
+    assert again.stdout == printed.stdout and "crop: null" in printed.stdout
+
+
+def test_ctrl_c_is_exit_130_without_a_traceback(photos, tmp_path, alexnet_file):
+    command = [sys.executable, "-m", "featx", "predict", "--data.dir", str(photos), "--writer.out_dir", str(tmp_path)]
+    command += ["--model.weights", str(alexnet_file), "--data.batch_size", "1", "--model.layer", "features.0"]
+    process = subprocess.Popen(
+        command, env=ENV | {"PYTHONPATH": str(REPO)}, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    parts = tmp_path / ".featx-parts"
+    deadline = time.monotonic() + 120
+    while not (parts.exists() and any(path.stat().st_size for path in parts.iterdir())):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGINT)
+    _, told = process.communicate(timeout=60)
+    assert process.returncode == 130 and "Traceback" not in told and "interrupted" in told
+    assert not (tmp_path / "features.0.csv").exists()
+
+
+def test_a_terminal_gets_a_bar_with_images_a_second(photos, tmp_path, alexnet_file):
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
+    command = [sys.executable, "-m", "featx", "predict", "--data.dir", str(photos), "--writer.out_dir", str(tmp_path)]
+    process = subprocess.Popen(
+        [*command, "--model.weights", str(alexnet_file)],
+        env=ENV | {"PYTHONPATH": str(REPO)},
+        stderr=theirs,
+        stdout=subprocess.DEVNULL,
+    )
+    os.close(theirs)
+    told = b""
+    while True:
+        try:
+            piece = os.read(ours, 4096)
+        except OSError:  # the other side is closed
+            break
+        if not piece:
+            break
+        told += piece
+    assert process.wait() == 0
+    assert b"37/37" in told and b"images/s" in told

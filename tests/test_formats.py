@@ -1,0 +1,47 @@
+import csv
+import io
+
+import numpy as np
+import pytest
+
+from featx.formats import csv_header, csv_row, is_plain
+
+
+def test_every_float32_reads_back_the_same():
+    bits = np.random.default_rng(0).integers(0, 2**32, 200_000, dtype=np.uint32)
+    edges = np.array([0, 0x80000000, 1, 0x7F7FFFFF, 0x00800000, 0x007FFFFF, 0x3F800001], np.uint32)
+    values = np.concatenate([bits, edges]).view(np.float32)
+    values = values[np.isfinite(values)]
+    fields = csv_row(b"x", values).decode().rstrip("\n").split(",")[1:]
+    assert np.array_equal(np.array(fields, np.float32).view(np.uint32), values.view(np.uint32))
+    digits = [text.lower().split("e")[0].replace(".", "").strip("-0") for text in fields[:2000]]
+    shortest = [np.format_float_scientific(value, trim="-").split("e")[0] for value in values[:2000]]
+    assert digits == [text.replace(".", "").strip("-0") for text in shortest]
+
+
+def test_values_have_the_fewest_digits():
+    assert csv_row(b"a.jpg", np.array([0.1, -2.5, 1e-7], np.float32)) == b"a.jpg,0.1,-2.5,1e-7\n"
+
+
+def test_what_is_not_finite_is_written_in_words():
+    row = np.array([1, np.nan, np.inf, -np.inf], np.float32)
+    assert csv_row(b"a.jpg", row) == b"a.jpg,1.0,nan,inf,-inf\n"
+
+
+NAMES = ["a.jpg", "a,b.jpg", 'a"b.jpg', "a\nb.jpg", "a\rb.jpg", "#a.jpg", " a .jpg", "猫.jpg", "a#b;c'd.jpg"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_any_csv_reader_gets_the_name_back(name):
+    line = csv_row(name.encode(), np.zeros(2, np.float32)).decode()
+    assert next(csv.reader(io.StringIO(line, newline=""))) == [name, "0.0", "0.0"]
+    assert not line.startswith("#")
+    assert is_plain(name.encode()) == line.startswith(name + ",")
+
+
+def test_a_name_that_is_not_utf8_keeps_its_bytes():
+    assert csv_row(b"\xff\xe9.jpg", np.zeros(1, np.float32)) == b"\xff\xe9.jpg,0.0\n"
+
+
+def test_the_header_names_each_column():
+    assert csv_header("fc7", 3) == b"image,fc7.0,fc7.1,fc7.2\n"

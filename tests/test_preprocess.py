@@ -1,0 +1,33 @@
+import pytest
+import torch
+from conftest import make_image
+from torchvision import models, transforms
+
+from featx.preprocess import Preprocessing
+
+
+@pytest.mark.parametrize("entry", [models.AlexNet_Weights.IMAGENET1K_V1, models.EfficientNet_B0_Weights.IMAGENET1K_V1])
+@pytest.mark.parametrize("size", [(500, 375), (375, 500), (40, 60), (1, 1)])
+def test_preprocessing_equals_the_weights_own_transforms(entry, size):
+    image = make_image(5, size)
+    ours = Preprocessing.of_weights(entry)
+    assert torch.equal(ours.normalize(ours.to_tensor(image)[None])[0], entry.transforms()(image))
+
+
+def test_alexnet_says_256_224_bilinear():
+    preset = Preprocessing.of_weights(models.AlexNet_Weights.IMAGENET1K_V1)
+    assert str(preset) == "resize 256 bilinear, crop 224 (AlexNet_Weights.IMAGENET1K_V1)"
+    assert preset.mean == (0.485, 0.456, 0.406)
+
+
+def test_null_leaves_a_step_out():
+    image = make_image(5, (50, 40))
+    ours = Preprocessing(None, None, "bilinear", (0.0,) * 3, (1.0,) * 3, "a test")
+    assert torch.equal(ours.to_tensor(image), transforms.PILToTensor()(image))
+    assert str(ours) == "no resize, no crop (a test)"
+
+
+def test_normalize_changes_nothing_in_place():
+    images = torch.full((1, 3, 2, 2), 7, dtype=torch.uint8)
+    Preprocessing.usual().normalize(images)
+    assert images.eq(7).all()

@@ -1,0 +1,184 @@
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_image, oracle, predict, random_network, read_csv, relative_error
+from lightning.pytorch import Trainer
+
+from featx import FeatureExtractor, FeatureWriter, ImageFolderDataModule
+from featx.messages import BadValueError, UserError
+
+
+class Tiny(FeatureExtractor):
+    """Four numbers an image, quickly: means over the quarters, as they are."""
+
+    def build_network(self):
+        return torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(2), torch.nn.Flatten(), Scale())
+
+
+class Scale(torch.nn.Module):
+    def forward(self, rows):  # (B, 12) -> (B, 4)
+        return rows[:, :4] * self.factor
+
+    factor = 1.0
+
+
+def run(photos, out, layer="2", model=Tiny, trainer_options=None, data=None, **options):
+    writer = FeatureWriter(str(out), **options)
+    trainer = Trainer(
+        accelerator="cpu",
+        callbacks=[writer],
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_checkpointing=False,
+        **(trainer_options or {}),
+    )
+    data = ImageFolderDataModule(str(photos), batch_size=8, num_workers=0, **(data or {}))
+    trainer.predict(model(layer), datamodule=data, return_predictions=False)
+    return writer
+
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
+
+
+def test_a_trainer_put_together_by_hand_writes_the_file(photos, tmp_path):
+    writer = run(photos, tmp_path / "new" / "out")
+    assert sorted(os.listdir(tmp_path / "new" / "out")) == ["2.csv", "2.json"]
+    names, values = read_csv(writer.files["2"])
+    assert len(names) == 37 == writer.rows and values.shape == (37, 4)
+    assert names == [os.path.basename(name) for name in ImageFolderDataModuleNames(photos)]
+
+
+def ImageFolderDataModuleNames(photos):
+    data = ImageFolderDataModule(str(photos))
+    data.setup()
+    return data.images.names
+
+
+def test_relative_names_and_a_header(photos, tmp_path):
+    writer = run(photos, tmp_path, names="relative", header=True)
+    lines = writer.files["2"].read_text().splitlines()
+    assert lines[0] == "image,2.0,2.1,2.2,2.3" and len(lines) == 38
+    assert lines[1].startswith("ants/image-00.jpg,")
+    assert [line.split(",")[0] for line in lines[1:]] == ImageFolderDataModuleNames(photos)
+
+
+def test_the_record_says_what_made_the_file(photos, tmp_path):
+    run(photos, tmp_path)
+    record = json.loads((tmp_path / "2.json").read_text())
+    assert record["rows"] == 37 and record["columns"] == 4 and record["network"] == "Tiny"
+    assert record["weights"] == "as Tiny.build_network() made them"
+    assert record["preprocessing"]["crop"] == 224 and record["batch_size"] == 8
+
+
+def test_a_file_that_stood_there_is_replaced_and_told(photos, tmp_path, caplog):
+    (tmp_path / "2.csv").write_text("old")
+    (tmp_path / "3.csv").write_text("another layer's")
+    run(photos, tmp_path)
+    assert "2.csv existed and was replaced" in caplog.text
+    assert len(read_csv(tmp_path / "2.csv")[0]) == 37
+    assert (tmp_path / "3.csv").read_text() == "another layer's"
+
+
+def test_values_that_are_not_finite_are_written_and_counted(photos, tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(Scale, "factor", torch.tensor([1, float("nan"), float("inf"), float("-inf")]))
+    run(photos, tmp_path)
+    assert "111 values nan or infinite, in 37 rows" in caplog.text
+    row = (tmp_path / "2.csv").read_text().splitlines()[0].split(",")
+    assert row[2] == "nan" and row[3].lstrip("-") == "inf" and row[4].lstrip("-") == "inf"
+
+
+def test_awkward_names_come_back_and_demuds_trouble_is_told(tmp_path, caplog):
+    names = ["a,b.png", 'c"d.png', "e\nf.png", "#g.png", "plain.png", "猫.png", os.fsdecode(b"\xe9.png")]
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for i, name in enumerate(names):
+        make_image(i, (30, 30)).save(folder / name)
+    run(folder, tmp_path / "out")
+    assert read_csv(tmp_path / "out" / "2.csv")[0] == sorted(names)
+    assert b"\n\xe9.png," in (tmp_path / "out" / "2.csv").read_bytes()
+    assert "4 names with a comma, a quote, a line break or a leading #" in caplog.text
+
+
+def test_basenames_that_occur_twice_are_told_once_with_the_remedy(tmp_path, caplog):
+    for folder in ("cats", "dogs"):
+        (tmp_path / "photos" / folder).mkdir(parents=True)
+        for name in ("1.png", "2.png"):
+            make_image(len(name), (30, 30)).save(tmp_path / "photos" / folder / name)
+    run(tmp_path / "photos", tmp_path / "out")
+    told = [record.getMessage() for record in caplog.records if "several folders" in record.getMessage()]
+    assert told == ["2 file names stand in several folders (1.png, …): --writer.names relative tells the rows apart"]
+    caplog.clear()
+    run(tmp_path / "photos", tmp_path / "out", names="relative")
+    assert "several folders" not in caplog.text
+
+
+def test_rows_that_differ_in_length_end_the_run_without_a_file(tmp_path):
+    (tmp_path / "photos").mkdir()
+    for i, width in enumerate([64] * 8 + [90]):
+        make_image(i, (width, 64)).save(tmp_path / "photos" / f"{i}.png")
+
+    class Plain(FeatureExtractor):
+        def build_network(self):
+            return torch.nn.Sequential(torch.nn.Identity())
+
+    with pytest.raises(UserError, match=r"--model.layer 0: from 8.png on .* columns, expected 12288 as before"):
+        run(tmp_path / "photos", tmp_path / "out", layer="0", model=Plain, data={"resize": None, "crop": None})
+    assert os.listdir(tmp_path / "out") == []
+
+
+def test_an_unreadable_image_ends_the_run_without_a_file(photos, tmp_path):
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for i in range(20):
+        make_image(i, (30, 30)).save(folder / f"{i:02}.png")
+    (folder / "17.png").write_bytes(b"broken")
+    with pytest.raises(UserError, match=r"17.png: not an image"):
+        run(folder, tmp_path / "out")
+    assert os.listdir(tmp_path / "out") == []
+
+
+def test_a_limit_on_the_batches_is_refused(photos, tmp_path):
+    with pytest.raises(BadValueError, match="limit_predict_batches 2: rows would be missing"):
+        run(photos, tmp_path, trainer_options={"limit_predict_batches": 2})
+
+
+def test_an_output_folder_that_cannot_be_used_is_refused(tmp_path):
+    (tmp_path / "file").touch()
+    for out in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(BadValueError, match=r"--writer.out_dir .*file is a file. Expected a folder"):
+            FeatureWriter(str(out)).check()
+    FeatureWriter(str(tmp_path / "new" / "deep")).check()
+    assert not (tmp_path / "new").exists()
+
+
+def read_as_demud(path: Path) -> tuple[list[str], np.ndarray]:
+    """Read a CSV by DEMUD's rules: no comments, every comma splits, the first field is the label."""
+    labels, rows = [], []
+    for line in path.read_text().splitlines():
+        if not line.startswith("#"):
+            label, *fields = line.split(",")
+            labels.append(label)
+            rows.append([float(field) if field else float("nan") for field in fields])
+    return labels, np.array(rows)
+
+
+def test_demud_reads_the_file(photos, tmp_path, alexnet, alexnet_file):
+    predict(photos, tmp_path, "--model.layer", "fc8", "--model.weights", alexnet_file)
+    labels, values = read_as_demud(tmp_path / "fc8.csv")
+    names, (expected,) = oracle(photos, alexnet, ["classifier.6"])
+    assert labels == names and relative_error(values, expected) < 1e-5
+
+
+def test_any_module_path_becomes_a_file(photos, tmp_path):
+    class Pool(FeatureExtractor):
+        def build_network(self):
+            return random_network("resnet18")
+
+    writer = run(photos, tmp_path, layer=["avgpool", "layer4.1.bn2"], model=Pool, data={"crop": 64})
+    assert read_csv(writer.files["avgpool"])[1].shape == (37, 512)
+    assert read_csv(writer.files["layer4.1.bn2"])[1].shape == (37, 512 * 2 * 2)
