@@ -112,7 +112,8 @@ class ImageFolderDataModule(LightningDataModule):
     def first_batch(self, preset: Preprocessing) -> Batch:
         """Return the first image as a batch, read in this process, to try a network with."""
         assert self.images is not None
-        return _Collate(self.batch_size)([_Images(self.images, self.preprocessing(preset), self.value_range)[0]])
+        images = _Images(self.images, self.preprocessing(preset), self.value_range)
+        return self.on_before_batch_transfer(_Collate(self.batch_size)([images[0]]), 0)
 
     def predict_dataloader(self) -> DataLoader[Any]:
         """Return the loader of this process's batches, a contiguous run of the whole."""

@@ -259,15 +259,18 @@ def test_a_mistake_under_ddp_is_told_once(mess):
     assert done.returncode == 2 and done.stderr.count("fc9: alexnet") == 1
 
 
-def test_an_unreadable_image_is_exit_3_with_its_path(tmp_path, alexnet_file):
+@pytest.mark.parametrize("bad", [0, 17])
+def test_an_unreadable_image_is_exit_3_with_its_path(tmp_path, alexnet_file, bad):
     folder = tmp_path / "photos"
     folder.mkdir()
     for i in range(20):
         make_image(i, (260, 260)).save(folder / f"{i:02}.png")
-    (folder / "17.png").write_bytes((folder / "17.png").read_bytes()[:500])
+    broken = folder / f"{bad:02}.png"
+    broken.write_bytes(broken.read_bytes()[:500])
     done = featx("predict", "--data.dir", folder, "--model.weights", alexnet_file, cwd=tmp_path)
-    assert done.returncode == 3 and "17.png: " in done.stderr and "truncated" in done.stderr
-    assert "Traceback" not in done.stderr and os.listdir(tmp_path / "features") == []
+    assert done.returncode == 3 and f"{broken.name}: " in done.stderr and "truncated" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "features").exists() or os.listdir(tmp_path / "features") == []
 
 
 def test_a_network_of_ones_own_from_the_command_line(mess, photos, tmp_path):

@@ -1,0 +1,91 @@
+"""What ``make demo`` runs: photographs from scikit-image's wheel -> fc7 rows -> which photographs are most alike."""
+
+import csv
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from skimage import data
+
+# Only what stands in the wheel: skimage.data downloads the rest.
+PHOTOS = {
+    "living": {
+        "astronaut": data.astronaut,
+        "cameraman": data.camera,
+        "cat": data.chelsea,
+        "grass": data.grass,
+        "retina": data.retina,
+    },
+    "things": {
+        "bricks": data.brick,
+        "clock": data.clock,
+        "coffee": data.coffee,
+        "coins": data.coins,
+        "galaxies": data.hubble_deep_field,
+        "gravel": data.gravel,
+        "moon": data.moon,
+        "motorcycle-left": lambda: data.stereo_motorcycle()[0],
+        "motorcycle-right": lambda: data.stereo_motorcycle()[1],
+        "rocket": data.rocket,
+    },
+}
+NO_WEIGHTS = b"weights cannot be downloaded"
+
+
+def main(folder: Path) -> int:
+    """Run the demo in a folder, made if missing, and return the exit status."""
+    photos, features = folder / "photos", folder / "features"
+    write_photos(photos)
+    featx = os.path.relpath(Path(sys.executable).with_name("featx"))
+    command = [featx, "predict", "--data.dir", photos, "--model.layer", "fc7", "--writer.out_dir", features]
+    status, told = run([str(word) for word in command])
+    if status == 2 and NO_WEIGHTS in told:
+        print("\nThe trained AlexNet cannot be downloaded here: going on with random weights.\n", flush=True)
+        status, _ = run([*map(str, command), "--model.weights", "random"])
+    if status == 0:
+        rows = features / "fc7.csv"
+        print(f"\nThe rows are in {rows}. Most alike, by the cosine of their rows:\n")
+        print_most_alike(rows)
+    return status
+
+
+def write_photos(root: Path) -> None:
+    """Write the photographs, a folder a class, as PNG."""
+    for label, photos in PHOTOS.items():
+        (root / label).mkdir(parents=True, exist_ok=True)
+        for name, pixels in photos.items():
+            Image.fromarray(pixels()).save(root / label / f"{name}.png", compress_level=1)
+
+
+def run(command: list[str]) -> tuple[int, bytes]:
+    """Show a command and run it; return its exit status and its stderr, shown up to NO_WEIGHTS."""
+    print("$", shlex.join(command).replace(" --", " \\\n    --"), flush=True)
+    told = b""
+    with subprocess.Popen(command, stderr=subprocess.PIPE) as process:
+        assert process.stderr is not None
+        while chunk := process.stderr.read1():  # as it comes, so that a download's progress is seen
+            told += chunk
+            if NO_WEIGHTS not in told:
+                sys.stderr.buffer.write(chunk)
+                sys.stderr.buffer.flush()
+    return process.returncode, told
+
+
+def print_most_alike(path: Path) -> None:
+    """Print for each row the other one whose direction is nearest."""
+    with path.open(newline="", encoding="utf-8") as file:
+        rows = list(csv.reader(file))
+    values = np.array([row[1:] for row in rows], dtype=np.float64)  # (N, 4096)
+    directions = values / np.linalg.norm(values, axis=1, keepdims=True)
+    cosines = directions @ directions.T  # (N, N)
+    np.fill_diagonal(cosines, -np.inf)
+    for i, nearest in enumerate(cosines.argmax(axis=1)):
+        print(f"  {rows[i][0]:<22} {rows[nearest][0]:<22} {cosines[i, nearest]:.4f}")
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1])))
