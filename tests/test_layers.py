@@ -69,5 +69,5 @@ def test_an_output_without_a_row_an_image_is_refused():
         def forward(self, x):
             return x.T
 
-    with pytest.raises(UserError, match=r"shape \(3, 4\) for 4 images"):
+    with pytest.raises(UserError, match=r"shape \(3, 2\) for 2 images"):
         Taps(nn.Sequential(Swapped()), {"0": "0"})(torch.zeros(4, 3))
