@@ -130,8 +130,11 @@ class Taps:
                 self.shapes = self._hook(images[:1])
         rows: dict[str, Tensor] = {}
         self._pass.rows, self._pass.images = rows, len(images)
-        with suppress(_Reached):
-            self.network(images)
+        try:
+            with suppress(_Reached):
+                self.network(images)
+        finally:
+            self._pass.rows = None  # whoever calls the network otherwise is none of the hooks' business
         for layer, path in self.layers.items():
             if layer not in rows:
                 raise UserError(f"--model.layer {layer}: the network did not call {path} for these images.")
@@ -175,7 +178,9 @@ class Taps:
         return take
 
     def _keep(self, layer: str, path: str, output: Tensor, axis: int | None) -> None:
-        rows: dict[str, Tensor] = self._pass.rows
+        rows: dict[str, Tensor] | None = getattr(self._pass, "rows", None)
+        if rows is None:
+            return
         if layer in rows or len(output) != self._pass.images:
             raise UserError(
                 f"--model.layer {layer}: for these images the network calls {path} otherwise than for the first one. "

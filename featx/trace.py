@@ -114,7 +114,7 @@ class Trace:
         shapes: dict[int, set[Shape]] = {1: set(), -1: set()}
         for call in self.calls.values():
             for shape in (call.received, call.returned):
-                if isinstance(shape, tuple) and (axis := _own_axis(call.module, shape)):
+                if isinstance(shape, tuple) and shape[:1] == (self.images,) and (axis := _own_axis(call.module, shape)):
                     shapes[axis].add(shape)
         return shapes
 
