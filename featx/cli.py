@@ -5,15 +5,17 @@ import sys
 from featx import __version__
 
 HELP = """\
-usage: featx predict --data.dir FOLDER [options]
+usage: featx COMMAND [options]
 
 A folder of images into CNN features, exactly: one row an image, in order.
 
 commands:
   predict     write the activations of a network's layers for every image
+  layers      list the layers that a network has, with their columns and cost
 
   featx predict --data.dir photos --model.layer fc7     writes features/fc7.csv
   featx predict --help                                  lists the options
+  featx layers --model.arch resnet50                    lists its layers
   featx --version
 """
 
@@ -50,7 +52,14 @@ def _run(argv: list[str]) -> int:
 
             predict(rest)
             return 0
-        raise UserError(f"{command}: no such command.{did_you_mean(command, ['predict'])} featx --help lists them.")
+        if command == "layers":
+            from featx.survey import survey
+
+            survey(rest)
+            return 0
+        raise UserError(
+            f"{command}: no such command.{did_you_mean(command, ['predict', 'layers'])} featx --help lists them."
+        )
     except UserError as err:
         log.error("%s", err)
         return err.exit_status

@@ -1,8 +1,9 @@
 """Batches -> activations: FeatureExtractor(LightningModule), what users subclass."""
 
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from lightning.pytorch import LightningModule
@@ -11,14 +12,18 @@ from torch import Tensor, nn
 from featx import network as networks
 from featx.datamodule import Batch, cores_per_process, usable_cores
 from featx.layers import Taps, resolve_layers
-from featx.messages import BadValueError, UserError, log
+from featx.messages import BadValueError, UserError, count, log
 from featx.network import SEED, Weights
 from featx.preprocess import Preprocessing
+from featx.trace import Pool
 
 # Images that one core computes at a time. On a CPU the last bits of a result depend on how many images and threads
 # compute it, so both are fixed: one thread a slice, and as many slices at once as there are cores. Of 8, 16 and 32,
 # 16 was the best or within 20 % of it for AlexNet, VGG16, ResNet-50 and ViT-B/16.
 SLICE = 16
+MANY_COLUMNS = 16384
+
+T = TypeVar("T")
 
 
 class FeatureExtractor(LightningModule):
@@ -33,10 +38,13 @@ class FeatureExtractor(LightningModule):
     and give its weights with ``--model.weights FILE``, or load them there.
 
     Args:
-        layer: fc6, fc7 or fc8 of AlexNet and networks built like it, before the ReLU, or the path of any module;
-            a list as [fc6,fc7] takes several in one pass.
+        layer: fc6, fc7 or fc8 of AlexNet and networks built like it, before the ReLU; penultimate, the input of any
+            network's last Linear; or the path of any module (featx layers lists them); a list as [fc6,fc7] takes
+            several in one pass.
         arch: Name of a torchvision classification network.
         weights: auto: torchvision's best for the arch; DEFAULT or a name such as IMAGENET1K_V1; a file; random.
+        pool: Of layers with more than one value a channel or token: none takes all, C,H,W row-major; avg or max one
+            a channel, over all places or tokens; cls the first token.
 
     Attributes:
         network: The network, from ``configure_model`` on.
@@ -54,11 +62,18 @@ class FeatureExtractor(LightningModule):
     layers: dict[str, str]
     weights_used: str
 
-    def __init__(self, layer: str | list[str] = "fc7", arch: str = "alexnet", weights: str = "auto") -> None:
+    def __init__(
+        self,
+        layer: str | list[str] = "fc7",
+        arch: str = "alexnet",
+        weights: str = "auto",
+        pool: Pool = "none",
+    ) -> None:
         super().__init__()
         self.layer = layer
         self.arch = arch
         self.weights = weights
+        self.pool: Pool = pool
         self._taps: Taps | None = None
         self._pool: ThreadPoolExecutor | None = None
         self._named_network_built = False
@@ -125,7 +140,7 @@ class FeatureExtractor(LightningModule):
         if weights.random:
             log.warning("RANDOM WEIGHTS (seed %d): these features say nothing about what is in the images", SEED)
         self.network = network.eval().requires_grad_(False)
-        self._taps = Taps(network, self.layers)
+        self._taps = Taps(network, self.layers, self.pool)
 
     def try_out(self, batch: Batch) -> dict[str, int]:
         """Run one small batch and return how many columns each layer has.
@@ -137,16 +152,25 @@ class FeatureExtractor(LightningModule):
         if self._pool is not None:
             self._pool.shutdown()  # the run's own number of cores may be another
             self._pool = None
+        self._warn_of_many(columns)
         return columns
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         """Return each layer's rows, ``(B, D) float32``, for images ``(B, 3, H, W) uint8`` of one shape."""
         assert self._taps is not None, "configure_model() comes first"
+        return self.run(images, self._taps)
+
+    def run(self, images: Tensor, network: Callable[[Tensor], T]) -> T:
+        """Normalise images ``(B, 3, H, W) uint8``, give them to the network, or what runs it, and return the result.
+
+        Raises:
+            UserError: The network does not take them.
+        """
         with torch.inference_mode(), self._precision():
             pixels = self.preprocessing.normalize(images).to(self._network_dtype())
             try:
-                return self._taps(pixels)
-            except torch.OutOfMemoryError:
+                return network(pixels)
+            except (torch.OutOfMemoryError, UserError):
                 raise
             except (RuntimeError, AssertionError, ValueError) as err:  # torchvision's networks raise all three
                 raise UserError(
@@ -178,6 +202,15 @@ class FeatureExtractor(LightningModule):
             found = torch.cat([part[layer] for part in parts])  # (B, D), as grouped
             features[layer] = torch.empty_like(found).index_copy_(0, order.to(found.device), found)
         return features
+
+    def _warn_of_many(self, columns: dict[str, int]) -> None:
+        assert self._taps is not None
+        many = [layer for layer, number in columns.items() if number > MANY_COLUMNS]
+        if many:
+            told = ", ".join(f"{layer} has {count(columns[layer], 'column')}" for layer in many)
+            pooled = self.pool == "none" and any(len(self._taps.shapes[layer]) > 1 for layer in many)
+            way_out = ": --model.pool avg takes one a channel instead" if pooled else ""
+            log.warning("%s%s", told, way_out)
 
     @property
     def _slice(self) -> int:

@@ -20,6 +20,7 @@ def describe_run(trainer: Any, model: FeatureExtractor, data: ImageFolderDataMod
         "weights": model.weights_used,
         "layer": layer,
         "module": model.layers[layer],
+        "pool": model.pool,
         "preprocessing": asdict(data.preprocessing(model.preprocessing)),
         "value_range": data.value_range,
         "batch_size": data.batch_size,

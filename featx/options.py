@@ -32,7 +32,7 @@ def configs_first(argv: list[str]) -> list[str]:
     Raises:
         BadValueError: An option without its value, which jsonargparse tells without the option's whole name.
     """
-    for word, behind in zip(argv, [*argv[1:], "--"], strict=True):
+    for word, behind in zip(argv, [*argv, "--"][1:], strict=True):
         if re.fullmatch(r"--\w+\.[\w.]+", word) and behind.startswith("--"):
             raise BadValueError(f"{word}: the value is missing behind it.\n{SEE}")
     moved: dict[str, list[str]] = {"--config": [], "--model": []}
@@ -58,12 +58,17 @@ class Parser(LightningArgumentParser):
             if isinstance(cause, UserError):
                 raise cause
             cause = cause.__cause__ or cause.__context__
+        if "--data.dir" not in self._own():  # the parser of a class's own options, which stand behind --model.
+            message = message.replace('Parser key "', 'Parser key "model.')
         raise BadValueError(explain(message, self._known())) from ex
 
-    def _known(self) -> list[str]:
+    def _own(self) -> list[str]:
         words = [word for action in self._actions for word in action.option_strings]
-        own = [word for word in words if word.startswith("--") and not word.endswith("+")]
-        if "--data.dir" not in own:  # the parser of a class's own options, which stand behind --model.
+        return [word for word in words if word.startswith("--") and not word.endswith("+")]
+
+    def _known(self) -> list[str]:
+        own = self._own()
+        if "--data.dir" not in own:
             return [word.replace("--", "--model.", 1) for word in own if word != "--help"]
         from featx.extractor import FeatureExtractor
 
@@ -143,23 +148,29 @@ def print_help(model: type, data: type, writer: type) -> None:
     """Print the options that prediction uses, in groups, with their defaults."""
     print("usage: featx predict --data.dir FOLDER [options]\n")
     for title, group, owner in (("images", "data", data), ("network", "model", model), ("output", "writer", writer)):
-        parser = ArgumentParser(default_env=False)
-        parser.add_class_arguments(owner, group)
-        print(f"{title}:")
-        for action in parser._actions:
-            if action.dest.startswith(f"{group}."):
-                _print_option(action.dest, action.default, str(action.help), required=action.dest == "data.dir")
+        print_group(title, group, owner)
     print("machine (Lightning's Trainer):")
     for name, text in TRAINER.items():
-        _print_option(f"trainer.{name}", {"num_nodes": 1, "precision": "32-true"}.get(name, "auto"), text)
+        print_option(f"trainer.{name}", {"num_nodes": 1, "precision": "32-true"}.get(name, "auto"), text)
     print("also:")
-    _print_option("config", None, "A YAML file of options; those on the command line win over it.")
-    _print_option("model CLASS", None, "A subclass of featx.FeatureExtractor, as my_module.MyExtractor.")
-    _print_option("print_config", None, "Print all options with their values, as a config.")
-    _print_option("help_all", None, "Show everything that Lightning and jsonargparse understand.")
+    print_option("config", None, "A YAML file of options; those on the command line win over it.")
+    print_option("model CLASS", None, "A subclass of featx.FeatureExtractor, as my_module.MyExtractor.")
+    print_option("print_config", None, "Print all options with their values, as a config.")
+    print_option("help_all", None, "Show everything that Lightning and jsonargparse understand.")
 
 
-def _print_option(name: str, default: Any, text: str, required: bool = False) -> None:
+def print_group(title: str, group: str, owner: type, skip: Iterable[str] = ()) -> None:
+    """Print the options of a class, but for some."""
+    parser = ArgumentParser(default_env=False)
+    parser.add_class_arguments(owner, group, skip=set(skip))
+    print(f"{title}:")
+    for action in parser._actions:
+        if action.dest.startswith(f"{group}."):
+            print_option(action.dest, action.default, str(action.help), required=action.dest == "data.dir")
+
+
+def print_option(name: str, default: Any, text: str, required: bool = False) -> None:
+    """Print an option with its default and its help, in 80 columns."""
     shown = {True: "true", False: "false"}.get(default, default) if isinstance(default, bool) else default
     tail = " (required)" if required else f" ({shown})" if shown is not None else ""
     left = f"  --{name}"
