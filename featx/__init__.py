@@ -3,12 +3,13 @@
 from typing import Any
 
 __version__ = "0.1.0"
-__all__ = ["FeatureExtractor", "FeatureWriter", "ImageFolderDataModule", "__version__"]
+__all__ = ["FeatureExtractor", "FeatureWriter", "ImageFolderDataModule", "Preprocessing", "__version__"]
 
 _HOME = {
     "FeatureExtractor": "featx.extractor",
     "FeatureWriter": "featx.writer",
     "ImageFolderDataModule": "featx.datamodule",
+    "Preprocessing": "featx.preprocess",
 }
 
 

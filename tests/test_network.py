@@ -1,97 +1,17 @@
-import gc
-import hashlib
-import http.server
-import os
-import socket
-import threading
-import warnings
-from functools import partial
+import sys
 
 import pytest
+import safetensors.torch
+import timm
 import torch
-from conftest import random_network
-from torch import nn
+from conftest import make_image
 from torchvision import models
 
-from featx import network
+from featx.checkpoint import digest, fit
 from featx.messages import BadValueError, MissingPathError, UserError
-from featx.network import build_empty, check_arch, choose_weights, fetch, load_strictly, preset_of, read_checkpoint
+from featx.network import Weights, build, build_empty, check_arch, choose_weights, preset_of
 
-
-def small(seed=0, outputs=2):
-    torch.manual_seed(seed)
-    return nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3), nn.Linear(3, outputs))
-
-
-@pytest.mark.parametrize("wrap", [lambda s: s, lambda s: {"state_dict": s, "epoch": 3}])
-@pytest.mark.parametrize("prefix", ["", "module."])
-def test_a_state_dict_is_read_bare_or_in_a_checkpoint(tmp_path, wrap, prefix):
-    state = {prefix + name: value for name, value in small().state_dict().items()}
-    torch.save(wrap(state), tmp_path / "weights.pth.tar")
-    found = read_checkpoint(str(tmp_path / "weights.pth.tar"))
-    load_strictly(target := small(1), found, "weights.pth.tar", "small")
-    assert all(torch.equal(a, b) for a, b in zip(target.state_dict().values(), state.values(), strict=True))
-
-
-def test_half_precision_goes_into_float32_and_old_files_lack_num_batches_tracked():
-    state = {k: v.half() if v.is_floating_point() else v for k, v in small().state_dict().items()}
-    del state["1.num_batches_tracked"]
-    load_strictly(target := small(1), state, "f", "small")
-    assert target[0].weight.dtype == torch.float32
-    assert torch.equal(target[0].weight, state["0.weight"].float())
-
-
-def test_what_does_not_fit_is_told_and_nothing_is_loaded():
-    state = small(outputs=5).state_dict() | {"extra": torch.zeros(1)}
-    del state["0.bias"]
-    target = small(1)
-    before = {name: value.clone() for name, value in target.state_dict().items()}
-    with pytest.raises(BadValueError) as caught:
-        load_strictly(target, state, "my.pth", "small")
-    text = str(caught.value)
-    assert text.startswith("--model.weights my.pth: does not fit small.")
-    assert "missing in the file: 0.bias" in text and "not in the network: extra" in text
-    assert "of another shape: 2.weight (5, 3), expected (2, 3); 2.bias (5,), expected (2,)" in text
-    assert all(torch.equal(before[name], value) for name, value in target.state_dict().items())
-
-
-class Hostile:
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return os.mkdir, (self.path,)
-
-
-def test_a_hostile_pickle_runs_nothing(tmp_path):
-    torch.save({"state_dict": Hostile(str(tmp_path / "ran"))}, tmp_path / "evil.pth")
-    with pytest.raises(BadValueError, match=r"evil.pth: the file holds objects that could run code.*mkdir"):
-        read_checkpoint(str(tmp_path / "evil.pth"))
-    assert not (tmp_path / "ran").exists()
-
-
-@pytest.mark.parametrize(
-    ("content", "words"),
-    [
-        (b"not a checkpoint", "is no PyTorch checkpoint"),
-        (b"", "is no PyTorch checkpoint"),
-        ([1, 2], "no state dict in it, it holds list"),
-        ({"epoch": 3}, "no state dict in it, it holds epoch"),
-        ({}, "no state dict in it"),
-    ],
-)
-def test_a_file_without_a_state_dict_is_refused(tmp_path, content, words):
-    path = tmp_path / "x.pth"
-    path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
-    with pytest.raises(BadValueError, match=rf"--model.weights .*x.pth: .*{words}"):
-        read_checkpoint(str(path))
-
-
-def test_a_truncated_checkpoint_is_refused(tmp_path):
-    torch.save(small().state_dict(), tmp_path / "whole.pth")
-    (tmp_path / "x.pth").write_bytes((tmp_path / "whole.pth").read_bytes()[:900])
-    with pytest.raises(BadValueError, match="is no PyTorch checkpoint"):
-        read_checkpoint(str(tmp_path / "x.pth"))
+RANDOM = Weights("random", random=True)
 
 
 def test_weights_are_an_entry_a_file_or_random(tmp_path):
@@ -120,81 +40,120 @@ def test_an_unknown_arch_is_told_with_the_nearest():
         check_arch("fasterrcnn_resnet50_fpn")
 
 
-@pytest.mark.parametrize("arch", ["alexnet", "googlenet", "regnet_y_400mf", "vit_b_16"])
-def test_the_empty_network_has_the_modules_of_the_real_one(arch):
-    empty = [name for name, _ in build_empty(arch).named_modules()]
-    if arch == "alexnet":
-        assert empty == [name for name, _ in random_network(arch).named_modules()]
-    assert len(empty) > 10
+@pytest.mark.parametrize("arch", ["squeezenet1_1", "regnet_y_400mf", "timm/davit_tiny", "timm/levit_128s"])
+def test_the_empty_network_has_the_tensors_of_the_real_one_and_no_values(arch):
+    empty, real = build_empty(arch), build(arch, RANDOM)
+    assert all(parameter.is_meta for parameter in empty.parameters())
+    shapes = [{name: value.shape for name, value in n.state_dict().items()} for n in (empty, real)]
+    assert shapes[0] == shapes[1] and not any(parameter.is_meta for parameter in real.parameters())
 
 
-@pytest.fixture
-def server(tmp_path, monkeypatch):
-    """A web server on loopback with one weights file, whose name holds its digest, and an empty cache."""
-    content = b"weights" * 1000
-    folder = tmp_path / "www"
-    folder.mkdir()
-    name = f"net-{hashlib.sha256(content).hexdigest()[:8]}.pth"
-    (folder / name).write_bytes(content)
-    (folder / "net-00000000.pth").write_bytes(content)
-    requests = []
-
-    class Handler(http.server.SimpleHTTPRequestHandler):
-        def log_message(self, format, *args):
-            requests.append(self.command)
-
-    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, directory=folder)) as httpd:
-        thread = threading.Thread(target=httpd.serve_forever)
-        thread.start()
-        yield f"http://127.0.0.1:{httpd.server_port}", name, requests
-        httpd.shutdown()
-        thread.join()
+def test_a_network_is_built_as_the_builder_of_its_weights_builds_it():
+    assert build("inception_v3", RANDOM).transform_input and preset_of("inception_v3", RANDOM).crop == 299
+    assert build("googlenet", RANDOM).transform_input and build("googlenet", RANDOM).aux1 is None
+    assert build_empty("vit_h_14").image_size == preset_of("vit_h_14", RANDOM).crop == 518
 
 
-def test_a_download_lands_in_torchs_cache_once(server, tmp_path):
-    url, name, requests = server
-    threads = [threading.Thread(target=fetch, args=(f"{url}/{name}",)) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    folder = tmp_path / "hub" / "checkpoints"
-    assert [path.name for path in folder.iterdir()] == [name]
-    assert requests.count("GET") == 1
-    assert fetch(f"{url}/{name}") == folder / name and requests.count("GET") == 1
+@pytest.mark.parametrize("aux", [True, False])
+def test_a_file_says_whether_inception_has_its_auxiliary_head(aux):
+    state = models.inception_v3(aux_logits=aux, init_weights=False).state_dict()
+    network = build("inception_v3", Weights("f", file="f"), state)
+    assert (network.AuxLogits is not None) == aux and network.transform_input
+    assert fit(network, state, "f", "inception_v3") == []
 
 
-def test_a_download_with_another_digest_is_refused_and_not_kept(server, tmp_path):
-    url, _, _ = server
-    with pytest.raises(UserError, match=r"(?s)cannot be downloaded from .*net-00000000.pth.*invalid hash"):
-        fetch(f"{url}/net-00000000.pth")
-    assert list((tmp_path / "hub" / "checkpoints").iterdir()) == []
+@pytest.mark.parametrize(
+    ("size", "source"), [(224, "SWAG_LINEAR_V1"), (518, "SWAG_E2E_V1"), (448, "at the 448 pixels")]
+)
+def test_a_file_says_for_which_image_size_a_vit_is(size, source):
+    with torch.device("meta"):
+        state = models.vit_h_14(image_size=size).state_dict()
+        network = build("vit_h_14", Weights("f", file="f"), {"module." + name: value for name, value in state.items()})
+    assert network.image_size == size and network.encoder.pos_embedding.shape == state["encoder.pos_embedding"].shape
+    preset = preset_of("vit_h_14", Weights("f", file="f"), state)
+    assert preset.crop == size and source in preset.source
 
 
-def test_a_damaged_file_in_the_cache_is_refused(server, tmp_path):
-    url, name, _ = server
-    (tmp_path / "hub" / "checkpoints").mkdir(parents=True)
-    (tmp_path / "hub" / "checkpoints" / name).write_bytes(b"half")
-    with pytest.raises(UserError, match="is damaged: its SHA-256 begins with"):
-        fetch(f"{url}/{name}")
+def test_timms_data_config_is_followed_to_the_bit():
+    for name, resize in (
+        ("timm/resnet18.tv_in1k", 256),
+        ("timm/resnet18", 235),
+        ("timm/dm_nfnet_f1.dm_in1k", 246),
+    ):
+        check_arch(name)
+        preset = preset_of(name, RANDOM)
+        cfg = timm.get_pretrained_cfg(name.removeprefix("timm/"))
+        theirs = timm.data.create_transform(**timm.data.resolve_data_config(pretrained_cfg=cfg.to_dict()))
+        image = make_image(3, (320, 241))
+        assert torch.equal(preset.normalize(preset.to_tensor(image)[None])[0], theirs(image))
+        assert preset.resize == resize
+    assert "squash to 246 bicubic, crop 224" in str(preset)
 
 
-def test_no_network_names_the_url_the_cache_and_the_way_out(server, tmp_path):
-    url, _, _ = server
-    with pytest.raises(UserError) as caught:
-        fetch(f"{url}/missing-12345678.pth")
-    for words in (f"{url}/missing-12345678.pth", str(tmp_path / "hub" / "checkpoints"), "--model.weights FILE", "404"):
-        assert words in str(caught.value)
+def test_timms_published_weights_come_from_its_cache(tmp_path, monkeypatch):
+    network = timm.create_model("resnet10t")
+    torch.nn.init.ones_(network.fc.bias)
+    safetensors.torch.save_file(network.state_dict(), tmp_path / "model.safetensors")
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda repo, name: str(tmp_path / name))
+    weights = choose_weights("timm/resnet10t", "auto")
+    assert weights.name == "timm/resnet10t.c3_in1k"
+    assert digest(build("timm/resnet10t", weights)) == digest(network)
 
 
-def test_a_server_that_never_answers_is_given_up(monkeypatch, tmp_path):
-    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
-    monkeypatch.setattr(network, "TIMEOUT", 0.3)
-    with socket.create_server(("127.0.0.1", 0)) as silent:
-        port = silent.getsockname()[1]
-        with pytest.raises(UserError, match=r"no answer within|timed out"):
-            fetch(f"http://127.0.0.1:{port}/net-12345678.pth")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # http.client leaves the socket to the collector
-        gc.collect()
+def test_timms_weights_that_cannot_be_had_are_told(monkeypatch):
+    def no_way_out(url):
+        raise OSError(f"no way to {url}")
+
+    monkeypatch.setattr("featx.network.knock", no_way_out)
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda repo, name: None)
+    with pytest.raises(UserError, match=r"weights of timm/resnet10t.c3_in1k cannot be downloaded by timm\n.*no way to"):
+        build("timm/resnet10t", choose_weights("timm/resnet10t", "auto"))
+    with pytest.raises(BadValueError, match=r"auto: nobody publishes weights of timm/botnet50ts_256"):
+        choose_weights("timm/botnet50ts_256", "auto")
+
+
+def test_without_timm_it_is_told_how_to_install_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "timm", None)
+    with pytest.raises(UserError, match=r"(?s)timm cannot be imported .*pip install 'featx\[timm\]'"):
+        check_arch("timm/resnet18")
+
+
+@pytest.mark.parametrize(
+    ("arch", "words"),
+    [
+        ("timm/resnt18", r"timm has no network of this name. Did you mean timm/resne?t?\d+"),
+        ("timm/vit_base_patch16_sapiens2.fb", "takes images of 768 x 1024 pixels, crop mode"),
+        ("antialiased_cnns.alexnt", "there is no antialiased_cnns.alexnt, .* Did you mean alexnet"),
+        ("antialiased_cnn.alexnet", "there is no antialiased_cnn, neither in this folder nor installed"),
+        ("nets.wrong", "calling nets.wrong.. failed: ZeroDivisionError: division by zero"),
+        ("nets.needs", r"needs.. failed: TypeError: .*'width'\n.*called in build_network"),
+        ("nets.nothing", "nets.nothing.. returned a NoneType. Expected an nn.Module"),
+        ("nets.number", "this is a int. Expected a function"),
+        ("broken.net", "importing broken failed: ZeroDivisionError: division by zero"),
+        ("lacking.net", "importing lacking failed: ModuleNotFoundError: No module named 'not_here'"),
+        ("quits.net", "importing quits failed: SystemExit: 3"),
+        (".net", "importing  failed: ValueError: Empty module name"),
+    ],
+)
+def test_an_arch_that_cannot_be_had_is_told(tmp_path, monkeypatch, arch, words):
+    files = {
+        "nets": "def wrong(): 1 / 0\ndef needs(width): pass\ndef nothing(): pass\nnumber = 3",
+        "broken": "1 / 0",
+        "lacking": "import not_here",
+        "quits": "raise SystemExit(3)",
+    }
+    for name, text in files.items():
+        (tmp_path / f"{name}.py").write_text(text)
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(BadValueError, match=rf"--model.arch {arch}: .*{words}"):
+        check_arch(arch)
+        preset_of(arch, RANDOM)
+        build(arch, RANDOM)
+
+
+def test_a_function_that_is_also_a_module_is_the_function():
+    check_arch("antialiased_cnns.alexnet")
+    network = build("antialiased_cnns.alexnet", choose_weights("antialiased_cnns.alexnet", "auto"))
+    assert type(network).__name__ == "AlexNet" and "blurpool" in type(network.features[2]).__module__
+    check_arch("torchvision.models.resnet.resnet18")
