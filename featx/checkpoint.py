@@ -183,9 +183,10 @@ def fit(network: nn.Module, state: State, file: str, title: str, strict: bool = 
     state, left = _named_like(network.state_dict(), state, file)
     told = _fit_classes(network, state, title)
     own = network.state_dict()
-    indices = {name for name, buffer in network.named_buffers() if not buffer.is_floating_point()}
+    computed = {name for name, buffer in network.named_buffers() if not buffer.is_floating_point()}  # index tables
+    needed = [name for name in own if name not in computed and not name.endswith(COUNTERS)]
     kinds = {
-        "missing in the file": [n for n in own if n not in state and not n.endswith(COUNTERS) and n not in indices],
+        "missing in the file": [name for name in needed if name not in state],
         "not in the network": [n for n in state if n not in own and _is_inside(n, own) and not n.endswith(COUNTERS)],
         "of another shape or kind": [
             f"{n} {_kind(state[n])}, expected {_kind(own[n])}"
@@ -194,12 +195,12 @@ def fit(network: nn.Module, state: State, file: str, title: str, strict: bool = 
         ],
     }
     loaded = {name: state[name] for name in own if name in state and _fits(state[name], own[name])}
-    if (strict and any(kinds.values())) or not loaded:
+    if (strict and any(kinds.values())) or not any(name in loaded for name in needed):
         raise _misfit(file, title, state, kinds, strict)
     if left := left + [name for name in state if name not in own and not name.endswith(COUNTERS)]:
         log.info("weights: left in %s, not of the network: %s", file, _few(left))
-    if kept := [name for name in own if name not in loaded and not name.endswith(COUNTERS) and name not in indices]:
-        told.append(f"not strict: {len(kept)} of {count(len(own), 'tensor')} stay as built, random: {_few(kept)}")
+    if kept := [name for name in needed if name not in loaded]:
+        told.append(f"not strict: {len(kept)} of {count(len(needed), 'tensor')} stay as built, random: {_few(kept)}")
         log.warning("weights: %s", told[-1])
     if bad := [name for name, value in loaded.items() if value.is_floating_point() and not value.isfinite().all()]:
         log.warning("weights: %s holds values that are not finite: %s", file, _few(bad))
