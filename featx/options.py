@@ -58,19 +58,12 @@ class Parser(LightningArgumentParser):
             if isinstance(cause, UserError):
                 raise cause
             cause = cause.__cause__ or cause.__context__
-        if not self._is_whole:
-            message = re.sub(r'([Pp]arser key ")', r"\1model.", message)
         raise BadValueError(explain(message, self._known())) from ex
-
-    @property
-    def _is_whole(self) -> bool:
-        """Whether this is the parser of the command line, not that of a class's own options behind --model."""
-        return any("--data.dir" in action.option_strings for action in self._actions)
 
     def _known(self) -> list[str]:
         words = [word for action in self._actions for word in action.option_strings]
         own = [word for word in words if word.startswith("--") and not word.endswith("+")]
-        if not self._is_whole:
+        if "--data.dir" not in own:  # the parser of a class's own options, which stand behind --model.
             return [word.replace("--", "--model.", 1) for word in own if word != "--help"]
         from featx.extractor import FeatureExtractor
 
