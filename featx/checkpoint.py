@@ -149,10 +149,11 @@ def _below(found: dict[str, State], key: str, file: str) -> State:
     if below:
         return found[min(below, key=len)]
     for path, state in found.items():
-        prefix = key.removeprefix(f"{path}.") if path else key
-        if names := [name for name in state if name.startswith(prefix + ".")]:
-            return {name[len(prefix) + 1 :]: state[name] for name in names}
-    first = {name.split(".")[0] for state in found.values() for name in state if "." in name}
+        prefix = (key.removeprefix(f"{path}.") if path else key) + "."
+        short = {_unwrap(name, WRAPPERS): value for name, value in state.items()}
+        if names := [name for name in short if name.startswith(prefix)]:
+            return {name.removeprefix(prefix): short[name] for name in names}
+    first = {_unwrap(name, WRAPPERS).split(".")[0] for state in found.values() for name in state if "." in name}
     raise BadValueError(
         f"--model.checkpoint_key {key}: {file} has no state dict there.{did_you_mean(key, [*found, *first])}\n"
         f"Expected one of {_few([path for path in found if path], 8) or 'none'}, or the first words of names in one: "
@@ -182,9 +183,10 @@ def fit(network: nn.Module, state: State, file: str, title: str, strict: bool = 
     state, left = _named_like(network.state_dict(), state, file)
     told = _fit_classes(network, state, title)
     own = network.state_dict()
-    indices = {name for name, buffer in network.named_buffers() if not buffer.is_floating_point()}
+    computed = {name for name, buffer in network.named_buffers() if not buffer.is_floating_point()}  # index tables
+    needed = [name for name in own if name not in computed and not name.endswith(COUNTERS)]
     kinds = {
-        "missing in the file": [n for n in own if n not in state and not n.endswith(COUNTERS) and n not in indices],
+        "missing in the file": [name for name in needed if name not in state],
         "not in the network": [n for n in state if n not in own and _is_inside(n, own) and not n.endswith(COUNTERS)],
         "of another shape or kind": [
             f"{n} {_kind(state[n])}, expected {_kind(own[n])}"
@@ -193,12 +195,12 @@ def fit(network: nn.Module, state: State, file: str, title: str, strict: bool = 
         ],
     }
     loaded = {name: state[name] for name in own if name in state and _fits(state[name], own[name])}
-    if (strict and any(kinds.values())) or not loaded:
-        raise _misfit(file, title, state, kinds)
+    if (strict and any(kinds.values())) or not any(name in loaded for name in needed):
+        raise _misfit(file, title, state, kinds, strict)
     if left := left + [name for name in state if name not in own and not name.endswith(COUNTERS)]:
-        log.info("weights: left in %s, beside the network: %s", file, _few(left))
-    if kept := [name for name in own if name not in loaded and not name.endswith(COUNTERS) and name not in indices]:
-        told.append(f"not strict: {len(kept)} of {count(len(own), 'tensor')} stay as built, random: {_few(kept)}")
+        log.info("weights: left in %s, not of the network: %s", file, _few(left))
+    if kept := [name for name in needed if name not in loaded]:
+        told.append(f"not strict: {len(kept)} of {count(len(needed), 'tensor')} stay as built, random: {_few(kept)}")
         log.warning("weights: %s", told[-1])
     if bad := [name for name, value in loaded.items() if value.is_floating_point() and not value.isfinite().all()]:
         log.warning("weights: %s holds values that are not finite: %s", file, _few(bad))
@@ -214,7 +216,7 @@ def _named_like(own: Mapping[str, Tensor], state: State, file: str) -> tuple[Sta
         The tensors under the prefix, and the names that are not.
     """
     wrappers = WRAPPERS - {word for name in own for word in name.split(".")}
-    names = {name: ".".join(word for word in name.split(".") if word not in wrappers) for name in state}
+    names = {name: _unwrap(name, wrappers) for name in state}
     for pattern, new in RENAMED:
         names = {name: pattern.sub(new, short) for name, short in names.items()}
     if len(set(names.values())) == len(names):
@@ -243,6 +245,10 @@ def _named_like(own: Mapping[str, Tensor], state: State, file: str) -> tuple[Sta
         {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)},
         [name for name in state if not name.startswith(prefix)],
     )
+
+
+def _unwrap(name: str, wrappers: set[str]) -> str:
+    return ".".join(word for word in name.split(".") if word not in wrappers)
 
 
 def _fit_classes(network: nn.Module, state: State, title: str) -> list[str]:
@@ -285,7 +291,7 @@ def _fits(value: Tensor, own: Tensor) -> bool:
     return value.shape == own.shape and value.is_floating_point() == own.is_floating_point()
 
 
-def _misfit(file: str, title: str, state: State, kinds: dict[str, list[str]]) -> BadValueError:
+def _misfit(file: str, title: str, state: State, kinds: dict[str, list[str]], strict: bool) -> BadValueError:
     lines = [f"--model.weights {file}: does not fit {title}."]
     lines += [f"  {kind}: {_few(names)}" for kind, names in kinds.items() if names]
     if arch := _better_arch(state, title):
@@ -294,7 +300,8 @@ def _misfit(file: str, title: str, state: State, kinds: dict[str, list[str]]) ->
         lines.append(
             "Expected the weights of this network. One that was changed is built by a subclass, which --model names."
         )
-    lines.append("Nothing was loaded. --model.strict false loads what fits and leaves the rest random.")
+    way_out = " --model.strict false loads what fits and leaves the rest random." if strict else ""
+    lines.append(f"Nothing was loaded.{way_out}")
     return BadValueError("\n".join(lines))
 
 

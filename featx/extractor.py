@@ -89,8 +89,8 @@ class FeatureExtractor(LightningModule):
         checkpoint_key: str | None = None,
         strict: bool = True,
         unsafe_pickle: bool = False,
-        mean: Literal["auto"] | tuple[float, float, float] = "auto",
-        std: Literal["auto"] | tuple[float, float, float] = "auto",
+        mean: Literal["auto"] | list[float] = "auto",
+        std: Literal["auto"] | list[float] = "auto",
     ) -> None:
         super().__init__()
         self.layer = layer
@@ -135,8 +135,9 @@ class FeatureExtractor(LightningModule):
         if not self.layer_list:
             raise BadValueError("--model.layer []: expected at least one layer, such as fc7.")
         for name, values in (("mean", self.mean), ("std", self.std)):
-            if values != "auto" and not all(math.isfinite(value) and (name == "mean" or value > 0) for value in values):
-                raise BadValueError(f"--model.{name} {list(values)}: expected three numbers, those of std above 0.")
+            good = values == "auto" or (len(values) == 3 and all(map(math.isfinite, values)))
+            if not good or (name == "std" and values != "auto" and min(values) <= 0):
+                raise BadValueError(f"--model.{name} {values}: expected three numbers, as [0.5,0.5,0.5], std above 0.")
         if not self.own_network:
             networks.check_arch(self.arch)
             if not networks.is_function(self.arch):  # that one is called once, by configure_model
@@ -198,9 +199,8 @@ class FeatureExtractor(LightningModule):
         preset = self.preset or (
             networks.preset_of(self.arch, weights, self._state) if built else Preprocessing.usual()
         )
-        given: dict[str, Any] = {
-            name: value for name, value in (("mean", self.mean), ("std", self.std)) if value != "auto"
-        }
+        options = {"mean": self.mean, "std": self.std}
+        given: dict[str, Any] = {name: tuple(value) for name, value in options.items() if value != "auto"}
         return replace(preset, **given, source=f"{preset.source}, with your {' and '.join(given)}") if given else preset
 
     def _random_tensors(self, network: nn.Module) -> list[str]:

@@ -18,6 +18,8 @@ def describe_run(trainer: Any, model: FeatureExtractor, data: ImageFolderDataMod
     return {
         "network": model.title,
         "weights": model.weights_used,
+        "weights_digest": model.weights_digest,
+        "weights_told": model.weights_told,
         "layer": layer,
         "module": model.layers[layer],
         "pool": model.pool,

@@ -18,6 +18,7 @@ from featx.preprocess import Preprocessing
 
 SEED = 0
 TIMM = "timm/"
+TRANSFORM_INPUT = ("googlenet", "inception_v3")  # their weights want images of another mean, which they make themselves
 
 
 @dataclass(frozen=True)
@@ -112,6 +113,8 @@ def preset_of(arch: str, weights: Weights, state: dict[str, Tensor] | None = Non
     size = _image_size(state)
     recipe = _recipe(arch, weights, size)
     preset = Preprocessing.of_weights(recipe)
+    if arch in TRANSFORM_INPUT:
+        preset = replace(preset, source=f"{recipe}; behind it the network's own transform_input")
     if size in (None, preset.crop):
         return preset
     return replace(preset, resize=size, crop=size, source=f"{recipe}, at the {size} pixels of the weights")
@@ -163,11 +166,10 @@ def _options(arch: str, weights: Weights, state: dict[str, Tensor] | None) -> di
     size = _image_size(state)
     if arch.startswith("vit_"):
         return {"image_size": size or _recipe(arch, weights, None).meta["min_size"][0]}
-    if arch == "inception_v3":
-        with_aux = state is None or any("AuxLogits." in name for name in state)
-        return {"transform_input": True, "init_weights": False, "aux_logits": with_aux}
-    if arch == "googlenet":  # its builder drops the auxiliary heads behind loading
-        return {"transform_input": True, "init_weights": False, "aux_logits": False}
+    if arch in TRANSFORM_INPUT:
+        # GoogLeNet's builder drops its auxiliary heads behind loading, Inception's keeps its own.
+        aux = arch == "inception_v3" and (state is None or any("AuxLogits." in name for name in state))
+        return {"transform_input": True, "init_weights": False, "aux_logits": aux}
     return {}
 
 

@@ -5,6 +5,7 @@ import os
 import sys
 import textwrap
 import warnings
+from contextlib import suppress
 from typing import Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -31,6 +32,11 @@ class FeatxCLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Parse the command line, the configs first wherever they stand on it."""
         assert isinstance(args, list)
+        for word, behind in zip(args, [*args[1:], ""], strict=True):
+            if word == "--model" or word.startswith("--model="):
+                with suppress(Exception):  # what is wrong with the class, parsing tells
+                    # Else the defaults of FeatureExtractor would stand where the class has its own.
+                    parser.set_defaults({"model": {"class_path": word.partition("=")[2] or behind}})
         self.config = parser.parse_args(args)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:

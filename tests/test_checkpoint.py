@@ -273,13 +273,21 @@ def test_the_choice_among_several_is_printed_and_the_key_decides(tmp_path, resne
         load(tmp_path / "w.pth", checkpoint_key="model.emma")
 
 
+def test_the_key_decides_between_two_encoders(tmp_path, resnet):
+    state = resnet.state_dict()
+    content = {"state_dict": {**under("module.encoder_q.", state), **under("module.encoder_k.", other(state))}}
+    torch.save(content, tmp_path / "w.pth")
+    for key in ("encoder_q", "state_dict.encoder_q"):
+        assert_same(load(tmp_path / "w.pth", checkpoint_key=key).network, state)
+
+
 def test_names_that_begin_otherwise_are_told(tmp_path, resnet, caplog):
     caplog.set_level("INFO", "featx")
     state = resnet.state_dict()
     torch.save({**under("student.", state), "loss.center": torch.ones(3)}, tmp_path / "w.pth")
     assert_same(load(tmp_path / "w.pth").network, state)
     assert (
-        "names that begin with student. are taken" in caplog.text and "beside the network: loss.center" in caplog.text
+        "names that begin with student. are taken" in caplog.text and "not of the network: loss.center" in caplog.text
     )
 
 
@@ -330,7 +338,7 @@ def test_not_strict_loads_what_fits_and_says_what_stays_random(tmp_path, resnet,
     assert_same(
         model.network, {name: state[name] for name in state if "layer4.9" not in name and name != "conv1.weight"}
     )
-    told = "not strict: 3 of 122 tensors stay as built, random: conv1.weight; fc.weight; fc.bias"
+    told = "not strict: 3 of 102 tensors stay as built, random: conv1.weight; fc.weight; fc.bias"
     assert model.weights_told == [told] and told in caplog.text
     assert torch.equal(model.network.fc.weight, load(tmp_path / "w.pth", strict=False).network.fc.weight)
     torch.save({"a.weight": torch.ones(3)}, tmp_path / "w.pth")

@@ -12,9 +12,10 @@ from PIL import Image
 from torch import nn
 from torchvision import models
 
-from featx import FeatureExtractor, Preprocessing
+from featx import FeatureExtractor, ImageFolderDataModule, Preprocessing
 from featx.messages import BadValueError, UserError
 from featx.options import Parser
+from featx.predict import FeatxCLI
 
 
 def extract(photos, model, batch_size=16, **options):
@@ -117,8 +118,8 @@ class Described(FeatureExtractor):
     layer_aliases: ClassVar = {"embedding": "avgpool", "scores": "fc"}
     preset = Preprocessing.of_weights(models.ResNet50_Weights.IMAGENET1K_V2)
 
-    def __init__(self, classes: int = 3, **options):
-        super().__init__(**options)
+    def __init__(self, classes: int = 3, layer: str | list[str] = "embedding", **options):
+        super().__init__(layer, **options)
         self.classes = classes
 
     def build_network(self) -> nn.Module:
@@ -142,12 +143,28 @@ def test_options_of_a_subclass_work_on_the_command_line():
     assert model.strict is False and tuple(model.mean) == (0.5, 0.5, 0.5)
 
 
+@pytest.mark.parametrize("words", [["--model", "test_extractor.Described"], ["--model=test_extractor.Described"]])
+def test_a_subclass_keeps_its_own_defaults_on_the_command_line(words):
+    cli = FeatxCLI(
+        FeatureExtractor,
+        ImageFolderDataModule,
+        subclass_mode_model=True,
+        run=False,
+        args=[*words, "--model.classes", "5", "--data.dir", "photos"],
+        parser_class=Parser,
+        save_config_callback=None,
+        seed_everything_default=False,
+        trainer_defaults={"logger": False},
+    )
+    assert (cli.model.layer, cli.model.classes, cli.model.weights) == ("embedding", 5, "auto")
+
+
 def test_mean_and_std_override_those_of_the_weights():
-    model = FeatureExtractor("fc", arch="resnet18", weights="random", mean=(0.5, 0.5, 0.5))
+    model = FeatureExtractor("fc", arch="resnet18", weights="random", mean=[0.5, 0.5, 0.5])
     model.configure_model()
     assert model.preprocessing.mean == (0.5, 0.5, 0.5) and model.preprocessing.std == (0.229, 0.224, 0.225)
     assert str(model.preprocessing).endswith("(ResNet18_Weights.IMAGENET1K_V1, with your mean)")
-    for option in ({"std": (0.5, 0.0, 0.5)}, {"mean": (0.5, float("nan"), 0.5)}):
+    for option in ({"std": [0.5, 0.0, 0.5]}, {"mean": [0.5, float("nan"), 0.5]}, {"mean": [0.5, 0.5]}):
         with pytest.raises(BadValueError, match=rf"--model.{next(iter(option))} \[0.5, .*expected three numbers"):
             FeatureExtractor(weights="random", **option).check()
 

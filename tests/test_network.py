@@ -50,6 +50,7 @@ def test_the_empty_network_has_the_tensors_of_the_real_one_and_no_values(arch):
 
 def test_a_network_is_built_as_the_builder_of_its_weights_builds_it():
     assert build("inception_v3", RANDOM).transform_input and preset_of("inception_v3", RANDOM).crop == 299
+    assert "the network's own transform_input" in preset_of("inception_v3", RANDOM).source
     assert build("googlenet", RANDOM).transform_input and build("googlenet", RANDOM).aux1 is None
     assert build_empty("vit_h_14").image_size == preset_of("vit_h_14", RANDOM).crop == 518
 
