@@ -143,14 +143,15 @@ class Taps:
     def _hook(self, image: Tensor) -> dict[str, Shape]:
         trace = Trace(self.network, torch.cat([image, image]))
         shapes: dict[str, Shape] = {}
+        found: dict[str, str] = {}
         hooks: list[Callable[[], Any]] = []
-        for layer, path in list(self.layers.items()):
+        for layer, path in self.layers.items():
             try:
                 if path == PENULTIMATE:
                     path = trace.penultimate()
                     module, shape = trace.calls[path].module, trace.calls[path].received or ()
                     check_pool(layer, shape, None, self.pool)
-                    self.layers[layer] = f"input of {path}"
+                    found[layer] = f"input of {path}"
                     hooks.append(partial(module.register_forward_pre_hook, self._input_taker(layer), with_kwargs=True))
                 else:
                     module = self.network.get_submodule(path)
@@ -161,6 +162,7 @@ class Taps:
             except BadValueError as err:
                 raise BadValueError(f"--model.layer {layer}: {err}\n{SEE_LAYERS}") from err
             shapes[layer] = shape[1:]
+        self.layers.update(found)
         for hook in hooks:
             hook()
         return shapes

@@ -3,7 +3,7 @@
 import inspect
 import re
 import textwrap
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, NoReturn
 
 from jsonargparse import ArgumentParser
@@ -159,13 +159,13 @@ def print_help(model: type, data: type, writer: type) -> None:
     print_option("help_all", None, "Show everything that Lightning and jsonargparse understand.")
 
 
-def print_group(title: str, group: str, owner: type, skip: Iterable[str] = ()) -> None:
-    """Print the options of a class, but for some."""
+def print_group(title: str, group: str, owner: type, shown: Callable[[str], bool] = bool) -> None:
+    """Print the options of a class, those whose name is to be shown."""
     parser = ArgumentParser(default_env=False)
-    parser.add_class_arguments(owner, group, skip=set(skip))
+    parser.add_class_arguments(owner, group)
     print(f"{title}:")
     for action in parser._actions:
-        if action.dest.startswith(f"{group}."):
+        if action.dest.startswith(f"{group}.") and shown(action.dest.removeprefix(f"{group}.")):
             print_option(action.dest, action.default, str(action.help), required=action.dest == "data.dir")
 
 

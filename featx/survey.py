@@ -29,8 +29,6 @@ from featx.writer import FeatureWriter
 PASSES = 3
 SECONDS_A_PASS = 2.0
 
-_NO_SIZE = ["dir", "batch_size", "num_workers", "interpolation", "value_range"]
-
 
 @dataclass(frozen=True)
 class Row:
@@ -79,16 +77,16 @@ def survey(argv: list[str]) -> None:
 
 def _print_help() -> None:
     print("usage: featx layers [--model.arch NAME] [options]\n")
-    options.print_group("network", "model", FeatureExtractor, skip=["layer"])
-    options.print_group("size of the images", "data", ImageFolderDataModule, skip=_NO_SIZE)
+    options.print_group("network", "model", FeatureExtractor, lambda name: name != "layer")
+    options.print_group("size of the images", "data", ImageFolderDataModule, ("resize", "crop").__contains__)
     print("also:")
     options.print_option("json", None, "Print a JSON list of objects, of the same fields, in place of the table.")
     options.print_option("config", None, "A YAML file of options; those on the command line win over it.")
     options.print_option("model CLASS", None, "A subclass of featx.FeatureExtractor, as my_module.MyExtractor.")
     print("""
-The images are random, the weights too unless --model.weights says otherwise than
-auto. All other options of featx predict are taken and change nothing, so that a
-line or a config of it can be used as it is.""")
+The images are random, and where --model.weights is auto, the weights too. All
+other options of featx predict are taken and change nothing, so that a line or a
+config of it can be used as it is.""")
 
 
 def _parser() -> options.Parser:
@@ -117,6 +115,8 @@ def _prepare(model: FeatureExtractor, data: ImageFolderDataModule) -> int:
         model.configure_model()
     finally:
         log.setLevel(level)
+    if model.weights == "random":
+        log.info("network: %s, weights: %s", model.title, model.weights_used)
     preset = data.preprocessing(model.preprocessing)
     size = preset.crop or preset.resize or Preprocessing.usual().crop
     assert size is not None
@@ -130,15 +130,13 @@ def measure(model: FeatureExtractor, size: int) -> list[Row]:
         model: With its network.
         size: Side of the images, in pixels.
     """
-    images = torch.randint(
-        256, (SLICE, 3, size, size), dtype=torch.uint8, generator=torch.Generator().manual_seed(SEED)
-    )
+    seeded = torch.Generator().manual_seed(SEED)
+    images = torch.randint(256, (SLICE, 3, size, size), dtype=torch.uint8, generator=seeded)
     start = time.perf_counter()
     trace = model.run(images[:2], lambda pixels: Trace(model.network, pixels))
     batch = max(1, min(SLICE, int(2 * SECONDS_A_PASS / (time.perf_counter() - start))))
-    log.info("network: %s, weights: %s", model.title, model.weights_used)
-    log.info("images: %s, 3x%dx%d; time: median of %d passes of %s on one core",
-             "random", size, size, PASSES, count(batch, "image"))  # fmt: skip
+    passes = f"median of {PASSES} passes of {count(batch, 'image')} on one core"
+    log.info("images: random, 3x%dx%d; time: %s", size, size, passes)
     last = _tell_left_out(model, trace)
     axes = {path: trace.channel_axis(path) for path in trace.calls if trace.gives_rows(path, model.pool)}
     if last and model.pool != "cls":
@@ -179,7 +177,6 @@ def _costs(
 def _times(network: nn.Module, last: str | None, pixels: Tensor) -> dict[str, float]:
     """Return at which share of a pass, 0..1, each layer is there."""
     ends: dict[str, float] = {}
-    start = time.perf_counter()
     with _seen(network, last, lambda name, value: ends.update({name: time.perf_counter()})):
         start = time.perf_counter()
         network(pixels)
@@ -193,8 +190,10 @@ def _seen(network: nn.Module, last: str | None, see: Callable[[str, Any], Any]) 
     with ExitStack() as hooks:
         hooks.enter_context(watched(network, lambda path, module, inputs, output: see(path, output)))
         if last:
-            linear = network.get_submodule(last)
-            hooks.callback(linear.register_forward_pre_hook(lambda module, inputs: see(PENULTIMATE, inputs[0])).remove)
+            hook = network.get_submodule(last).register_forward_pre_hook(
+                lambda module, args, kwargs: see(PENULTIMATE, [*args, *kwargs.values()][0]), with_kwargs=True
+            )
+            hooks.callback(hook.remove)
         yield
 
 

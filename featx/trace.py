@@ -106,7 +106,7 @@ class Trace:
             return None if shape in self._shapes[other] else usual
         if shape in self._shapes[other]:
             return other
-        return None if any(len(each) == len(shape) for each in self._shapes[other]) else usual
+        return None if any(len(each) > 2 for each in self._shapes[other]) else usual
 
     @cached_property
     def _shapes(self) -> dict[int, set[Shape]]:

@@ -243,6 +243,36 @@ def test_rows_of_different_lengths_are_refused(photos):
         extract(photos, model, resize=64, crop=None)
 
 
+def test_pool_and_penultimate_through_the_extractor(photos):
+    model = FeatureExtractor(["features.0", "penultimate"], weights="random", pool="avg")
+    found = extract(photos, model)
+    _, (conv, hidden) = oracle(photos, random_network("alexnet", seed=0), ["features.0", "classifier.5"])
+    assert relative_error(found["features.0"], conv.reshape(37, 64, -1).mean(2)) < 1e-5
+    assert relative_error(found["penultimate"], hidden) < 1e-5
+    assert model.layers == {"features.0": "features.0", "penultimate": "input of classifier.6"}
+
+
+def test_many_columns_are_told_with_the_way_out(three_photos, caplog):
+    def told(layer, pool="none"):
+        caplog.clear()
+        model = FeatureExtractor(layer, weights="random", pool=pool)
+        model.configure_model()
+        data, _ = loader(three_photos)
+        model.try_out(data.first_batch(model.preprocessing))
+        return caplog.text
+
+    assert "features.0 has 193,600 columns: --model.pool avg takes one a channel instead" in told(["features.0", "fc7"])
+    assert "columns" not in told("features.0", "avg") and "columns" not in told(["fc6", "features.12"])
+
+
+def test_a_layer_that_gives_no_row_an_image_is_told_before_the_first_batch(three_photos):
+    model = FeatureExtractor("layer1.0.relu", arch="resnet18", weights="random")
+    model.configure_model()
+    data, _ = loader(three_photos)
+    with pytest.raises(UserError, match=r"^--model.layer layer1.0.relu: .* more than once in a pass, 2 times"):
+        model.try_out(data.first_batch(model.preprocessing))
+
+
 def test_layers_and_arch_are_checked_before_weights_are_looked_for():
     with pytest.raises(BadValueError, match="fc9"):
         FeatureExtractor("fc9").check()

@@ -12,6 +12,7 @@ KNOWN = ["--data.batch_size", "--data.dir", "--model.layer", "--writer.out_dir"]
         ("--a 1 -c=c.yaml --b 2 --config d.yaml", "-c=c.yaml --config d.yaml --a 1 --b 2"),
         ("--model.weights w --model my.Own --config c", "--config c --model my.Own --model.weights w"),
         ("--data.dir x --config", "--config --data.dir x"),
+        ("", ""),
     ],
 )
 def test_configs_and_the_models_class_come_first(line, expected):

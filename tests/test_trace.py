@@ -80,7 +80,7 @@ def test_the_channels_are_found_where_the_width_of_the_network_says(arch):
     """The oracle knows each network's layout by the names of its modules; none may be taken for the other."""
     trace = traced(random_network(arch), 3, *((224, 224) if arch == "maxvit_t" else (64, 96)))
     found = {path: trace.channel_axis(path) for path, call in trace.calls.items()
-             if isinstance(call.returned, tuple) and len(call.returned) == 4}  # fmt: skip
+             if len(call.returned) == 4 and call.returned[0] == 2}  # fmt: skip
     last = set()
     if arch.startswith("swin"):  # from the first Permute to the last one, all is (B, H, W, C)
         last = {path for path in found if path not in ("features.0.0", "permute", "avgpool")}
@@ -107,6 +107,15 @@ def test_a_shape_that_both_layouts_share_is_refused():
     with pytest.raises(BadValueError, match=r"which dimension of \(4, 4, 4\), which 2 returns"):
         trace.shape("2", "avg")
     assert trace.shape("2", "none") == (2, 4, 4, 4)
+
+
+def test_a_shape_that_none_shares_is_refused_where_both_layouts_are():
+    network = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Flatten(2), nn.ReLU())
+    assert traced(network, 3, 5, 6).channel_axis("2") is None  # (B, 4, 30): 30 tokens of 4, but as (B, C, L)
+    assert (
+        traced(nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(), nn.Upsample(scale_factor=2)), 3, 5, 6).channel_axis("2")
+        == 1
+    )
 
 
 def test_conv1d_gives_channels_first_and_a_transformer_tokens():
