@@ -3,7 +3,7 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test torture lint bench clean
 
 # torch and torchvision are resolved together, as they come: a CPU-only torch does not import with the index's torchvision.
 $(VENV)/installed: pyproject.toml
@@ -16,6 +16,9 @@ demo: $(VENV)/installed
 
 test: lint
 	$(BIN)/python -m pytest -n 2
+
+torture: $(VENV)/installed
+	$(BIN)/python -m pytest -m torture
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check featx tests

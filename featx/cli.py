@@ -1,8 +1,11 @@
 """The command line: which command, and how a run ends; ``featx --help`` answers without importing torch."""
 
+import os
 import sys
+import traceback
 
 from featx import __version__
+from featx.stop import Stopped, is_listening, leave_at_once, listen
 
 HELP = """\
 usage: featx COMMAND [options]
@@ -12,6 +15,7 @@ A folder of images into CNN features, exactly: one row an image, in order.
 commands:
   predict     write the activations of a network's layers for every image
   layers      list the layers that a network has, with their columns and cost
+  verify      hold a finished file against its record, and against its images
 
   featx predict --data.dir photos --model.layer fc7     writes features/fc7.csv
   featx predict --help                                  lists the options
@@ -24,15 +28,25 @@ def main(argv: list[str] | None = None) -> int:
     """Run a command line and return its exit status.
 
     Returns:
-        0: done. 1: a bug or a failure that featx has no word for. 2: a mistake in what was asked. 3: an image that
-        cannot be read. 130: Ctrl-C.
+        0: done. 1: a bug, or a failure of the machine. 2: a mistake in what was asked. 3: done, but for images that
+        cannot be read. 4: the disk. 130: Ctrl-C. 143: SIGTERM.
     """
     argv = sys.argv[1:] if argv is None else argv
+    listen()
     try:
-        return _run(argv)
-    except KeyboardInterrupt:
-        print("featx: interrupted", file=sys.stderr)
-        return 130
+        status = _run(argv)
+    except Exception:
+        if not is_listening():
+            raise
+        traceback.print_exc()
+        status = 1
+    except Stopped as stop:
+        if stop.by_signal and os.environ.get("LOCAL_RANK", "0") == "0":
+            print("featx: interrupted. The same command goes on where this one stopped.", file=sys.stderr)
+        leave_at_once(stop.exit_status)
+    if is_listening():
+        leave_at_once(status)
+    return status
 
 
 def _run(argv: list[str]) -> int:
@@ -50,16 +64,18 @@ def _run(argv: list[str]) -> int:
         if command == "predict":
             from featx.predict import predict
 
-            predict(rest)
-            return 0
+            return predict(rest)
         if command == "layers":
             from featx.survey import survey
 
             survey(rest)
             return 0
-        raise UserError(
-            f"{command}: no such command.{did_you_mean(command, ['predict', 'layers'])} featx --help lists them."
-        )
+        if command == "verify":
+            from featx.verify import verify
+
+            return verify(rest)
+        near = did_you_mean(command, ["predict", "layers", "verify"])
+        raise UserError(f"{command}: no such command.{near} featx --help lists them.")
     except UserError as err:
         log.error("%s", err)
         return err.exit_status

@@ -4,21 +4,22 @@ import math
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from types import TracebackType
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
 from lightning.pytorch import LightningDataModule
-from PIL import Image
 from torch import Tensor, stack
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
-from featx.images import ImageTree, ValueRange, check_folder, check_image, read_image
-from featx.messages import BadValueError, UserError, count, log
-from featx.preprocess import Interpolation, Preprocessing
+from featx.decode import Fault, ValueRange, check_image, describe, read_or_fault
+from featx.images import ImageTree, check_folder, check_list, is_lost
+from featx.messages import BadValueError, ImageError, LostFolderError, count, log
+from featx.preprocess import Decoder, Interpolation, Preprocessing
 
-Sample = tuple[int, str, Tensor | UserError]
+Sample = tuple[int, str, Tensor | None, Fault | None]
 
 
 class Batch(NamedTuple):
@@ -26,15 +27,17 @@ class Batch(NamedTuple):
 
     Attributes:
         number: Which batch of the whole run this is, from 0, whatever process has it.
-        names: Paths of the images below the data folder, one a row.
+        names: Paths below the data folder of the images that could be read, one a row.
         groups: Images of equal shape, ``(G, 3, H, W) uint8``, each with the G rows of the batch that they are.
-        errors: What is wrong with images that could not be read.
+        faults: What is wrong with images, in their order; such as were not used have no row.
+        size: How many images these are, readable or not.
     """
 
     number: int
     names: list[str]
     groups: list[tuple[list[int], Tensor]]
-    errors: list[UserError]
+    faults: list[Fault]
+    size: int
 
 
 class ImageFolderDataModule(LightningDataModule):
@@ -48,6 +51,10 @@ class ImageFolderDataModule(LightningDataModule):
         crop: Side of the centre crop, in pixels; auto: what the weights were trained with; null: no crop.
         interpolation: PIL's filter for resizing; auto: what the weights were trained with.
         value_range: Values that become black and white in images above 8 bits, as [0,4095]; 16-bit: all 65536.
+        files: A file with the images to take, a path below dir a line, in the order of the rows; null: all in dir.
+        on_error: What an image that cannot be read does: list: it has no row, and is listed; stop: it ends the run.
+        strict: Whether an image with damaged data cannot be read; false: what PIL makes of it is used, and listed.
+        decoder: exact: PIL's values to the bit; turbo: resized faster, to values a few grey levels off.
 
     Raises:
         UserError: From ``setup``: no folder, no image, or images that need a ``value_range``. ``ValueError`` and
@@ -63,6 +70,10 @@ class ImageFolderDataModule(LightningDataModule):
         crop: Literal["auto"] | int | None = "auto",
         interpolation: Interpolation = "auto",
         value_range: ValueRange | None = None,
+        files: str | None = None,
+        on_error: Literal["list", "stop"] = "list",
+        strict: bool = True,
+        decoder: Decoder = "exact",
     ) -> None:
         super().__init__()
         for name, value, least in (
@@ -75,6 +86,11 @@ class ImageFolderDataModule(LightningDataModule):
                 raise BadValueError(f"--data.{name} {value}: expected a whole number of at least {least}.")
         if value_range is not None and not -math.inf < value_range[0] < value_range[1] < math.inf:
             raise BadValueError(f"--data.value_range {list(value_range)}: expected [low,high] with low below high.")
+        if decoder == "turbo" and interpolation not in ("auto", "bilinear", "bicubic"):
+            raise BadValueError(
+                f"--data.interpolation {interpolation}: expected bilinear or bicubic with --data.decoder turbo.\n"
+                "--data.decoder exact has all of PIL's filters."
+            )
         self.dir = dir
         self.batch_size = batch_size
         self.num_workers = num_workers
@@ -82,23 +98,32 @@ class ImageFolderDataModule(LightningDataModule):
         self.crop = crop
         self.interpolation = interpolation
         self.value_range = value_range
+        self.files = files
+        self.on_error = on_error
+        self.strict = strict
+        self.decoder = decoder
         self.images: ImageTree | None = None
+        self.batches: Sequence[int] | None = None  # those of this process; None: all
+        self.workers = 0
         # A rank without a batch is no mistake: https://github.com/Lightning-AI/pytorch-lightning/issues/13580
         self.allow_zero_length_dataloader_with_multiple_devices = True
 
     def check(self) -> None:
-        """Raise UserError for a folder that is not there, without listing it."""
+        """Raise UserError for a folder or a list that is not there, without looking for images."""
         check_folder(self.dir)
+        if self.files is not None:
+            check_list(self.files)
 
     def setup(self, stage: str | None = None) -> None:
         """List the images, once, and look at the first headers."""
         if self.images is not None:
             return
-        images = ImageTree(self.dir)
+        images = ImageTree(self.dir, self.files)
         for index in range(min(len(images), 64)):
             check_image(images.path(index), self.value_range)
         classes = f" in {count(len(images.classes), 'class folder')}" if images.classes != [""] else ""
-        log.info("images: %s%s of %s", count(len(images), "image"), classes, self.dir)
+        listed = f", listed in {self.files}" if self.files else ""
+        log.info("images: %s%s of %s%s", count(len(images), "image"), classes, self.dir, listed)
         if images.left_out:
             log.warning("left out of %s: %s", self.dir, images.left_out)
         self.images = images
@@ -110,25 +135,33 @@ class ImageFolderDataModule(LightningDataModule):
         return replace(preset, **given, source=preset.source + ", with your options") if given else preset
 
     def first_batch(self, preset: Preprocessing) -> Batch:
-        """Return the first image as a batch, read in this process, to try a network with."""
-        assert self.images is not None
-        images = _Images(self.images, self.preprocessing(preset), self.value_range)
-        return self.on_before_batch_transfer(_Collate(self.batch_size)([images[0]]), 0)
+        """Return the first image that can be read as a batch, read in this process, to try a network with.
+
+        Where none of the first 64 can, it is a grey one.
+        """
+        images = self._dataset(preset)
+        samples = (images[index] for index in range(min(len(images), 64)))
+        grey = self.preprocessing(preset).to_tensor(np.full((256, 256, 3), 128, np.uint8), self.decoder)
+        sample = next((sample for sample in samples if sample[2] is not None), (0, "", grey, None))
+        return _Collate(self.batch_size)([sample])
 
     def predict_dataloader(self) -> DataLoader[Any]:
         """Return the loader of this process's batches, a contiguous run of the whole."""
         assert self.images is not None and self.trainer is not None
+        if self.batches is None:  # nobody deals: all of them
+            self.batches = range(math.ceil(len(self.images) / self.batch_size))
         cores = cores_per_process(self.trainer)
         on_gpu = self.trainer.strategy.root_device.type == "cuda"
         # A CPU's network needs the cores more than its decoders do; beside a GPU decoding is all there is to do.
         workers = (cores if on_gpu else max(1, cores // 2)) if self.num_workers == "auto" else self.num_workers
+        self.workers = workers
         chosen = " (--data.num_workers)" if self.num_workers != "auto" else ""
         log.info("cores: %d for each process, %s%s", cores, count(workers, "data worker"), chosen)
         preset: Any = self.trainer.lightning_module.preprocessing
         return DataLoader(
-            _Images(self.images, self.preprocessing(preset), self.value_range),
+            self._dataset(preset),
             batch_size=self.batch_size,
-            sampler=_WholeBatches(len(self.images), self.batch_size, self.trainer.world_size, self.trainer.global_rank),
+            sampler=_WholeBatches(len(self.images), self.batch_size, self.batches),
             num_workers=workers,
             collate_fn=_Collate(self.batch_size),
             pin_memory=on_gpu,
@@ -136,28 +169,61 @@ class ImageFolderDataModule(LightningDataModule):
         )
 
     def on_before_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
-        """Raise the first error of a batch, in the main process, where the user hears it."""
-        if batch.errors:
-            raise batch.errors[0]
+        """Raise, in the main process, where the user hears it, what a fault of a batch's says of the whole run."""
+        if batch.faults and is_lost(self.dir):
+            raise LostFolderError(
+                f"--data.dir {self.dir}: the folder is gone, or empty. It held {batch.faults[0].path}.\n"
+                "Where it lies on a disk or a share that was lost, bring that back and give the same command."
+            )
         return batch
+
+    def read_batch(self, number: int, preset: Preprocessing) -> Batch:
+        """Return a batch of the run, read in this process."""
+        images = self._dataset(preset)
+        first = number * self.batch_size
+        return _Collate(self.batch_size)([images[i] for i in range(first, min(first + self.batch_size, len(images)))])
+
+    def fault(self, name: str, preset: Preprocessing) -> Fault | None:
+        """Return what is wrong with an image now."""
+        return self._dataset(preset).read(name)[1]
+
+    def _dataset(self, preset: Preprocessing) -> "_Images":
+        assert self.images is not None
+        return _Images(self.images, self.preprocessing(preset), self.value_range, self.strict, self.decoder)
 
 
 class _Images(Dataset[Sample]):
-    def __init__(self, images: ImageTree, preprocessing: Preprocessing, value_range: ValueRange | None) -> None:
+    def __init__(
+        self,
+        images: ImageTree,
+        preprocessing: Preprocessing,
+        value_range: ValueRange | None,
+        strict: bool,
+        decoder: Decoder,
+    ) -> None:
         self.images = images
         self.preprocessing = preprocessing
         self.value_range = value_range
+        self.strict = strict
+        self.decoder = decoder
 
     def __len__(self) -> int:
         return len(self.images)
 
     def __getitem__(self, index: int) -> Sample:
         name = self.images.names[index]
+        return index, name, *self.read(name)
+
+    def read(self, name: str) -> tuple[Tensor | None, Fault | None]:
+        """Return an image and what is wrong with it; raised here, that would arrive wrapped in a worker's traceback."""
+        root = str(self.images.root)
+        pixels, fault = read_or_fault(root, name, self.value_range, self.strict)
+        if pixels is None:
+            return None, fault
         try:
-            image: Image.Image = read_image(self.images.path(index), self.value_range)
-        except UserError as err:
-            return index, name, err  # raised here, it would arrive wrapped in a worker's traceback
-        return index, name, self.preprocessing.to_tensor(image)
+            return self.preprocessing.to_tensor(pixels, self.decoder), fault
+        except (ImageError, MemoryError) as err:
+            return None, describe(err, os.path.join(root, name), name)
 
 
 class _Collate:
@@ -165,39 +231,34 @@ class _Collate:
         self.batch_size = batch_size
 
     def __call__(self, samples: list[Sample]) -> Batch:
+        read = [(name, image) for _, name, image, _ in samples if image is not None]
         shapes: dict[tuple[int, ...], list[int]] = {}
-        errors: list[UserError] = []
-        tensors: list[Tensor] = []
-        for row, (_, _, image) in enumerate(samples):
-            if isinstance(image, UserError):
-                errors.append(image)
-            else:
-                shapes.setdefault(tuple(image.shape), []).append(row)
-                tensors.append(image)
-        names = [name for _, name, _ in samples]
-        if errors:
-            return Batch(samples[0][0] // self.batch_size, names, [], errors)
-        groups = [(rows, stack([tensors[row] for row in rows])) for rows in shapes.values()]  # (G, 3, H, W) each
-        return Batch(samples[0][0] // self.batch_size, names, groups, [])
+        for row, (_, image) in enumerate(read):
+            shapes.setdefault(tuple(image.shape), []).append(row)
+        groups = [(rows, stack([read[row][1] for row in rows])) for rows in shapes.values()]  # (G, 3, H, W) each
+        faults = [fault for *_, fault in samples if fault is not None]
+        return Batch(samples[0][0] // self.batch_size, [name for name, _ in read], groups, faults, len(samples))
 
 
 class _WholeBatches(DistributedSampler[Any]):
-    """The images of one process: whole batches, contiguous, in order, none twice.
+    """The images of one process: whole batches, in order, none twice; only the run's last one is short.
 
     It is a DistributedSampler so that Lightning puts none of its own in its place, which would deal single images
     round robin and repeat some: https://github.com/Lightning-AI/pytorch-lightning/issues/10782.
     """
 
-    def __init__(self, images: int, batch_size: int, processes: int, rank: int) -> None:
-        batches = math.ceil(images / batch_size)
-        first, stop = (batches * r // processes * batch_size for r in (rank, rank + 1))
-        self.rows = range(first, min(stop, images))
+    def __init__(self, images: int, batch_size: int, batches: Sequence[int]) -> None:
+        self.images = images
+        self.batch_size = batch_size
+        self.batches = batches
 
     def __iter__(self) -> Iterator[int]:
-        return iter(self.rows)
+        for batch in self.batches:
+            yield from range(batch * self.batch_size, min((batch + 1) * self.batch_size, self.images))
 
     def __len__(self) -> int:
-        return len(self.rows)
+        last = len(self.batches) and (self.batches[-1] + 1) * self.batch_size - self.images
+        return len(self.batches) * self.batch_size - max(0, int(last))
 
 
 def cores_per_process(trainer: Any) -> int:

@@ -214,18 +214,18 @@ class FeatureExtractor(LightningModule):
         log.warning("RANDOM WEIGHTS: %s. --model.weights FILE gives trained ones", told)
         return [told]
 
-    def try_out(self, batch: Batch) -> dict[str, int]:
-        """Run one small batch and return how many columns each layer has.
+    def try_out(self, batch: Batch) -> dict[str, Tensor]:
+        """Run one small batch and return its rows, ``(B, D) float32`` of each layer.
 
         Raises:
             UserError: The images do not go through the network, or a layer cannot be taken.
         """
-        columns = {layer: rows.shape[1] for layer, rows in self.predict_step(batch).items()}
+        rows = self.predict_step(batch)
         if self._pool is not None:
             self._pool.shutdown()  # the run's own number of cores may be another
             self._pool = None
-        self._warn_of_many(columns)
-        return columns
+        self._warn_of_many({layer: values.shape[1] for layer, values in rows.items()})
+        return rows
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         """Return each layer's rows, ``(B, D) float32``, for images ``(B, 3, H, W) uint8`` of one shape."""
@@ -251,11 +251,13 @@ class FeatureExtractor(LightningModule):
                 ) from err
 
     def predict_step(self, batch: Batch, batch_idx: int = 0, dataloader_idx: int = 0) -> dict[str, Tensor]:
-        """Return each layer's rows, ``(B, D) float32``, in the order of the batch's names.
+        """Return each layer's rows, ``(B, D) float32``, in the order of the batch's names; nothing without an image.
 
         Raises:
             UserError: Images of different shapes gave rows of different lengths.
         """
+        if not batch.groups:
+            return {}
         slices = [(rows[i : i + self._slice], images[i : i + self._slice])
                   for rows, images in batch.groups for i in range(0, len(rows), self._slice)]  # fmt: skip
         if self.device.type == "cpu":

@@ -1,6 +1,8 @@
 """Activations -> bytes of CSV."""
 
 import math
+from collections.abc import Iterable, Iterator
+from typing import BinaryIO
 
 import numpy as np
 import numpy.typing as npt
@@ -30,6 +32,11 @@ def csv_row(name: bytes, values: Floats) -> bytes:
     return csv_field(name) + b"," + text + b"\n"
 
 
+def csv_rows(names: Iterable[bytes], values: Floats) -> bytes:
+    """Return the lines of a batch: a name and ``(D,) float32`` values each."""
+    return b"".join(csv_row(name, row) for name, row in zip(names, values, strict=True))
+
+
 def csv_header(layer: str, columns: int) -> bytes:
     """Return the first line of a CSV with a header: ``image,fc7.0,fc7.1,…``."""
     return ",".join(["image", *(f"{layer}.{column}" for column in range(columns))]).encode() + b"\n"
@@ -45,3 +52,21 @@ def csv_field(name: bytes) -> bytes:
 def is_plain(name: bytes) -> bool:
     """Return whether a name stands in CSV as it is, so that a reader without quotes, as DEMUD's, gets it back."""
     return not name.startswith(b"#") and not any(mark in name for mark in (b",", b'"', b"\n", b"\r"))
+
+
+def read_csv_names(file: BinaryIO, header: bool) -> Iterator[tuple[bytes, int]]:
+    """Yield each row's name and how many values stand behind it, without reading the values.
+
+    Args:
+        file: A CSV as ``csv_row`` writes it.
+        header: Whether its first line is one of column names.
+    """
+    if header:
+        file.readline()
+    for line in file:
+        while line.startswith(b'"') and line.count(b'"') % 2 and (more := file.readline()):
+            line += more  # a line break inside a name
+        quoted = line.startswith(b'"')
+        end = line.rfind(b'"') + 1 if quoted else line.find(b",")
+        name = line[1 : end - 1].replace(b'""', b'"') if quoted else line[:end]
+        yield name, line.count(b",", end)

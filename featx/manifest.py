@@ -1,43 +1,134 @@
-"""What made this file: the record of a run, LAYER.json beside its output."""
+"""What made this file: the identity of a run, its record LAYER.json, and what two of them differ in."""
 
+import gzip
+import inspect
 import json
+import platform
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import PIL
 import torch
 import torchvision
 
 import featx
+from featx import disk
 from featx.datamodule import ImageFolderDataModule
 from featx.extractor import SLICE, FeatureExtractor
+from featx.images import ImageTree
+from featx.messages import count
+
+Json = dict[str, Any]
 
 
-def describe_run(trainer: Any, model: FeatureExtractor, data: ImageFolderDataModule, layer: str) -> dict[str, Any]:
+def identity(trainer: Any, model: FeatureExtractor, data: ImageFolderDataModule, layer: str) -> Json:
     """Return everything that decides a value of one layer's rows, as plain values for JSON."""
+    preprocessing = asdict(data.preprocessing(model.preprocessing))
+    del preprocessing["source"]  # where the values come from decides nothing
     return {
         "network": model.title,
-        "weights": model.weights_used,
-        "weights_digest": model.weights_digest,
-        "weights_told": model.weights_told,
+        "weights": model.weights_digest,
         "layer": layer,
         "module": model.layers[layer],
         "pool": model.pool,
-        "preprocessing": asdict(data.preprocessing(model.preprocessing)),
-        "value_range": data.value_range,
+        "preprocessing": json.loads(json.dumps(preprocessing)),
+        "value_range": list(data.value_range) if data.value_range else None,
+        "decoder": data.decoder,
+        "strict": data.strict,
         "batch_size": data.batch_size,
         "precision": str(trainer.precision),
-        "images_a_slice": SLICE if model.device.type == "cpu" else None,
-        "device": model.device.type,
+        "images_a_slice": SLICE,
+        "threads_a_slice": 1,
         "versions": {
             "featx": featx.__version__,
             "torch": torch.__version__,
             "torchvision": torchvision.__version__,
             "pillow": PIL.__version__,
+            "simplejpeg": version("simplejpeg"),
         },
     }
 
 
-def as_json(record: dict[str, Any]) -> bytes:
+def options(owner: object) -> Json:
+    """Return the options that an object was made with, where it keeps them under their names."""
+    names = inspect.signature(type(owner)).parameters
+    return {name: getattr(owner, name) for name in names if hasattr(owner, name)}
+
+
+def inputs(images: ImageTree) -> Json:
+    """Return how many images there are, and a digest of their names, sizes and times."""
+    return {"images": len(images), "digest": images.digest()}
+
+
+def differences(old: Json, new: Json, path: str = "") -> list[str]:
+    """Return a line for each value that differs, as ``weights_sha256: 3f2a51c0… -> 9c1b77de…``."""
+    lines = []
+    for key in dict.fromkeys([*old, *new]):
+        before, after = old.get(key), new.get(key)
+        if isinstance(before, dict) and isinstance(after, dict):
+            lines += differences(before, after, f"{path}{key}.")
+        elif before != after:
+            lines.append(f"{path}{key}: {_short(before)} -> {_short(after)}")
+    return lines
+
+
+def _short(value: Any) -> str:
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    return f"{text[:8]}…" if len(text) == 64 and text.isalnum() else text if len(text) <= 60 else f"{text[:57]}…"
+
+
+def device_name(device: torch.device) -> str:
+    """Return what computes, as ``AMD EPYC 9R14`` or ``NVIDIA H100``."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    with suppress(OSError, StopIteration), open("/proc/cpuinfo", encoding="utf-8") as file:
+        return next(line for line in file if line.startswith("model name")).split(":", 1)[1].strip()
+    return platform.processor() or platform.machine() or device.type
+
+
+def as_json(record: Json) -> bytes:
     """Return a record as indented JSON, names and paths readable."""
     return json.dumps(record, indent=2, ensure_ascii=False).encode("utf-8", "surrogateescape") + b"\n"
+
+
+def read_json(path: Path) -> Json | None:
+    """Return a record, or None where there is none that can be read."""
+    with suppress(OSError, ValueError):
+        record = json.loads(path.read_bytes().decode("utf-8", "surrogateescape"))
+        return record if isinstance(record, dict) else None
+    return None
+
+
+def save_inputs(path: Path, images: ImageTree) -> None:
+    """Keep the list of images, with sizes and times, to tell later what changed."""
+    lines = (f"{size} {mtime} {json.dumps(name)}\n".encode()
+             for name, size, mtime in zip(images.names, images.sizes, images.mtimes, strict=True))  # fmt: skip
+    disk.replace(path, gzip.compress(b"".join(lines), 1))
+
+
+def changed_inputs(path: Path, images: ImageTree, excused: Sequence[str]) -> str:
+    """Say how many images were added, removed or changed since ``save_inputs``, or return nothing.
+
+    Args:
+        path: The list kept then.
+        images: The images now.
+        excused: Images that could not be read then: they may have changed.
+    """
+    try:
+        then = [line.split(b" ", 2) for line in gzip.decompress(path.read_bytes()).splitlines()]
+        before = {json.loads(name): (int(size), int(mtime)) for size, mtime, name in then}
+    except (OSError, EOFError, ValueError):
+        return "the list of images is another"
+    free = set(excused)
+    added = changed = 0
+    for name, size, mtime in zip(images.names, np.asarray(images.sizes), np.asarray(images.mtimes), strict=True):
+        found = before.pop(name, None)
+        added += found is None
+        changed += found is not None and found != (size, mtime) and name not in free
+    told = {"added": added, "removed": len(before), "changed": changed}
+    return ", ".join(f"{count(number, 'image')} {word}" for word, number in told.items() if number)

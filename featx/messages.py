@@ -33,6 +33,12 @@ class ImageError(UserError):
     exit_status = 3
 
 
+class LostFolderError(UserError):
+    """The images are no longer there: exit status 4."""
+
+    exit_status = 4
+
+
 def did_you_mean(name: str, known: Iterable[str], most: int = 3) -> str:
     """Return " Did you mean a, b or c?" for the known names nearest to a mistyped one, or nothing.
 
@@ -50,6 +56,15 @@ def count(number: int, noun: str) -> str:
     """Return a number with its noun, as ``1 image`` or ``1,200 images``."""
     plural = noun[:-1] + "ies" if noun.endswith("y") else noun + ("es" if noun.endswith("ss") else "s")
     return f"{number:,} {noun if number == 1 else plural}"
+
+
+def size_in_words(number: float) -> str:
+    """Return bytes as ``9.3 MB``."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if number < 1000:
+            return f"{number:.3g} {unit}"
+        number /= 1000
+    return f"{number:,.3g} TB"
 
 
 def first_line(err: BaseException) -> str:

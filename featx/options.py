@@ -4,6 +4,7 @@ import inspect
 import re
 import textwrap
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from typing import Any, NoReturn
 
 from jsonargparse import ArgumentParser
@@ -46,6 +47,15 @@ def configs_first(argv: list[str]) -> list[str]:
         else:
             rest.append(word)
     return moved["--config"] + moved["--model"] + rest
+
+
+def set_default_class(parser: LightningArgumentParser, argv: list[str]) -> None:
+    """Make the class that ``--model`` names the default, so that its own defaults stand, not FeatureExtractor's."""
+    parser.set_defaults({"model": {"class_path": "featx.FeatureExtractor"}})
+    for word, behind in zip(argv, [*argv, ""][1:], strict=True):
+        if word == "--model" or word.startswith("--model="):
+            with suppress(Exception):  # what is wrong with the class, parsing tells
+                parser.set_defaults({"model": {"class_path": word.partition("=")[2] or behind}})
 
 
 class Parser(LightningArgumentParser):

@@ -1,23 +1,33 @@
 """``featx predict``: LightningCLI wired to the three classes, all checks before the first batch, and the last words."""
 
 import logging
+import math
 import os
+import re
 import sys
 import textwrap
+import time
 import warnings
-from contextlib import suppress
+from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.fabric.utilities.warnings import PossibleUserWarning
-from lightning.pytorch import Trainer
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+from lightning.pytorch.strategies.launchers import subprocess_script
 
 from featx import options
-from featx.datamodule import ImageFolderDataModule
+from featx.datamodule import ImageFolderDataModule, cores_per_process
+from featx.disk import GOES_ON
 from featx.extractor import FeatureExtractor
-from featx.messages import UserError, count, log, rank
+from featx.messages import UserError, count, log, rank, size_in_words
 from featx.progress import Progress
+from featx.state import file_name
+from featx.stop import PATIENCE, Stopped, Watch, end_at_the_latest, end_processes, verdict
 from featx.writer import FeatureWriter
 
 
@@ -25,18 +35,13 @@ class FeatxCLI(LightningCLI):
     """LightningCLI without what prediction has no use for."""
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Add the writer's options, and the default class of the model."""
+        """Add the writer's options."""
         parser.add_lightning_class_args(FeatureWriter, "writer")
-        parser.set_defaults({"model": {"class_path": "featx.FeatureExtractor"}})
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Parse the command line, the configs first wherever they stand on it."""
         assert isinstance(args, list)
-        for word, behind in zip(args, [*args[1:], ""], strict=True):
-            if word == "--model" or word.startswith("--model="):
-                with suppress(Exception):  # what is wrong with the class, parsing tells
-                    # Else the defaults of FeatureExtractor would stand where the class has its own.
-                    parser.set_defaults({"model": {"class_path": word.partition("=")[2] or behind}})
+        options.set_default_class(parser, args)
         self.config = parser.parse_args(args)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
@@ -58,19 +63,19 @@ class FeatxCLI(LightningCLI):
         )
 
 
-def predict(argv: list[str]) -> None:
-    """Run ``featx predict`` with these options.
+def predict(argv: list[str]) -> int:
+    """Run ``featx predict`` with these options and return the exit status: 0, or 3 where images could not be read.
 
     Raises:
-        UserError: A mistake in them.
-        KeyboardInterrupt: The user ended the run.
+        UserError: What went wrong, in words.
+        Stopped: The run was asked to end.
     """
     sys.path.append(os.getcwd())  # for --model my_module.MyExtractor
     if "--help_all" in argv:
         argv = ["--help"]
     elif "-h" in argv or "--help" in argv:
         options.print_help(FeatureExtractor, ImageFolderDataModule, FeatureWriter)
-        return
+        return 0
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)  # banners and tips
     warnings.filterwarnings("ignore", category=PossibleUserWarning)  # how to train faster
@@ -95,26 +100,126 @@ def predict(argv: list[str]) -> None:
         },
     )
     writer: FeatureWriter = cli.config_init.writer
-    _check(cli.model, cli.datamodule, writer)
+    if not _prepare(cli.trainer, cli.model, cli.datamodule, writer):
+        return _last_words(writer, None)
+    if writer.dry_run:
+        _estimate(cli.trainer, cli.model, cli.datamodule)
+        return 0
+    run(cli)
+    return _last_words(writer, progress.seconds) if cli.trainer.is_global_zero else 0
+
+
+def run(cli: FeatxCLI) -> None:
+    """Run the Trainer, and end all of its processes when one of them ends early.
+
+    Raises:
+        UserError: What went wrong, in words.
+        Stopped: The run was asked to end, or another process was lost.
+    """
+    trainer = cli.trainer
+    watch = Watch(lambda text: log.error("%s. %s", text, GOES_ON))
+    trainer.callbacks.insert(0, _Connect(watch))  # type: ignore[attr-defined]
+    trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
+    subprocess_script._launch_process_observer = watch.children  # type: ignore[assignment, attr-defined]
     try:
-        cli.trainer.predict(cli.model, datamodule=cli.datamodule, return_predictions=False)
+        trainer.predict(cli.model, datamodule=cli.datamodule, return_predictions=False)
+        watch.leave(0)
     except BaseException as err:
-        if cli.trainer.strategy.launcher is not None:
-            cli.trainer.strategy.launcher.kill(15)  # Lightning leaves the other ranks waiting for this one
-        if isinstance(progress.error, KeyboardInterrupt):
-            raise KeyboardInterrupt from None  # which Lightning turns into SystemExit(1)
-        if isinstance(err, MisconfigurationException):
-            raise cli.refusal(err) from err
-        raise
-    if cli.trainer.is_global_zero:
-        rate = writer.rows / progress.seconds
-        print(f"{writer.rows:,} rows in {progress.seconds:.1f} s, {rate:.1f} images/s")
-        for file in writer.files.values():
-            print(file)
+        told = _in_words(err, cli)
+        watch.leave(told.exit_status if isinstance(told, UserError | Stopped) else 1)
+        if trainer.is_global_zero:
+            end_processes(getattr(trainer.strategy.launcher, "procs", []))
+        end_at_the_latest(PATIENCE, 1)
+        if told is err:
+            raise
+        raise told from err
 
 
-def _check(model: FeatureExtractor, data: ImageFolderDataModule, writer: FeatureWriter) -> None:
-    """Find every mistake that can be found before the first batch, the cheap ones first, a download last."""
+def _in_words(err: BaseException, cli: FeatxCLI) -> BaseException:
+    """Return what the user hears of an error: a message where featx has one, else the error itself."""
+    if isinstance(err, UserError | Stopped):
+        return err
+    if isinstance(err, MisconfigurationException):
+        return cli.refusal(err)
+    first = str(err).strip().split("\n")[0]
+    if isinstance(err, torch.OutOfMemoryError):
+        return FailedError(
+            f"out of memory at --data.batch_size {cli.datamodule.batch_size}: {first}\n"
+            "Give a smaller --data.batch_size with --writer.overwrite true: last digits depend on the batch."
+        )
+    time.sleep(1 if cli.trainer.world_size > 1 else 0.2)  # a signal, or a lost process, may be the reason: hear it
+    if (status := verdict()) is not None:
+        return Stopped(status)
+    if isinstance(err, RuntimeError) and re.search("DataLoader worker.*(killed|exited)", str(err)):
+        return FailedError(
+            f"a process that decodes images was killed, most often for want of memory: {first}\n"
+            f"Give a smaller --data.num_workers than {cli.datamodule.workers}. {GOES_ON}"
+        )
+    return err
+
+
+class FailedError(UserError):
+    """The machine failed the run: exit status 1."""
+
+    exit_status = 1
+
+
+class _Connect(Callback):
+    """Begins the watch over the other processes, once they can be reached."""
+
+    def __init__(self, watch: Watch) -> None:
+        self.watch = watch
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self.watch.connect(trainer.global_rank, trainer.world_size)
+
+
+def _last_words(writer: FeatureWriter, seconds: float | None) -> int:
+    """Print rows, time and files, and return the exit status."""
+    rows = max((record["rows"] for record in writer.records.values()), default=0)
+    if seconds is None:
+        print(f"finished before, nothing to do: {rows:,} rows")
+    else:
+        print(f"{rows:,} rows in {seconds:.1f} s, {writer.computed / max(seconds, 1e-9):.1f} images/s")
+    for layer in writer.records:
+        print(*writer.files[layer], sep="\n")
+    for layer, record in writer.records.items():
+        if record["errors"] + record["errors_used"]:
+            what = [f"{count(record['errors'], 'image')} could not be read"] if record["errors"] else []
+            what += [f"{count(record['errors_used'], 'broken image')} used as read"] if record["errors_used"] else []
+            path = Path(writer.out_dir) / file_name(layer, "errors.csv")
+            print(f"{rows:,} rows, {', '.join(what)}, listed in {path}")
+    return 3 if writer.faults else 0
+
+
+def _estimate(trainer: Trainer, model: FeatureExtractor, data: ImageFolderDataModule) -> None:
+    """Print how long the run would take, by two batches of it on its device."""
+    assert data.images is not None
+    batches = math.ceil(len(data.images) / data.batch_size)
+    device = trainer.strategy.root_device
+    model.to(device)
+    reading, computing = [], []
+    for number in (0, min(1, batches - 1)):  # the first one also pays for what happens once
+        begin = time.perf_counter()
+        batch = data.read_batch(number, model.preprocessing)
+        reading.append((time.perf_counter() - begin) / batch.size)
+        begin = time.perf_counter()
+        model.predict_step(batch._replace(groups=[(rows, images.to(device)) for rows, images in batch.groups]))
+        computing.append((time.perf_counter() - begin) / batch.size)
+    cores = cores_per_process(trainer)
+    shared = device.type == "cpu"  # by both stages; beside a GPU the slower of the two is the wall
+    seconds = reading[-1] / cores + computing[-1] if shared else max(reading[-1] / cores, computing[-1])
+    seconds *= len(data.images) / trainer.world_size
+    print(f"time: about {timedelta(seconds=math.ceil(seconds))} h on {device}, by two batches of {data.batch_size}")
+    print("dry run: nothing was written")
+
+
+def _prepare(trainer: Trainer, model: FeatureExtractor, data: ImageFolderDataModule, writer: FeatureWriter) -> bool:
+    """Find every mistake that can be found before the first batch, the cheap ones first, a download last.
+
+    Returns:
+        Whether there is anything to do.
+    """
     try:
         writer.check()
         data.check()
@@ -122,11 +227,20 @@ def _check(model: FeatureExtractor, data: ImageFolderDataModule, writer: Feature
         data.setup()
         model.configure_model()
         log.info("preprocessing: %s", data.preprocessing(model.preprocessing))
-        columns = model.try_out(data.first_batch(model.preprocessing))
+        sample = model.try_out(data.first_batch(model.preprocessing))
+        columns = {layer: rows.shape[1] for layer, rows in sample.items()}
         layers = [f"{layer}{f' = {path}' if path != layer else ''}, {count(columns[layer], 'column')}"
                   for layer, path in model.layers.items()]  # fmt: skip
         log.info("%s: %s", "layers" if len(layers) > 1 else "layer", "; ".join(layers))
-    except UserError:
+        work = writer.look(trainer, model, data, columns)
+        if work and rank() == 0 and data.images is not None:
+            needed = writer.check_space(data.images, sample, trainer.world_size)
+            if writer.dry_run:
+                print(f"images: {len(data.images):,}")
+                print(f"columns: {', '.join(f'{layer} {number}' for layer, number in columns.items())}")
+                print(f"csv: about {size_in_words(needed)}")
+        return work
+    except UserError as err:
         if rank() and {"TORCHELASTIC_RUN_ID", "SLURM_PROCID"} & os.environ.keys():
-            sys.exit(2)  # rank 0 makes the same checks and says it
+            sys.exit(err.exit_status)  # rank 0 makes the same checks and says it
         raise

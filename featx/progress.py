@@ -51,10 +51,10 @@ class Progress(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """Count a batch."""
-        self._done += len(batch.names)
+        self._done += batch.size
         now = time.monotonic()
         if self._bar is not None:
-            self._bar.update(len(batch.names))
+            self._bar.update(batch.size)
         elif trainer.is_global_zero and now >= self._next:
             elapsed = now - self._start
             rate = self._done / elapsed

@@ -21,7 +21,7 @@ from featx.datamodule import ImageFolderDataModule
 from featx.extractor import SLICE, FeatureExtractor
 from featx.layers import find_aliases, to_rows
 from featx.messages import BadValueError, count, log
-from featx.network import SEED
+from featx.network import SEED, is_function
 from featx.preprocess import Preprocessing
 from featx.trace import PENULTIMATE, Pool, Shape, Trace, watched
 from featx.writer import FeatureWriter
@@ -64,10 +64,12 @@ def survey(argv: list[str]) -> None:
         _print_help()
         return
     try:
-        config = _parser().parse_args(options.configs_first(argv))
+        argv = options.configs_first(argv)
+        parser = _parser(argv)
+        config = parser.parse_args(argv)
     except BadValueError as err:
         raise BadValueError(str(err).replace(options.SEE, "featx layers --help lists the options.")) from err
-    made = _parser().instantiate_classes(config)
+    made = parser.instantiate_classes(config)
     model: FeatureExtractor = made.model
     size = _prepare(model, made.data)
     with ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(1,)) as core:  # as predict's slices have it
@@ -89,24 +91,24 @@ other options of featx predict are taken and change nothing, so that a line or a
 config of it can be used as it is.""")
 
 
-def _parser() -> options.Parser:
+def _parser(argv: list[str]) -> options.Parser:
     """Return a parser of all that ``featx predict`` takes, so that a line or a config of it serves here too."""
     parser = options.Parser(prog="featx layers", default_env=False)
     parser.add_argument("-c", "--config", action=ActionConfigFile)
     parser.add_lightning_class_args(FeatureExtractor, "model", subclass_mode=True)
-    parser.set_defaults({"model": {"class_path": "featx.FeatureExtractor"}})
     parser.add_class_arguments(ImageFolderDataModule, "data", skip={"dir"})
     parser.add_argument("--data.dir", type=str, default="")
     parser.add_class_arguments(FeatureWriter, "writer", instantiate=False)
     parser.add_class_arguments(Trainer, "trainer", instantiate=False)
     parser.add_argument("--json", action="store_true")
+    options.set_default_class(parser, argv)
     return parser
 
 
 def _prepare(model: FeatureExtractor, data: ImageFolderDataModule) -> int:
     """Build the network and return the side of the images that it is to be given."""
     model.layer = PENULTIMATE  # a name that any network knows; whether this one has it, the pass shows
-    if model.weights == "auto" and not model.own_network:
+    if model.weights == "auto" and not (model.own_network or is_function(model.arch)):
         model.weights = "random"  # no download for a table in which they matter little
     level = log.level
     if model.weights == "random":
@@ -143,7 +145,7 @@ def measure(model: FeatureExtractor, size: int) -> list[Row]:
         axes[PENULTIMATE] = None
     costs = model.run(images[:1], lambda pixels: _costs(model.network, last, pixels, model.pool, axes))
     times = [model.run(images[:batch], lambda pixels: _times(model.network, last, pixels)) for _ in range(PASSES)]
-    aliases = {path: alias for alias, path in find_aliases(model.network).items()}
+    aliases = {path: alias for alias, path in (find_aliases(model.network) | model.layer_aliases).items()}
     return [
         Row(
             path=name,

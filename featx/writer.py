@@ -1,15 +1,18 @@
-"""Bytes -> files: FeatureWriter(BasePredictionWriter), a part for each process and layer, merged in order."""
+"""Activations -> files that survive: FeatureWriter(BasePredictionWriter), a thread that writes, parts, a resume."""
 
+import math
 import os
-import secrets
+import platform
+import queue
 import shutil
+import threading
+import time
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch.distributed as dist
@@ -17,50 +20,26 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
 from torch import Tensor
 
-from featx import formats, manifest
-from featx.datamodule import Batch
-from featx.messages import BadValueError, UserError, count, log
+from featx import disk, formats, journal, manifest
+from featx.datamodule import Batch, usable_cores
+from featx.decode import Fault
+from featx.disk import DiskError, Lock
+from featx.images import ImageTree
+from featx.journal import Entry, Part, Placed
+from featx.messages import BadValueError, ImageError, UserError, count, log, rank, size_in_words
+from featx.state import HIDDEN, LayerState
 
-PARTS = ".featx-parts"
-
-
-@dataclass
-class Part:
-    """What one process wrote of one layer.
-
-    Args:
-        first: Number of its first batch of the whole run, or -1 without one.
-        batches: How many batches, contiguous from the first.
-        rows: How many rows.
-        columns: Values in each row, or 0 without one.
-        size: Bytes on disk.
-        odd_rows: Rows that hold a value that is not finite.
-        odd_values: Values that are not finite.
-    """
-
-    first: int = -1
-    batches: int = 0
-    rows: int = 0
-    columns: int = 0
-    size: int = 0
-    odd_rows: int = 0
-    odd_values: int = 0
-
-
-@dataclass
-class _Open:
-    """A part that is being written."""
-
-    path: Path
-    file: BinaryIO
-    part: Part = field(default_factory=Part)
+WAITING = 4  # batches that may wait for the disk; then the network waits
+SHARE = 1 / 50  # of the time goes to syncs at most, as long as they are not LONGEST apart
+LONGEST = 10.0  # seconds
+GRACE = 8.0  # seconds that a run that is ended has to bring its rows to disk
 
 
 class FeatureWriter(BasePredictionWriter):
     """Where the rows go, and how they look.
 
-    Each process streams its rows to a part of its own below ``out_dir``; process 0 joins them, in order, into
-    ``OUT_DIR/LAYER.csv``, which appears when it is whole::
+    Each process streams its rows to parts of its own below ``out_dir``; process 0 joins them, in order, into
+    ``OUT_DIR/LAYER.csv``, which appears when it is whole. A run that was ended goes on where it stopped::
 
         Trainer(callbacks=[FeatureWriter(out_dir="features")], logger=False).predict(
             FeatureExtractor(layer="fc7"), datamodule=ImageFolderDataModule("photos"), return_predictions=False
@@ -71,13 +50,16 @@ class FeatureWriter(BasePredictionWriter):
         format: Format of the rows.
         names: How a row is named: basename, the file's name, or relative, its path below the data folder.
         header: Whether the first line names the columns, as image,fc7.0,fc7.1.
+        overwrite: Whether to remove what another run wrote for these layers, and start afresh.
+        dry_run: Whether to stop before the first batch and say what the run would take.
 
     Attributes:
-        files: The finished files, by layer; in process 0, after the run.
-        rows: How many rows each has.
+        records: What LAYER.json says, by layer; in process 0, after the run.
+        faults: How many images gave no row.
 
     Raises:
-        UserError: ``out_dir`` cannot be used, or rows of one layer differ in length.
+        UserError: ``out_dir`` cannot be used, holds another run's rows, or rows of one layer differ in length.
+        DiskError: The disk failed.
     """
 
     def __init__(
@@ -86,19 +68,43 @@ class FeatureWriter(BasePredictionWriter):
         format: Literal["csv"] = "csv",
         names: Literal["basename", "relative"] = "basename",
         header: bool = False,
+        overwrite: bool = False,
+        dry_run: bool = False,
     ) -> None:
         super().__init__(write_interval="batch")
         self.out_dir = out_dir
         self.format = format
         self.names = names
         self.header = header
-        self.files: dict[str, Path] = {}
-        self.rows = 0
-        self._open: dict[str, _Open] = {}
+        self.overwrite = overwrite
+        self.dry_run = dry_run
+        self.records: dict[str, dict[str, Any]] = {}
+        self.computed = 0  # images
+        self._columns: dict[str, int] = {}
+        self._states: dict[str, LayerState] = {}
+        self._parts: dict[str, Part] = {}
+        self._done: dict[str, dict[int, Placed]] = {}
+        self._queue: queue.Queue[tuple[Batch, dict[str, Any]] | None] = queue.Queue(WAITING)
+        self._thread: threading.Thread | None = None
+        self._failure: BaseException | None = None
+        self._device = self._session = ""
+        self._started = datetime.now(UTC)
+        self._lock: Lock | None = None
         self._group: Any = None
 
+    @property
+    def files(self) -> dict[str, list[Path]]:
+        """The finished files, by layer; in process 0, after the run."""
+        folder = Path(self.out_dir)
+        return {layer: [folder / name for name in record["files"]] for layer, record in self.records.items()}
+
+    @property
+    def faults(self) -> int:
+        """How many images gave no row."""
+        return max((record["errors"] for record in self.records.values()), default=0)
+
     def check(self) -> None:
-        """Raise UserError where ``out_dir`` is a file or cannot be written to; nothing is made yet."""
+        """Raise UserError where ``out_dir`` is a file, cannot be written to or is in use; nothing is made yet."""
         nearest = Path(self.out_dir)
         while not nearest.exists() and nearest != nearest.parent:
             nearest = nearest.parent
@@ -106,44 +112,134 @@ class FeatureWriter(BasePredictionWriter):
             raise BadValueError(f"--writer.out_dir {self.out_dir}: {nearest} is a file. Expected a folder.")
         if not os.access(nearest, os.W_OK | os.X_OK):
             raise BadValueError(f"--writer.out_dir {self.out_dir}: {nearest} cannot be written to.")
+        if (Path(self.out_dir) / HIDDEN / "lock").exists():
+            self._take_lock()
+
+    def look(self, trainer: Trainer, model: Any, data: Any, columns: dict[str, int]) -> bool:
+        """Find out what is in ``out_dir`` already, and whether there is anything to do.
+
+        Args:
+            trainer: Of the run.
+            model: The FeatureExtractor, configured.
+            data: The ImageFolderDataModule, set up.
+            columns: Values in each row, by layer.
+
+        Returns:
+            False where all files stand finished and no unreadable image of theirs could be read now.
+
+        Raises:
+            UserError: Another run's rows are there.
+        """
+        self._columns = columns
+        self._states = {}
+        open_layers = []
+        for layer in model.layers:
+            identity = manifest.identity(trainer, model, data, layer)
+            identity |= {"names": self.names, "header": self.header}
+            state = LayerState(Path(self.out_dir), layer, [self.format], identity, data.images)
+            self._states[layer] = state
+            found = "fresh" if self.overwrite else state.look()
+            if found == "finished":
+                self.records[layer] = manifest.read_json(state.record_path) or {}
+                if all(data.fault(fault.path, model.preprocessing) == fault for fault in state.listed()):
+                    if state.run_path.exists() and rank() == 0:  # it ended while it tidied up
+                        self._take_lock()
+                        state.tidy(keep_journal=bool(state.listed()))
+                    continue
+            open_layers.append(layer)
+        self._states = {layer: self._states[layer] for layer in open_layers}
+        return bool(open_layers)
+
+    def check_space(self, images: ImageTree, sample: dict[str, Tensor], processes: int) -> int:
+        """Hold the size of the output against the free space, tell both, and return the size in bytes.
+
+        Args:
+            images: All images.
+            sample: A row of each layer, ``(1, D) float32``.
+            processes: How many write a part; those of all but one are copied at the end.
+
+        Raises:
+            DiskError: It cannot fit.
+        """
+        name = os.fsencode(self._name(images.names[0]))
+        row = sum(len(formats.csv_rows([name], sample[layer].numpy())) for layer in self._states)
+        there = sum(path.stat().st_size for state in self._states.values() for path in state.folder.glob("*.csv"))
+        needed = row * len(images)
+        left = max(0, needed - there) + needed * (processes - 1) // processes
+        nearest = next(path for path in (Path(self.out_dir), *Path(self.out_dir).absolute().parents) if path.exists())
+        free = shutil.disk_usage(nearest).free
+        log.info("output: about %s, %s free", size_in_words(needed), size_in_words(free))
+        if left > free:
+            raise DiskError(
+                f"--writer.out_dir {self.out_dir}: about {size_in_words(left)} more are needed, "
+                f"{size_in_words(free)} are free on its disk. Free some, or give a folder on another."
+            )
+        return needed
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Make the folder, agree on it with the other processes, and open this one's parts."""
+        """Agree with the other processes on what is left to do, take a share of it, and start the writing thread."""
         if trainer.limit_predict_batches != 1.0:
             raise BadValueError(
                 f"--trainer.limit_predict_batches {trainer.limit_predict_batches}: rows would be missing. "
                 "Give a folder with fewer images instead."
             )
-        layers: Any = pl_module.layer_list
-        if trainer.is_global_zero:
-            self._warn_of_names(trainer.datamodule.images.names)  # type: ignore[attr-defined]
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        model: Any = pl_module
+        if not self._columns:  # a Trainer put together by hand; the command line has looked already
+            model.configure_model()
+            sample = model.try_out(data.first_batch(model.preprocessing))
+            self.look(trainer, model, data, {layer: rows.shape[1] for layer, rows in sample.items()})
+        self._device = manifest.device_name(trainer.strategy.root_device)
+        self._started = datetime.now(UTC)
         if trainer.world_size > 1:
             # Processes may reach the end hours apart, and NCCL and Lightning wait for half an hour at most.
             self._group = dist.new_group(backend="gloo", timeout=timedelta(days=365))
-        token = secrets.token_hex(8)
-        folder = Path(self.out_dir) / PARTS
-        try:
-            if trainer.is_global_zero:
-                self.check()
-                folder.mkdir(parents=True, exist_ok=True)
-                for layer in layers:
-                    for stale in folder.glob(f"{_file_name(layer)}.*.part"):
-                        stale.unlink()
-                (folder / f"{token}.run").touch()
-            first = self._gather(token)[0]
-            seen = self._gather((folder / f"{first}.run").exists())
-            if not all(seen):
-                raise UserError(
-                    f"--writer.out_dir {self.out_dir}: the process of rank {seen.index(False)} does not see what "
-                    "rank 0 writes there. Expected a folder that all machines share."
-                )
-            if trainer.is_global_zero:
-                (folder / f"{token}.run").unlink()
-            for layer in layers:
-                path = self._part_path(layer, trainer.global_rank)
-                self._open[layer] = _Open(path, path.open("wb", buffering=1 << 20))
-        except OSError as err:
-            raise UserError(f"--writer.out_dir {self.out_dir}: {err.strerror}: {err.filename}") from err
+        session, left = 0, np.arange(0)
+        if trainer.is_global_zero:
+            self._warn_of_names(data.images.names)
+            session, left = self._begin(data, model.preprocessing)
+        everyones = self._gather((session, left, data.images.digest()))
+        session, left, _ = everyones[0]
+        if len({digest for _, _, digest in everyones}) > 1:
+            raise UserError(f"--data.dir {data.dir}: the processes see different images. It changed, or is not shared.")
+        seen = self._gather(all(state.run_path.exists() for state in self._states.values()))
+        if not all(seen):
+            raise UserError(
+                f"--writer.out_dir {self.out_dir}: the process of rank {seen.index(False)} does not see what "
+                "rank 0 writes there. Expected a folder that all machines share."
+            )
+        data.batches = np.array_split(left, trainer.world_size)[trainer.global_rank]
+        self._session = f"{session:06}"
+        if len(data.batches):
+            stem = f"{self._session}-{trainer.global_rank:05}"
+            self._parts = {layer: Part(state.folder, stem, self._heads(layer)) for layer, state in self._states.items()}
+            self._thread = threading.Thread(target=self._write_all, name="featx-writer", daemon=True)
+            self._thread.start()
+
+    def _begin(self, data: Any, preset: Any) -> tuple[int, Any]:
+        """Return the session's number and the batches that are not on disk yet, in order."""
+
+        def still(fault: Fault) -> bool:
+            now = data.fault(fault.path, preset)
+            return bool(now == fault) and (fault.used or data.on_error == "list")
+
+        self._take_lock()
+        left: set[int] = set()
+        session = 1
+        batches = math.ceil(len(data.images) / data.batch_size)
+        for layer, state in self._states.items():
+            if self.overwrite:
+                state.wipe()
+            state.begin()
+            done = state.done(still)
+            self._done[layer] = done
+            left |= set(range(batches)) - done.keys()
+            session = max(session, journal.next_session(state.folder))
+            if done:
+                log.info("%s: going on, %s of %s are done", layer, f"{len(done):,}", count(batches, "batch"))
+            if others := {one.entry.device for one in done.values()} - {self._device}:
+                log.warning("%s: begun on %s; on %s last digits may differ", layer, ", ".join(others), self._device)
+        return session, np.array(sorted(left), dtype=np.int64)
 
     def write_on_batch_end(
         self,
@@ -155,91 +251,148 @@ class FeatureWriter(BasePredictionWriter):
         batch_idx: int,
         dataloader_idx: int,
     ) -> None:
-        """Append a batch's rows, ``(B, D) float32`` of each layer, to this process's parts."""
-        names = [os.fsencode(name if self.names == "relative" else os.path.basename(name)) for name in batch.names]
-        for layer, features in prediction.items():
-            values = features.cpu().numpy()  # (B, D) float32
-            opened = self._open[layer]
-            part = opened.part
-            self._check_rows(layer, part, batch, values.shape)
-            if part.rows == 0:
-                part.first, part.columns = batch.number, values.shape[1]
-                if self.header and batch.number == 0:
-                    opened.file.write(formats.csv_header(layer, part.columns))
+        """Hand a batch's rows, ``(B, D) float32`` of each layer, to the writing thread."""
+        item = (Batch(batch.number, batch.names, [], batch.faults, batch.size),
+                {layer: prediction[layer].cpu().numpy() for layer in self._parts if layer in prediction})  # fmt: skip
+        while self._failure is None:
+            try:
+                self._queue.put(item, timeout=1)
+                break
+            except queue.Full:
+                continue
+        if self._failure is not None:
+            raise self._failure
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        lost = [fault for fault in batch.faults if not fault.used]
+        if lost and data.on_error == "stop":  # its batch is in the journal, so that the image may be mended
+            raise ImageError(
+                f"{os.path.join(data.dir, lost[0].path)}: {lost[0].reason} ({lost[0].exception})\n"
+                "--data.on_error list goes on with the other images, and lists those that cannot be read."
+            )
+
+    def _write_all(self) -> None:
+        """Write what comes, and sync as often as it costs little; the writing thread's whole life."""
+        try:
+            last, cost, waiting = time.monotonic(), 0.0, False
+            while True:
+                due = last + min(cost / SHARE, LONGEST)
+                try:
+                    item = self._queue.get(timeout=max(0.0, due - time.monotonic()) if waiting else None)
+                except queue.Empty:
+                    pass
+                else:
+                    if item is None:
+                        break
+                    self._write(*item)
+                    waiting = True
+                if time.monotonic() >= due:
+                    begin = time.monotonic()
+                    self._sync()
+                    last = time.monotonic()
+                    cost, waiting = last - begin, False
+            self._sync()
+        except BaseException as err:  # the main thread raises it
+            self._failure = err
+
+    def _sync(self) -> None:
+        for part in self._parts.values():
+            part.sync()
+
+    def _write(self, batch: Batch, features: dict[str, Any]) -> None:
+        names = [os.fsencode(self._name(name)) for name in batch.names]
+        for layer, part in self._parts.items():
+            columns = self._columns[layer]
+            values = features.get(layer, np.empty((0, columns), np.float32))  # (B, D)
+            assert len(values) == len(names), f"{layer}: {len(values)} rows for {len(names)} images"
+            if len(names) and values.shape[1] != columns:
+                raise UserError(
+                    f"--model.layer {layer}: from {batch.names[0]} on {values.shape[1]} columns, expected {columns} as "
+                    "before. Rows differ with the images' shapes.\nGive them one shape with --data.crop, or take a "
+                    "layer behind the pooling."
+                )
             odd = ~np.isfinite(values)
-            part.odd_values += int(odd.sum())
-            part.odd_rows += int(odd.any(axis=1).sum())
-            opened.file.writelines(formats.csv_row(name, row) for name, row in zip(names, values, strict=True))
-            part.rows += len(values)
-            part.batches += 1
+            text = formats.csv_rows(names, values)
+            part.add(
+                Entry(batch.number, len(names), columns, (int(odd.any(axis=1).sum()), int(odd.sum())), {},
+                      self._device, batch.faults),
+                {self.format: text},
+            )  # fmt: skip
+        self.computed += batch.size
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Close the parts; in process 0, join those of all processes, and tell what is odd about them."""
-        mine = {layer: self._close(opened) for layer, opened in self._open.items()}
-        everyones = self._gather(mine)
+        """Wait until all is on disk; in process 0, join the parts of all processes, and tell what is odd about them."""
+        self._end_thread(None)
+        if self._failure is not None:
+            raise self._failure
+        self._gather(None)  # everybody's rows are on disk
         if trainer.is_global_zero:
-            for layer in mine:
-                parts = [parts[layer] for parts in everyones]
-                record = manifest.describe_run(trainer, pl_module, trainer.datamodule, layer)  # type: ignore[arg-type, attr-defined]
-                self._finish(layer, parts, len(trainer.datamodule.images), record)  # type: ignore[attr-defined]
-            with suppress(OSError):  # another run's parts may lie there
-                (Path(self.out_dir) / PARTS).rmdir()
-        self._open = {}
+            for layer, state in self._states.items():
+                mine = journal.read_parts(state.folder, [self.format], f"{self._session}-*.journal", check=False)
+                part = self._parts.get(layer)
+                known = {path: part.sha256[format].hexdigest() for format, path in part.paths.items()} if part else {}
+                record = state.finish(self._done[layer] | mine, self._heads(layer), known, self._about(trainer))
+                self.records[layer] = record
+                if record["values_not_finite"]:
+                    values, rows = count(record["values_not_finite"], "value"), count(record["rows_not_finite"], "row")
+                    log.warning("%s: %s nan or infinite, in %s", layer, values, rows)
+        self._release()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Remove the parts, and leave a file of an earlier run as it was."""
-        for opened in self._open.values():
-            with suppress(OSError):
-                opened.file.close()
-            opened.path.unlink(missing_ok=True)
-        with suppress(OSError):  # other processes' parts may lie there
-            (Path(self.out_dir) / PARTS).rmdir()
+        """Bring to disk what was computed, and leave it for the next run."""
+        self._end_thread(GRACE)
+        with suppress(DiskError):  # what ended the run is told, not what follows from it
+            self._release()
 
-    def _finish(self, layer: str, parts: list[Part], images: int, record: dict[str, Any]) -> None:
-        columns = {part.columns for part in parts if part.rows}
-        if len(columns) > 1:
-            raise UserError(_other_columns(layer, min(columns), max(columns)))
-        expected = 0
-        for part in parts:
-            assert part.first in (expected, -1), f"{layer}: a part begins at batch {part.first}, expected {expected}"
-            expected += part.batches
-        rows = sum(part.rows for part in parts)
-        assert rows == images, f"{layer}: {rows} rows for {images} images"
-        target = Path(self.out_dir) / _file_name(layer)
-        paths = [self._part_path(layer, rank) for rank in range(len(parts))]
-        existed = target.exists()
-        try:
-            for path, part in zip(paths, parts, strict=True):
-                assert path.stat().st_size == part.size, f"{path}: {path.stat().st_size} bytes, expected {part.size}"
-            with paths[0].open("ab") as whole:
-                for path in paths[1:]:
-                    with path.open("rb") as file:
-                        shutil.copyfileobj(file, whole, 1 << 20)
-                whole.flush()
-                os.fsync(whole.fileno())
-            paths[0].replace(target)
-            for path in paths[1:]:
-                path.unlink()
-            outcome = {"file": target.name, "rows": rows, "columns": columns.pop()}
-            target.with_name(f"{_stem(layer)}.json").write_bytes(manifest.as_json(outcome | record))
-        except OSError as err:
-            raise UserError(f"--writer.out_dir {self.out_dir}: {err.strerror}: {err.filename}") from err
-        self.files[layer] = target
-        self.rows = rows
-        if existed:
-            log.warning("%s existed and was replaced", target)
-        odd_rows, odd_values = (sum(getattr(part, kind) for part in parts) for kind in ("odd_rows", "odd_values"))
-        if odd_values:
-            log.warning("%s: %s nan or infinite, in %s", target, count(odd_values, "value"), count(odd_rows, "row"))
+    def _end_thread(self, seconds: float | None) -> None:
+        if self._thread is not None and self._thread.is_alive():
+            with suppress(queue.Full):
+                self._queue.put(None, timeout=seconds)
+            self._thread.join(seconds)
+        self._thread = None
 
-    def _check_rows(self, layer: str, part: Part, batch: Batch, shape: tuple[int, ...]) -> None:
-        assert shape[0] == len(batch.names), f"{layer}: {shape[0]} rows for {len(batch.names)} images"
-        if part.rows and batch.number != part.first + part.batches:
-            raise RuntimeError(f"batch {batch.number} came after batch {part.first + part.batches - 1}")
-        if part.rows and shape[1] != part.columns:
-            raise UserError(_other_columns(layer, part.columns, shape[1], f"from {batch.names[0]} on "))
+    def _take_lock(self) -> None:
+        if self._lock is None and rank() == 0:
+            folder = Path(self.out_dir) / HIDDEN
+            with disk.told(folder):
+                folder.mkdir(parents=True, exist_ok=True)
+            self._lock = Lock(folder / "lock", f"--writer.out_dir {self.out_dir}")
 
-    def _warn_of_names(self, paths: list[str]) -> None:
+    def _release(self) -> None:
+        for part in self._parts.values():
+            part.close()
+        self._parts = {}
+        if self._lock is not None:
+            self._lock.release()
+            self._lock = None
+
+    def _heads(self, layer: str) -> dict[str, bytes]:
+        return {self.format: formats.csv_header(layer, self._columns[layer]) if self.header else b""}
+
+    def _name(self, path: str) -> str:
+        return path if self.names == "relative" else os.path.basename(path)
+
+    def _about(self, trainer: Trainer) -> dict[str, Any]:
+        """Return what the record says of the run and what decides no value."""
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        model: Any = trainer.lightning_module
+        return {
+            "weights": model.weights_used,
+            "weights_told": model.weights_told,
+            "preprocessing": data.preprocessing(model.preprocessing).source,
+            "options": {
+                "model_class": f"{type(model).__module__}.{type(model).__qualname__}",
+                "model": manifest.options(model),
+                "data": manifest.options(data) | {"dir": os.path.abspath(data.dir)},
+            },
+            "host": platform.node(),
+            "processes": trainer.world_size,
+            "workers": data.workers,
+            "cores": usable_cores(),
+            "started": self._started.isoformat(timespec="seconds"),
+            "seconds": round((datetime.now(UTC) - self._started).total_seconds(), 3),
+        }
+
+    def _warn_of_names(self, paths: Sequence[str]) -> None:
         names = paths if self.names == "relative" else [os.path.basename(path) for path in paths]
         odd = sum(not formats.is_plain(os.fsencode(name)) for name in names)
         if odd:
@@ -256,17 +409,6 @@ class FeatureWriter(BasePredictionWriter):
                 ", …" if len(twice) > 1 else "",
             )
 
-    def _part_path(self, layer: str, rank: int) -> Path:
-        return Path(self.out_dir) / PARTS / f"{_file_name(layer)}.{rank:05}.part"
-
-    def _close(self, opened: _Open) -> Part:
-        try:
-            opened.file.close()
-            opened.part.size = opened.path.stat().st_size
-        except OSError as err:
-            raise UserError(f"{opened.path}: {err.strerror}") from err
-        return opened.part
-
     def _gather(self, value: Any) -> list[Any]:
         """Return everybody's value, in the order of the ranks; counts and names, never features."""
         if self._group is None:
@@ -274,18 +416,3 @@ class FeatureWriter(BasePredictionWriter):
         values: list[Any] = [None] * dist.get_world_size(self._group)
         dist.all_gather_object(values, value, group=self._group)
         return values
-
-
-def _stem(layer: str) -> str:
-    return layer.replace("/", "%2F")
-
-
-def _file_name(layer: str) -> str:
-    return f"{_stem(layer)}.csv"
-
-
-def _other_columns(layer: str, expected: int, received: int, where: str = "") -> str:
-    return (
-        f"--model.layer {layer}: {where}{received} columns, expected {expected} as before. Rows differ with the "
-        "images' shapes.\nGive them one shape with --data.crop, or take a layer behind the pooling."
-    )

@@ -99,11 +99,10 @@ def loader(photos: Path, processes: int = 1, rank: int = 0, **options: object):
     """A data module and the loader it gives to one rank of a run on CPUs, without a Trainer."""
     data = ImageFolderDataModule(str(photos), **options)
     data.setup("predict")
+    data.batches = np.array_split(np.arange(-(-len(data.images) // data.batch_size)), processes)[rank]
     data.trainer = SimpleNamespace(
         strategy=SimpleNamespace(root_device=torch.device("cpu")),
         num_devices=processes,
-        world_size=processes,
-        global_rank=rank,
         lightning_module=SimpleNamespace(preprocessing=Preprocessing.usual()),
     )
     return data, data.predict_dataloader()

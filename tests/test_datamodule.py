@@ -3,22 +3,19 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import loader
+from conftest import loader, make_image
 from PIL import Image
 
 from featx.datamodule import ImageFolderDataModule, _WholeBatches, cores_per_process, usable_cores
-from featx.messages import BadValueError, ImageError
+from featx.messages import BadValueError, ImageError, MissingPathError, UserError
 from featx.preprocess import Preprocessing
 
 
-@pytest.mark.parametrize("processes", [1, 2, 3, 7, 8])
-@pytest.mark.parametrize(("images", "batch_size"), [(37, 8), (3, 8), (40, 8), (1, 1)])
-def test_whole_batches_are_dealt_once_and_in_order(processes, images, batch_size):
-    shares = [list(_WholeBatches(images, batch_size, processes, rank)) for rank in range(processes)]
-    assert [row for share in shares for row in share] == list(range(images))
-    assert all(share[0] % batch_size == 0 for share in shares if share)
-    assert max(len(s) for s in shares) - min(len(s) for s in shares) < 2 * batch_size
-    assert [len(_WholeBatches(images, batch_size, processes, r)) for r in range(processes)] == list(map(len, shares))
+@pytest.mark.parametrize("batches", [[], [0], [4], [1, 3, 4], range(5)])
+def test_only_whole_batches_are_dealt_and_only_the_last_is_short(batches):
+    sampler = _WholeBatches(37, 8, batches)
+    expected = [row for batch in batches for row in range(batch * 8, min(batch * 8 + 8, 37))]
+    assert list(sampler) == expected and len(sampler) == len(expected)
 
 
 def test_batches_carry_names_numbers_and_uint8(photos):
@@ -26,7 +23,7 @@ def test_batches_carry_names_numbers_and_uint8(photos):
     batches = list(batches)
     assert [batch.number for batch in batches] == [0, 1, 2, 3, 4]
     assert [len(batch.names) for batch in batches] == [8, 8, 8, 8, 5]
-    assert [name for batch in batches for name in batch.names] == data.images.names
+    assert [name for batch in batches for name in batch.names] == list(data.images.names)
     ((rows, images),) = batches[0].groups
     assert rows == list(range(8)) and images.shape == (8, 3, 224, 224) and images.dtype == torch.uint8
 
@@ -45,15 +42,117 @@ def test_without_a_crop_equal_shapes_are_grouped_and_keep_their_rows(photos):
 
 def test_the_last_rank_of_many_gets_whole_batches(photos):
     _, batches = loader(photos, processes=2, rank=1, batch_size=8, num_workers=0)
-    assert [(batch.number, len(batch.names)) for batch in batches] == [(2, 8), (3, 8), (4, 5)]
+    assert [(batch.number, len(batch.names)) for batch in batches] == [(3, 8), (4, 5)]
 
 
-def test_an_unreadable_image_is_raised_in_the_main_process(photos, tmp_path):
-    (tmp_path / "broken.jpg").write_text("no image")
-    data, batches = loader(tmp_path, num_workers=1)
+@pytest.fixture
+def some_broken(tmp_path):
+    """Seven images, of which 2, 3 and 4 cannot be read and 6 is damaged so that PIL does not see it."""
+    for i in range(7):
+        make_image(i, (60 + i % 2, 50)).save(tmp_path / f"{i}.jpg", quality=95)
+    (tmp_path / "2.jpg").write_text("no image")
+    (tmp_path / "3.jpg").unlink()
+    (tmp_path / "3.jpg").mkdir()
+    (tmp_path / "4.jpg").unlink()
+    (tmp_path / "4.jpg").symlink_to("nowhere")
+    data = (tmp_path / "6.jpg").read_bytes()
+    (tmp_path / "6.jpg").write_bytes(data[: len(data) // 2] + b"\xff\xd9")
+    return tmp_path
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_unreadable_image_has_no_row_and_is_told_in_its_place(some_broken, workers):
+    _, batches = loader(some_broken, num_workers=workers, batch_size=2, resize=None, crop=None)
+    first, second, third, last = batches
+    assert [batch.number for batch in (first, second, third, last)] == [0, 1, 2, 3]
+    assert [batch.size for batch in (first, second, third, last)] == [2, 2, 2, 1]
+    assert first.names == ["0.jpg", "1.jpg"] and first.faults == []
+    assert [(rows, list(images.shape)) for rows, images in first.groups] == [
+        ([0], [1, 3, 50, 60]),
+        ([1], [1, 3, 50, 61]),
+    ]
+    assert (second.names, second.groups) == ([], [])
+    assert second.faults == [
+        ("2.jpg", "not an image that PIL can read", "UnidentifiedImageError: cannot identify image file", False),
+        ("3.jpg", "a folder, not a file", "ImageError: a folder, not a file", False),
+    ]
+    assert third.names == ["5.jpg"] and [rows for rows, _ in third.groups] == [[0]]
+    assert [fault.path for fault in third.faults] == ["4.jpg"]
+    assert last.names == [] and last.faults[0].reason in ("damaged", "truncated")
+
+
+def test_not_strictly_a_damaged_image_has_a_row_and_is_told_all_the_same(some_broken):
+    _, batches = loader(some_broken, num_workers=0, strict=False, batch_size=7)
     (batch,) = batches
-    with pytest.raises(ImageError, match=r"broken.jpg: not an image"):
-        data.on_before_batch_transfer(batch, 0)
+    assert batch.names == ["0.jpg", "1.jpg", "5.jpg", "6.jpg"] and batch.size == 7
+    assert [(fault.path, fault.used) for fault in batch.faults] == [
+        ("2.jpg", False), ("3.jpg", False), ("4.jpg", False), ("6.jpg", True),
+    ]  # fmt: skip
+
+
+def test_an_image_too_narrow_to_be_resized_is_told_and_not_tried(tmp_path):
+    Image.new("L", (65500, 1)).save(tmp_path / "a.jpg")
+    _, (batch,) = loader(tmp_path, num_workers=0, resize=256)
+    (fault,) = batch.faults
+    assert fault.reason == "65500 x 1: more than 178,956,970 pixels when its short side is 256"
+    assert batch.names == [] and fault.path == "a.jpg"
+    _, (batch,) = loader(tmp_path, num_workers=0, resize=16, crop=16)
+    assert batch.names == ["a.jpg"] and batch.faults == []
+
+
+def test_stop_ends_the_run_at_the_first_image_that_gives_no_row(some_broken):
+    data, batches = loader(some_broken, num_workers=0, on_error="stop", batch_size=4)
+    with pytest.raises(
+        ImageError, match=r"/2.jpg: not an image .*UnidentifiedImageError.*\n--data.on_error list"
+    ) as err:
+        data.on_before_batch_transfer(next(iter(batches)), 0)
+    assert err.value.exit_status == 3
+    data, batches = loader(some_broken, num_workers=0, on_error="stop", strict=False, batch_size=1)
+    assert data.on_before_batch_transfer(list(batches)[6], 0).names == ["6.jpg"]
+
+
+def test_a_lost_folder_is_not_so_many_bad_images(some_broken):
+    data, batches = loader(some_broken, num_workers=0, batch_size=2)
+    bad = list(batches)[1]
+    assert data.on_before_batch_transfer(bad, 0) is bad
+    some_broken.rename(some_broken.with_name("elsewhere"))
+    with pytest.raises(UserError, match=r"--data.dir .*: the folder is gone, or empty. It held 2.jpg") as err:
+        data.on_before_batch_transfer(bad, 0)
+    assert err.value.exit_status == 4
+
+
+def test_a_network_is_tried_with_the_first_image_that_can_be_read(some_broken):
+    preset = Preprocessing.usual()
+    data = ImageFolderDataModule(str(some_broken))
+    data.setup()
+    for name in ("0.jpg", "1.jpg"):
+        (some_broken / name).write_text("broken")
+    assert data.first_batch(preset).names == ["5.jpg"]
+    (some_broken / "5.jpg").write_text("broken")
+    ((rows, images),) = data.first_batch(preset).groups
+    assert rows == [0] and images.shape == (1, 3, 224, 224)
+
+
+def test_only_the_images_of_a_list_are_taken_and_a_missing_one_is_told(photos, tmp_path, caplog):
+    (tmp_path / "list").write_text("cats/image-02.jpg\nlost.jpg\nants/image-00.jpg\n")
+    with caplog.at_level("INFO"):
+        _, (batch,) = loader(photos, num_workers=0, files=str(tmp_path / "list"))
+    assert batch.names == ["cats/image-02.jpg", "ants/image-00.jpg"]
+    assert batch.faults == [("lost.jpg", "no such file", "FileNotFoundError: No such file or directory", False)]
+    assert f"images: 3 images of {photos}, listed in {tmp_path / 'list'}" in caplog.text
+
+
+def test_a_missing_list_is_told_before_the_folder_is_looked_through(photos):
+    with pytest.raises(MissingPathError, match=r"--data.files nowhere: no such file"):
+        ImageFolderDataModule(str(photos), files="nowhere").check()
+
+
+def test_turbo_has_the_same_names_and_nearly_the_same_pixels(photos):
+    exact, turbo = (list(loader(photos, num_workers=0, decoder=decoder)[1]) for decoder in ("exact", "turbo"))
+    for ours, theirs in zip(exact, turbo, strict=True):
+        assert ours.names == theirs.names
+        difference = (ours.groups[0][1].int() - theirs.groups[0][1].int()).abs()
+        assert difference.max() <= 2 and difference.any()
 
 
 def test_deep_images_are_found_before_the_first_batch(tmp_path):
@@ -70,11 +169,15 @@ def test_deep_images_are_found_before_the_first_batch(tmp_path):
         ({"num_workers": -1}, "--data.num_workers -1: expected a whole number of at least 0"),
         ({"resize": 0}, "--data.resize 0"),
         ({"crop": -3}, "--data.crop -3"),
+        (
+            {"interpolation": "lanczos", "decoder": "turbo"},
+            "--data.interpolation lanczos: expected bilinear or bicubic",
+        ),
         ({"value_range": (4, 4)}, "low below high"),
         ({"value_range": (0, float("nan"))}, "low below high"),
     ],
 )
-def test_impossible_numbers_are_refused(options, words):
+def test_impossible_values_are_refused(options, words):
     with pytest.raises(BadValueError, match=words):
         ImageFolderDataModule("photos", **options)
 

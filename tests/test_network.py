@@ -1,5 +1,6 @@
 import sys
 
+import numpy as np
 import pytest
 import safetensors.torch
 import timm
@@ -86,7 +87,7 @@ def test_timms_data_config_is_followed_to_the_bit():
         cfg = timm.get_pretrained_cfg(name.removeprefix("timm/"))
         theirs = timm.data.create_transform(**timm.data.resolve_data_config(pretrained_cfg=cfg.to_dict()))
         image = make_image(3, (320, 241))
-        assert torch.equal(preset.normalize(preset.to_tensor(image)[None])[0], theirs(image))
+        assert torch.equal(preset.normalize(preset.to_tensor(np.asarray(image))[None])[0], theirs(image))
         assert preset.resize == resize
     assert "squash to 246 bicubic, crop 224" in str(preset)
 

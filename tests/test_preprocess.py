@@ -1,3 +1,6 @@
+from dataclasses import replace
+
+import numpy as np
 import pytest
 import torch
 from conftest import make_image
@@ -11,7 +14,7 @@ from featx.preprocess import Preprocessing
 def test_preprocessing_equals_the_weights_own_transforms(entry, size):
     image = make_image(5, size)
     ours = Preprocessing.of_weights(entry)
-    assert torch.equal(ours.normalize(ours.to_tensor(image)[None])[0], entry.transforms()(image))
+    assert torch.equal(ours.normalize(ours.to_tensor(np.array(image))[None])[0], entry.transforms()(image))
 
 
 def test_alexnet_says_256_224_bilinear():
@@ -23,7 +26,7 @@ def test_alexnet_says_256_224_bilinear():
 def test_null_leaves_a_step_out():
     image = make_image(5, (50, 40))
     ours = Preprocessing(None, None, "bilinear", (0.0,) * 3, (1.0,) * 3, "a test")
-    assert torch.equal(ours.to_tensor(image), transforms.PILToTensor()(image))
+    assert torch.equal(ours.to_tensor(np.array(image)), transforms.PILToTensor()(image))
     assert str(ours) == "no resize, no crop (a test)"
 
 
@@ -31,3 +34,20 @@ def test_normalize_changes_nothing_in_place():
     images = torch.full((1, 3, 2, 2), 7, dtype=torch.uint8)
     Preprocessing.usual().normalize(images)
     assert images.eq(7).all()
+
+
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+@pytest.mark.parametrize("size", [(500, 375), (375, 501), (40, 60), (1, 1), (3000, 2)])
+def test_turbo_is_at_most_two_grey_levels_off_exact(interpolation, size):
+    pixels = np.array(make_image(5, size))
+    ours = replace(Preprocessing.usual(), interpolation=interpolation)
+    exact, turbo = ours.to_tensor(pixels), ours.to_tensor(pixels, "turbo")
+    assert turbo.shape == exact.shape == (3, 224, 224) and turbo.dtype == exact.dtype == torch.uint8
+    assert turbo.is_contiguous()  # a view would send the whole image between processes
+    assert (turbo.int() - exact.int()).abs().max() <= 2
+
+
+def test_turbo_without_steps_is_the_image_itself():
+    pixels = np.array(make_image(5, (50, 40)))
+    ours = Preprocessing(None, None, "bilinear", (0.0,) * 3, (1.0,) * 3, "a test")
+    assert torch.equal(ours.to_tensor(pixels, "turbo"), ours.to_tensor(pixels, "exact"))

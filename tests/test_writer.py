@@ -1,3 +1,4 @@
+import hashlib
 import json
 import os
 from pathlib import Path
@@ -9,7 +10,7 @@ from conftest import make_image, oracle, predict, random_network, read_csv, rela
 from lightning.pytorch import Trainer
 
 from featx import FeatureExtractor, FeatureWriter, ImageFolderDataModule
-from featx.messages import BadValueError, UserError
+from featx.messages import BadValueError, ImageError, UserError
 
 
 class Tiny(FeatureExtractor):
@@ -47,21 +48,21 @@ pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
 def test_a_trainer_put_together_by_hand_writes_the_file(photos, tmp_path):
     writer = run(photos, tmp_path / "new" / "out")
-    assert sorted(os.listdir(tmp_path / "new" / "out")) == ["2.csv", "2.json"]
-    names, values = read_csv(writer.files["2"])
-    assert len(names) == 37 == writer.rows and values.shape == (37, 4)
+    assert sorted(os.listdir(tmp_path / "new" / "out")) == [".featx", "2.csv", "2.json"]
+    names, values = read_csv(writer.files["2"][0])
+    assert len(names) == 37 == writer.computed and values.shape == (37, 4)
     assert names == [os.path.basename(name) for name in ImageFolderDataModuleNames(photos)]
 
 
 def ImageFolderDataModuleNames(photos):
     data = ImageFolderDataModule(str(photos))
     data.setup()
-    return data.images.names
+    return list(data.images.names)
 
 
 def test_relative_names_and_a_header(photos, tmp_path):
     writer = run(photos, tmp_path, names="relative", header=True)
-    lines = writer.files["2"].read_text().splitlines()
+    lines = writer.files["2"][0].read_text().splitlines()
     assert lines[0] == "image,2.0,2.1,2.2,2.3" and len(lines) == 38
     assert lines[1].startswith("ants/image-00.jpg,")
     assert [line.split(",")[0] for line in lines[1:]] == ImageFolderDataModuleNames(photos)
@@ -70,16 +71,23 @@ def test_relative_names_and_a_header(photos, tmp_path):
 def test_the_record_says_what_made_the_file(photos, tmp_path):
     run(photos, tmp_path)
     record = json.loads((tmp_path / "2.json").read_text())
-    assert record["rows"] == 37 and record["columns"] == 4 and record["network"] == "Tiny"
-    assert record["weights"] == "as Tiny.build_network() made them"
-    assert record["preprocessing"]["crop"] == 224 and record["batch_size"] == 8
+    assert record["rows"] == 37 and record["columns"] == 4 and record["errors"] == 0
+    data = (tmp_path / "2.csv").read_bytes()
+    assert record["files"] == {"2.csv": {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}}
+    decides, about = record["identity"], record["run"]
+    assert decides["network"] == "Tiny" and len(decides["weights"]) == 64 and decides["versions"]["torch"]
+    assert decides["preprocessing"]["crop"] == 224 and decides["batch_size"] == 8
+    assert about["weights"] == "as Tiny.build_network() made them" and about["processes"] == 1
+    assert record["inputs"]["images"] == 37 and list(about["batches_by_device"].values()) == [5]
 
 
-def test_a_file_that_stood_there_is_replaced_and_told(photos, tmp_path, caplog):
+def test_a_file_of_unknown_origin_is_replaced_only_when_asked(photos, tmp_path):
     (tmp_path / "2.csv").write_text("old")
     (tmp_path / "3.csv").write_text("another layer's")
-    run(photos, tmp_path)
-    assert "2.csv existed and was replaced" in caplog.text
+    with pytest.raises(BadValueError, match=r"2.csv: exists, and no record says what made it.\n.*overwrite true"):
+        run(photos, tmp_path)
+    assert (tmp_path / "2.csv").read_text() == "old"
+    run(photos, tmp_path, overwrite=True)
     assert len(read_csv(tmp_path / "2.csv")[0]) == 37
     assert (tmp_path / "3.csv").read_text() == "another layer's"
 
@@ -113,7 +121,7 @@ def test_basenames_that_occur_twice_are_told_once_with_the_remedy(tmp_path, capl
     told = [record.getMessage() for record in caplog.records if "several folders" in record.getMessage()]
     assert told == ["2 file names stand in several folders (1.png, …): --writer.names relative tells the rows apart"]
     caplog.clear()
-    run(tmp_path / "photos", tmp_path / "out", names="relative")
+    run(tmp_path / "photos", tmp_path / "relative", names="relative")
     assert "several folders" not in caplog.text
 
 
@@ -128,18 +136,18 @@ def test_rows_that_differ_in_length_end_the_run_without_a_file(tmp_path):
 
     with pytest.raises(UserError, match=r"--model.layer 0: from 8.png on .* columns, expected 12288 as before"):
         run(tmp_path / "photos", tmp_path / "out", layer="0", model=Plain, data={"resize": None, "crop": None})
-    assert os.listdir(tmp_path / "out") == []
+    assert os.listdir(tmp_path / "out") == [".featx"]
 
 
-def test_an_unreadable_image_ends_the_run_without_a_file(photos, tmp_path):
+def test_an_unreadable_image_ends_the_run_without_a_file_where_that_was_asked_for(tmp_path):
     folder = tmp_path / "photos"
     folder.mkdir()
     for i in range(20):
         make_image(i, (30, 30)).save(folder / f"{i:02}.png")
     (folder / "17.png").write_bytes(b"broken")
-    with pytest.raises(UserError, match=r"17.png: not an image"):
-        run(folder, tmp_path / "out")
-    assert os.listdir(tmp_path / "out") == []
+    with pytest.raises(ImageError, match=r"photos/17.png: not an image that PIL can read \(UnidentifiedImageError"):
+        run(folder, tmp_path / "out", data={"on_error": "stop"})
+    assert os.listdir(tmp_path / "out") == [".featx"]
 
 
 def test_a_limit_on_the_batches_is_refused(photos, tmp_path):
@@ -180,5 +188,5 @@ def test_any_module_path_becomes_a_file(photos, tmp_path):
             return random_network("resnet18")
 
     writer = run(photos, tmp_path, layer=["avgpool", "layer4.1.bn2"], model=Pool, data={"crop": 64})
-    assert read_csv(writer.files["avgpool"])[1].shape == (37, 512)
-    assert read_csv(writer.files["layer4.1.bn2"])[1].shape == (37, 512 * 2 * 2)
+    assert read_csv(writer.files["avgpool"][0])[1].shape == (37, 512)
+    assert read_csv(writer.files["layer4.1.bn2"][0])[1].shape == (37, 512 * 2 * 2)

@@ -1,0 +1,220 @@
+"""What is surely on disk of a layer: parts, each with a journal of the batches in it, and how they become the file."""
+
+import hashlib
+import json
+import zlib
+from collections.abc import Iterable
+from contextlib import ExitStack, suppress
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from featx import disk
+from featx.decode import Fault
+
+Piece = tuple[Path, int, int]  # a file, first byte, byte behind the last
+Span = tuple[int, int, int]  # first byte, byte behind the last, CRC-32 of what is between
+
+
+class Entry(NamedTuple):
+    """What a journal says of one batch.
+
+    Attributes:
+        batch: Its number in the whole run.
+        rows: Rows it gave.
+        columns: Values in each row, or 0 without a row.
+        odd: How many rows hold nan or infinity, and how many such values.
+        spans: Where the rows stand in the part of each format.
+        device: What computed them.
+        faults: The images that could not be read.
+    """
+
+    batch: int
+    rows: int
+    columns: int
+    odd: tuple[int, int]
+    spans: dict[str, Span]
+    device: str
+    faults: list[Fault]
+
+
+class Placed(NamedTuple):
+    """An entry whose bytes were found as the journal says, with the part of each format."""
+
+    entry: Entry
+    files: dict[str, Path]
+
+
+def encode_line(value: Any) -> bytes:
+    """Return a journal's line: the CRC-32 of a JSON text, and the text."""
+    text = json.dumps(value, separators=(",", ":")).encode()
+    return b"%08x %b\n" % (zlib.crc32(text), text)
+
+
+def encode(files: Iterable[str], entries: Iterable[Entry]) -> bytes:
+    """Return a journal: the names of the part's files, a format each, then its entries."""
+    return b"".join(map(encode_line, [list(files), *entries]))
+
+
+def decode(data: bytes) -> tuple[list[str], list[Entry]]:
+    """Return a journal's file names and its entries, up to the first line that is torn or damaged."""
+    values: list[Any] = []
+    for line in data.split(b"\n")[:-1]:  # what stands behind the last line break is torn
+        crc, _, text = line.partition(b" ")
+        if crc != b"%08x" % zlib.crc32(text):
+            break
+        values.append(json.loads(text))
+    if not values:
+        return [], []
+    files, *entries = values
+    return files, [_entry(*entry) for entry in entries]
+
+
+def _entry(batch: int, rows: int, columns: int, odd: Any, spans: dict[str, Any], device: str, faults: Any) -> Entry:
+    placed = {format: (start, end, crc) for format, (start, end, crc) in spans.items()}
+    return Entry(batch, rows, columns, (odd[0], odd[1]), placed, device, [Fault(*fault) for fault in faults])
+
+
+class Part:
+    """The rows that one process writes of one layer, a file a format, and their journal.
+
+    Args:
+        folder: Where they lie.
+        stem: Their name, unused so far.
+        heads: For each format the bytes that a whole file begins with; every part does, so that any can become it.
+    """
+
+    def __init__(self, folder: Path, stem: str, heads: dict[str, bytes]) -> None:
+        self.journal_path = folder / f"{stem}.journal"
+        self.paths = {format: folder / f"{stem}.{format}" for format in heads}
+        self.sha256 = {format: hashlib.sha256(head) for format, head in heads.items()}
+        self._files = {format: disk.open_to_write(path) for format, path in self.paths.items()}
+        self._ends = dict.fromkeys(heads, 0)
+        self._waiting = [encode([path.name for path in self.paths.values()], [])]
+        for format, head in heads.items():
+            disk.write(self._files[format], self.paths[format], head)
+            self._ends[format] = len(head)
+        self._journal = disk.open_to_write(self.journal_path)
+        self.sync()
+
+    def add(self, entry: Entry, texts: dict[str, bytes]) -> None:
+        """Write a batch's rows, whose spans are filled in here; they count as done from the next ``sync`` on."""
+        for format, text in texts.items():
+            disk.write(self._files[format], self.paths[format], text)
+            self.sha256[format].update(text)
+            start, end = self._ends[format], self._ends[format] + len(text)
+            entry.spans[format], self._ends[format] = (start, end, zlib.crc32(text)), end
+        self._waiting.append(encode_line(entry))
+
+    def sync(self) -> None:
+        """Bring the rows to the disk, then the journal's lines that say so."""
+        if not self._waiting:
+            return
+        for format, file in self._files.items():
+            disk.sync(file, self.paths[format])
+        disk.write(self._journal, self.journal_path, b"".join(self._waiting))
+        disk.sync(self._journal, self.journal_path)
+        self._waiting.clear()
+
+    def close(self) -> None:
+        """Close the files, all of them, without a sync."""
+        with ExitStack() as stack:
+            for file, path in [*zip(self._files.values(), self.paths.values(), strict=True),
+                               (self._journal, self.journal_path)]:  # fmt: skip
+                stack.callback(disk.close, file, path)
+
+
+def read_parts(
+    folder: Path, formats: Iterable[str], pattern: str = "*.journal", check: bool = True
+) -> dict[int, Placed]:
+    """Return, by number, every batch whose rows are on disk whole in all of the formats.
+
+    Journals are read in the order of their names, a later one wins. Nothing in an older run's is trusted: a batch
+    counts only if the parts' bytes have the checksums that the journal gives.
+
+    Args:
+        folder: Where the parts lie.
+        formats: The formats.
+        pattern: Which journals.
+        check: Whether to read the parts; not for what this very run has written.
+    """
+    done: dict[int, Placed] = {}
+    wanted = set(formats)
+    for path in sorted(folder.glob(pattern)):
+        names, entries = decode(path.read_bytes())
+        files = {Path(name).suffix[1:]: folder / name for name in names}
+        if wanted <= files.keys():
+            files = {format: files[format] for format in wanted}
+            damaged = set[int]()
+            for format, file in files.items() if check else ():
+                damaged |= _damaged(file, format, entries)
+            done |= {entry.batch: Placed(entry, files) for entry in entries if entry.batch not in damaged}
+    return done
+
+
+def _damaged(path: Path, format: str, entries: list[Entry]) -> set[int]:
+    bad = {entry.batch for entry in entries}
+    with suppress(OSError), path.open("rb") as file:
+        for entry in entries:
+            start, end, crc = entry.spans[format]
+            file.seek(start)
+            data = file.read(end - start)
+            if len(data) == end - start and zlib.crc32(data) == crc:
+                bad.remove(entry.batch)
+    return bad
+
+
+def next_session(folder: Path) -> int:
+    """Return the number that the names of a new session's parts begin with, so that its journals come last."""
+    return 1 + max((int(path.name[:6]) for path in folder.glob("*.journal")), default=0)
+
+
+def pieces(format: str, placed: Iterable[Placed]) -> list[Piece]:
+    """Line up the bytes of batches in one format, neighbours in one piece."""
+    found: list[Piece] = []
+    for entry, files in placed:
+        start, end, _ = entry.spans[format]
+        if found and found[-1][0] == files[format] and found[-1][2] == start:
+            found[-1] = (files[format], found[-1][1], end)
+        elif end > start:
+            found.append((files[format], start, end))
+    return found
+
+
+def join(ranges: list[Piece], head: bytes, fresh: Path, keep: Path) -> Path:
+    """Make a whole file of a head and pieces of parts, and return where it is, on disk and ready to be renamed.
+
+    A part that begins as the file does becomes the file; the rest is appended to it by the kernel. Whatever happens
+    on the way, its own batches stay where its journal says.
+
+    Args:
+        ranges: What stands behind the head.
+        head: The first bytes.
+        fresh: Name for a new file, where no part can become it.
+        keep: A finished file, which is only read.
+    """
+    path = fresh
+    first = ranges[0][0] if ranges else keep
+    if first != keep and ranges[0][1] == len(head) and all(source != first for source, _, _ in ranges[1:]):
+        path = first
+        file = disk.open_to_write(path, ranges[0][2])
+        ranges = ranges[1:]
+    else:
+        file = disk.open_to_write(path)
+        disk.write(file, path, head)
+    try:
+        for source, start, end in ranges:
+            disk.append_range(file, path, source, start, end)
+        file.seek(0)
+        if file.read(len(head)) != head:
+            file.seek(0)
+            disk.write(file, path, head)
+        disk.sync(file, path)
+    finally:
+        disk.close(file, path)
+    return path
+
+
+def digest(path: Path) -> str:
+    """Return the SHA-256 of a file."""
+    with disk.told(path), path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,215 @@
+"""What a folder holds of a layer: nothing, an unfinished run, a finished one; and what a run may do with it."""
+
+import csv
+import io
+import os
+import shutil
+from collections import Counter
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Literal
+
+from featx import disk, journal, manifest
+from featx.decode import Fault
+from featx.images import ImageTree
+from featx.journal import Entry, Placed
+from featx.manifest import Json
+from featx.messages import BadValueError
+
+HIDDEN = ".featx"
+ERRORS_HEADER = ("path", "reason", "exception")
+USED = "used all the same: "
+AFRESH = "Give another --writer.out_dir, or --writer.overwrite true, which starts afresh."
+
+
+def file_name(layer: str, suffix: str = "") -> str:
+    """Return the name of a layer's file; a slash, which timm's layers may have, is written ``%2F``."""
+    return layer.replace("/", "%2F") + (f".{suffix}" if suffix else "")
+
+
+class LayerState:
+    """One layer's files in an output folder: the results and, below ``.featx``, what a resume needs.
+
+    Args:
+        out_dir: The output folder.
+        layer: The layer, as the user named it.
+        formats: The formats asked for.
+        identity: Everything that decides a value.
+        images: The images, in the order of the rows.
+    """
+
+    def __init__(self, out_dir: Path, layer: str, formats: Iterable[str], identity: Json, images: ImageTree) -> None:
+        self.layer = layer
+        self.identity = identity
+        self.images = images
+        self.folder = out_dir / HIDDEN / file_name(layer)
+        self.files = {format: out_dir / file_name(layer, format) for format in formats}
+        self.record_path = out_dir / file_name(layer, "json")
+        self.errors_path = out_dir / file_name(layer, "errors.csv")
+        self.run_path = self.folder / "run.json"
+        self.inputs_path = self.folder / "images.gz"
+        self.inputs = manifest.inputs(images)
+
+    def look(self) -> Literal["fresh", "unfinished", "finished"]:
+        """Say what is there, without changing anything.
+
+        Raises:
+            UserError: Another run's results or parts are there, or the images have changed.
+        """
+        record, run = manifest.read_json(self.record_path), manifest.read_json(self.run_path)
+        for kind, old in (("made", record), ("begun", run)):
+            lines = manifest.differences(old["identity"], self.identity) if old else []
+            if lines:
+                more = [f"  and {len(lines) - 7} more"] if len(lines) > 7 else []
+                told = "\n".join([f"  {line}" for line in lines[:7]] + more)
+                raise BadValueError(
+                    f"{self.record_path.with_suffix('')}: was {kind} by another run. What differs:\n{told}\n{AFRESH}"
+                )
+        if old := run or record:
+            self._check_images(old)
+        elif strangers := [path for path in self.files.values() if path.exists()]:
+            raise BadValueError(f"{strangers[0]}: exists, and no record says what made it.\n{AFRESH}")
+        if record and self.inputs == record["inputs"]:
+            whole = [self._is_whole(path, record, bool(run)) for path in self.files.values()]
+            if all(whole):
+                return "finished"
+        return "unfinished" if run else "fresh"
+
+    def _check_images(self, old: Json) -> None:
+        if old["inputs"] == self.inputs:
+            return
+        told = manifest.changed_inputs(self.inputs_path, self.images, [fault.path for fault in self.listed()])
+        if told:
+            raise BadValueError(
+                f"{self.record_path.with_suffix('')}: {told} since that run began; its rows would not match.\n{AFRESH}"
+            )
+
+    def _is_whole(self, path: Path, record: Json, unfinished: bool) -> bool:
+        said = record["files"].get(path.name)
+        if said is None or not path.exists():
+            return False
+        same: bool = path.stat().st_size == said["bytes"] and journal.digest(path) == said["sha256"]
+        if not same and not unfinished:  # else the run ended between the record and the files, and goes on
+            raise BadValueError(f"{path}: is not what {self.record_path.name} says of it: it was changed.\n{AFRESH}")
+        return same
+
+    def listed(self) -> list[Fault]:
+        """Return the images that could not be read, as the journals know them."""
+        paths = sorted(self.folder.glob("*.journal"))
+        return [fault for path in paths for entry in journal.decode(path.read_bytes())[1] for fault in entry.faults]
+
+    def begin(self) -> None:
+        """Write down what run this is, so that no other goes on with it."""
+        with disk.told(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+        manifest.save_inputs(self.inputs_path, self.images)
+        disk.replace(self.run_path, manifest.as_json({"identity": self.identity, "inputs": self.inputs}))
+
+    def wipe(self) -> None:
+        """Remove all there is of the layer."""
+        with disk.told(self.folder):
+            shutil.rmtree(self.folder, ignore_errors=True)
+            record = manifest.read_json(self.record_path)
+            old = [self.record_path.with_name(name) for name in record["files"]] if record else []
+            for path in (self.record_path, self.errors_path, *self.files.values(), *old):
+                path.unlink(missing_ok=True)
+
+    def done(self, still: Callable[[Fault], bool]) -> dict[int, Placed]:
+        """Return the batches on disk, but for those whose unreadable images are no longer what they were.
+
+        Args:
+            still: Whether an image has the fault that it had.
+        """
+        return {
+            number: placed
+            for number, placed in journal.read_parts(self.folder, self.files).items()
+            if all(still(fault) for fault in placed.entry.faults)
+        }
+
+    def finish(self, done: dict[int, Placed], heads: dict[str, bytes], known: dict[Path, str], about: Json) -> Json:
+        """Join the parts to the final files, beside their record and the list of errors, and return the record.
+
+        The record comes before the files get their names, so that no file of featx's is ever without one: a run that
+        ends in between is unfinished, and the next one joins again.
+
+        Args:
+            done: All batches.
+            heads: The first bytes of each format's file.
+            known: SHA-256 of parts as they are.
+            about: What the record says besides.
+        """
+        placed = [done[number] for number in sorted(done)]
+        entries = [one.entry for one in placed]
+        faults = [fault for entry in entries for fault in entry.faults]
+        rows = sum(entry.rows for entry in entries)
+        lost = sum(not fault.used for fault in faults)
+        assert [entry.batch for entry in entries] == list(range(len(entries))), f"{self.layer}: batches are missing"
+        assert rows + lost == len(self.images), f"{self.layer}: {rows} rows, {lost} errors, {len(self.images)} images"
+        joined, files = {}, {}
+        if old := manifest.read_json(self.record_path):  # formats that an earlier run wrote stay, if they say the same
+            same = old["inputs"] == self.inputs and (old["errors"], old["rows"]) == (lost, rows)
+            for name, said in old["files"].items():
+                if same:
+                    files[name] = said
+                elif name not in [path.name for path in self.files.values()]:
+                    disk.remove(self.record_path.with_name(name))
+        for format, target in self.files.items():
+            ranges = journal.pieces(format, placed)
+            path = journal.join(ranges, heads[format], self.folder / f"joined.{format}", target)
+            size = path.stat().st_size
+            whole = path in known and ranges == [(path, len(heads[format]), size)]
+            joined[path] = target
+            files[target.name] = {"sha256": known[path] if whole else journal.digest(path), "bytes": size}
+        record = {
+            "layer": self.layer,
+            "files": files,
+            "rows": rows,
+            "columns": max((entry.columns for entry in entries), default=0),
+            "errors": lost,
+            "errors_used": len(faults) - lost,
+            "rows_not_finite": sum(entry.odd[0] for entry in entries),
+            "values_not_finite": sum(entry.odd[1] for entry in entries),
+            "inputs": self.inputs,
+            "identity": self.identity,
+            "run": {**about, "batches_by_device": Counter(entry.device for entry in entries)},
+        }
+        if faults:  # to repair single images, their neighbours' rows are taken from the finished files
+            self._keep_journal(entries, heads)
+        disk.replace(self.record_path, manifest.as_json(record))
+        if faults:
+            disk.replace(self.errors_path, _errors_csv(faults))
+        else:
+            disk.remove(self.errors_path)
+        for path, target in joined.items():
+            disk.rename(path, target)
+        self.tidy(keep_journal=bool(faults))
+        return record
+
+    def _keep_journal(self, entries: list[Entry], heads: dict[str, bytes]) -> None:
+        ends = {format: len(head) for format, head in heads.items()}
+        moved = []
+        for entry in entries:
+            spans = {}
+            for format, (start, end, crc) in entry.spans.items():
+                spans[format] = (ends[format], ends[format] + end - start, crc)
+                ends[format] = spans[format][1]
+            moved.append(entry._replace(spans=spans))
+        names = [os.path.relpath(path, self.folder) for path in self.files.values()]
+        path = self.folder / f"{journal.next_session(self.folder):06}.journal"
+        disk.replace(path, journal.encode(names, moved))
+
+    def tidy(self, keep_journal: bool) -> None:
+        """Remove what only an unfinished run needs."""
+        last = max(self.folder.glob("*.journal"), default=None) if keep_journal else None
+        for path in self.folder.iterdir():
+            if path not in (last, self.inputs_path):
+                disk.remove(path)
+
+
+def _errors_csv(faults: list[Fault]) -> bytes:
+    text = io.StringIO(newline="")
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(ERRORS_HEADER)
+    for fault in faults:
+        writer.writerow([fault.path, (USED if fault.used else "") + fault.reason, fault.exception])
+    return text.getvalue().encode("utf-8", "surrogateescape")

@@ -1,0 +1,180 @@
+"""How a run ends before its end: Ctrl-C, SIGTERM, and a process of the run that was lost."""
+
+import _thread
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from types import FrameType
+from typing import Any, NoReturn
+
+LISTENER = "featx-listener"
+PATIENCE = 15.0  # seconds that an interrupted process has to end by itself
+
+
+class Stopped(BaseException):
+    """The run was asked to end, or cannot go on without a process that was lost; nothing catches it but ``main``.
+
+    Args:
+        exit_status: 128 and the signal's number, or that of the process that was lost.
+    """
+
+    def __init__(self, exit_status: int) -> None:
+        super().__init__(exit_status)
+        self.exit_status = exit_status
+
+    @property
+    def by_signal(self) -> bool:
+        """Whether the user, or a scheduler, asked for it."""
+        return self.exit_status > 128
+
+
+_verdict: int | None = None  # the exit status that another process's end asks for
+_stopping = False
+
+
+def listen() -> None:
+    """Make Ctrl-C, SIGTERM and, under SLURM, the signal before a requeue raise Stopped; a second one ends at once."""
+    signals = [signal.SIGINT, signal.SIGTERM, *([signal.SIGUSR1] if "SLURM_JOB_ID" in os.environ else [])]
+    for number in signals:
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup and a shell's background jobs set it
+            signal.signal(number, _stop)
+
+
+def _stop(number: int, frame: FrameType | None) -> None:
+    global _stopping
+    _stopping = True
+    for other in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(other, lambda number, _: os._exit(128 + number))
+    status = 128 + (signal.SIGTERM if number == signal.SIGUSR1 else number) if _verdict is None else _verdict
+    end_at_the_latest(PATIENCE, status)
+    raise Stopped(status)
+
+
+def end_at_the_latest(seconds: float, status: int) -> None:
+    """End the process after so many seconds, whatever it is doing then."""
+
+    def end() -> None:
+        time.sleep(seconds)
+        os._exit(status)
+
+    threading.Thread(target=end, daemon=True).start()
+
+
+class Watch:
+    """Looks after the other processes of a run, and ends this one when one of them is lost.
+
+    Lightning looks every 5 s and then kills process 0 with SIGKILL. Here every process waits for a word from process
+    0, and process 0 for one from each of them; when a process dies, the system closes its connections, and the other
+    side knows at once, on one machine and across many.
+
+    Args:
+        told: Shows a message, from whichever process.
+    """
+
+    def __init__(self, told: Callable[[str], None]) -> None:
+        self._told = told
+        self._group: Any = None
+        self._rank = self._size = 0
+        self._threads: list[threading.Thread] = []
+        self._running = threading.Event()
+
+    def children(self, processes: list[subprocess.Popen[bytes]]) -> None:
+        """Watch the processes that Lightning starts until they are connected: one that dies earlier ends the run."""
+
+        def look() -> None:
+            while not self._running.wait(0.3):
+                for number, process in enumerate(processes, 1):
+                    if process.poll():
+                        if process.returncode < 0:
+                            self._told(f"the process of rank {number} was lost (signal {-process.returncode})")
+                        end_processes(processes)
+                        sys.stderr.flush()
+                        os._exit(max(1, process.returncode))
+
+        threading.Thread(target=look, daemon=True).start()
+
+    def connect(self, rank: int, size: int) -> None:
+        """Begin to watch, once the processes are connected."""
+        self._running.set()
+        if size == 1:
+            return
+        import torch.distributed as dist
+
+        self._rank, self._size = rank, size
+        self._group = dist.new_group(backend="gloo", timeout=timedelta(days=365))
+        for other in range(1, size) if rank == 0 else (0,):
+            thread = threading.Thread(target=self._listen, args=(other,), daemon=True, name=LISTENER)
+            thread.start()
+            self._threads.append(thread)
+
+    def _listen(self, other: int) -> None:
+        global _verdict
+        import torch
+        import torch.distributed as dist
+
+        status = torch.zeros(1, dtype=torch.int64)
+        try:
+            dist.recv(status, src=other, group=self._group)
+        except RuntimeError:  # the connection is gone without a word
+            if self._group is None or _verdict is not None or _stopping:
+                return
+            self._told(f"the process of rank {other} was lost")
+            status.fill_(1)
+        if int(status) and self._group is not None and _verdict is None and not _stopping:
+            _verdict = int(status)
+            _thread.interrupt_main(signal.SIGTERM)
+
+    def leave(self, status: int) -> None:
+        """Tell the others that this process ends: 0, all is done, or the status it ends with."""
+        group, self._group = self._group, None
+        if group is None:
+            return
+        import torch
+        import torch.distributed as dist
+
+        for other in range(1, self._size) if self._rank == 0 else (0,):
+            try:
+                dist.send(torch.tensor([status]), dst=other, group=group)
+            except RuntimeError:
+                continue  # that one is gone already
+        if status == 0:
+            for thread in self._threads:
+                thread.join(PATIENCE)  # the other side says 0 too
+
+
+def is_listening() -> bool:
+    """Return whether a thread still waits for another process; Python's own way out would abort in it."""
+    return any(thread.name == LISTENER for thread in threading.enumerate())
+
+
+def leave_at_once(status: int) -> NoReturn:
+    """End this process and those that decode for it, without waiting for what its threads are doing."""
+    for child in multiprocessing.active_children():
+        child.terminate()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+def verdict() -> int | None:
+    """Return the exit status that the end of another process asks for, or None while all are well."""
+    return _verdict
+
+
+def end_processes(processes: list[subprocess.Popen[bytes]], seconds: float = PATIENCE) -> None:
+    """Ask processes to end, wait for them, and kill those that do not."""
+    for process in processes:
+        if process.poll() is None:
+            process.terminate()
+    deadline = time.monotonic() + seconds
+    for process in processes:
+        try:
+            process.wait(max(0.0, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            process.kill()

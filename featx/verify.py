@@ -1,0 +1,151 @@
+"""``featx verify``: a finished file against its record, and some of its rows against their images."""
+
+import argparse
+import csv
+import gzip
+import json
+import os
+import sys
+from importlib import import_module
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+
+from featx import formats, journal, manifest
+from featx.manifest import Json
+from featx.messages import MissingPathError, UserError, count
+from featx.state import ERRORS_HEADER, HIDDEN, USED, file_name
+
+CLOSE = 1e-4  # relative (L2); another kind of processor stays far below, other weights or pixels far above
+
+
+class Mismatch(UserError):
+    """A file is not what its record says: exit status 1."""
+
+    exit_status = 1
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}.\nfeatx verify --help lists the options.")
+
+
+def verify(argv: list[str]) -> int:
+    """Run ``featx verify FILE… [--images DIR]``: 0 where all is as recorded, else 1 and a line a file that is not."""
+    parser = _Parser("featx verify", description="Hold finished files against their records.", allow_abbrev=False)
+    parser.add_argument("files", nargs="+", metavar="FILE", help="such as features/fc7.csv")
+    parser.add_argument("--images", metavar="DIR", help="also compute some rows again, from the images in this folder")
+    options = parser.parse_args(argv)
+    wrong = 0
+    for path in map(Path, options.files):
+        try:
+            record = check_file(path)
+            said = f"{count(record['rows'], 'row')} of {count(record['columns'], 'value')} as recorded"
+            if options.images:
+                said += f"; {check_rows(path, record, options.images)}"
+            print(f"{path}: {said}")
+        except Mismatch as err:
+            print(f"{path}: {err}", file=sys.stderr)
+            wrong = 1
+    return wrong
+
+
+def check_file(path: Path) -> Json:
+    """Return a finished file's record, if the file is what it says.
+
+    Raises:
+        MissingPathError: There is no such file, or no record beside it.
+        Mismatch: It is not; the message says what differs.
+    """
+    record = manifest.read_json(path.with_suffix(".json"))
+    if not path.is_file() or record is None:
+        missing = path.with_suffix(".json") if path.is_file() else path
+        raise MissingPathError(f"{missing}: no such file. Expected what featx predict wrote, its record beside it.")
+    said = record["files"].get(path.name)
+    if said is None:
+        raise Mismatch(f"{path.with_suffix('.json').name} does not know it, it knows {', '.join(record['files'])}")
+    names, widths = [], set[int]()
+    with path.open("rb") as file:
+        for name, columns in formats.read_csv_names(file, record["identity"]["header"]):
+            names.append(name)
+            widths.add(columns)
+    if len(names) != record["rows"]:
+        raise Mismatch(f"{count(len(names), 'row')}, expected {record['rows']:,}")
+    if names and widths != {record["columns"]}:
+        raise Mismatch(f"rows of {' and '.join(map(str, sorted(widths)))} values, expected {record['columns']:,}")
+    if (listed := _listed_names(path, record)) is not None:
+        for row, (name, expected) in enumerate(zip_longest(names, listed), 1):
+            if name != expected:
+                raise Mismatch(f"row {row} is named {name!r}, expected {expected!r}")
+    if journal.digest(path) != said["sha256"]:
+        raise Mismatch(f"values differ from those written: its SHA-256 is not the recorded {said['sha256'][:8]}…")
+    return record
+
+
+def _faults(path: Path, record: Json) -> set[str]:
+    """Return the paths that have no row."""
+    if not record["errors"]:
+        return set()
+    listed = path.with_name(file_name(record["layer"], "errors.csv"))
+    with listed.open(newline="", encoding="utf-8", errors="surrogateescape") as file:
+        rows = csv.DictReader(file, ERRORS_HEADER)
+        return {row["path"] for row in rows if not row["reason"].startswith(USED)} - {"path"}
+
+
+def _listed_names(path: Path, record: Json) -> list[bytes] | None:
+    """Return the names that the rows must have, where the list of images is still there."""
+    kept = path.parent / HIDDEN / file_name(record["layer"]) / "images.gz"
+    if not kept.exists():
+        return None
+    images = [json.loads(line.split(b" ", 2)[2]) for line in gzip.decompress(kept.read_bytes()).splitlines()]
+    lost = _faults(path, record)
+    relative = record["identity"]["names"] == "relative"
+    return [os.fsencode(name if relative else os.path.basename(name)) for name in images if name not in lost]
+
+
+def check_rows(path: Path, record: Json, folder: str) -> str:
+    """Compute the first, a middle and the last batch again, and say by how much they differ from the file.
+
+    Raises:
+        Mismatch: By more than another processor would explain, or the folder holds other images.
+    """
+    model, data = _rebuild(record, folder)
+    data.setup()
+    model.configure_model()
+    if len(data.images) != record["inputs"]["images"]:
+        raise Mismatch(f"{folder} holds {count(len(data.images), 'image')}, expected {record['inputs']['images']:,}")
+    lost = _faults(path, record)
+    wanted: dict[int, tuple[str, Any]] = {}  # by index of the row
+    batches = -(-len(data.images) // data.batch_size)
+    for number in sorted({0, batches // 2, batches - 1}):
+        batch = data.read_batch(number, model.preprocessing)
+        start = number * data.batch_size
+        first = start - sum(data.images.names[i] in lost for i in range(start))
+        if batch.names:
+            rows = model.predict_step(batch)[record["layer"]].numpy()
+            wanted |= {first + i: pair for i, pair in enumerate(zip(batch.names, rows, strict=True))}
+    worst = 0.0
+    with path.open(newline="", encoding="utf-8", errors="surrogateescape") as file:
+        for index, fields in enumerate(csv.reader(file), -1 if record["identity"]["header"] else 0):
+            if index in wanted:
+                name, row = wanted[index]
+                if os.path.basename(fields[0]) != os.path.basename(name):
+                    raise Mismatch(f"row {index + 1} is {fields[0]!r}, in {folder} it is {name!r}")
+                difference = np.linalg.norm(np.array(fields[1:], np.float32) - row)
+                worst = max(worst, float(difference / (np.linalg.norm(row) or 1)))
+    told = f"{count(len(wanted), 'row')} computed again, the largest relative difference is {worst:.1e}"
+    if worst > CLOSE:
+        raise Mismatch(told)
+    return told
+
+
+def _rebuild(record: Json, folder: str) -> tuple[Any, Any]:
+    sys.path.append(os.getcwd())
+    options = record["run"]["options"]
+    module, _, name = options["model_class"].rpartition(".")
+    model = getattr(import_module(module), name)(**options["model"])
+    from featx.datamodule import ImageFolderDataModule
+
+    return model, ImageFolderDataModule(**options["data"] | {"dir": folder})

@@ -1,0 +1,121 @@
+"""A fault at each write, sync, close and rename in turn: told, nothing wrong left behind, and the next run finishes."""
+
+import errno
+import itertools
+import os
+
+import pytest
+from conftest import make_image
+from test_writer import run
+
+from featx import disk
+from featx.disk import BusyError, DiskError, Lock
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
+DOORS = ("write", "sync", "close", "rename", "append_range", "remove")
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("few")
+    for i in range(20):
+        make_image(i, (30, 30)).save(folder / f"{i:02}.png")
+    (folder / "07.png").write_bytes(b"broken")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def clean(photos, tmp_path_factory):
+    out = tmp_path_factory.mktemp("clean")
+    run(photos, out)
+    return {name: (out / name).read_bytes() for name in ("2.csv", "2.errors.csv")}
+
+
+def count_calls(monkeypatch, fail_at=None):
+    """Count what goes through the door; at call number ``fail_at`` the system refuses."""
+    calls = []
+
+    def watched(name):
+        real = getattr(disk, name)
+
+        def door(*args):
+            path = next(arg for arg in args if isinstance(arg, os.PathLike))
+            calls.append(name)
+            if len(calls) == fail_at:
+                with disk.told(path):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            return real(*args)
+
+        return door
+
+    for name in DOORS:
+        monkeypatch.setattr(disk, name, watched(name))
+    return calls
+
+
+def test_every_fault_is_told_and_the_next_run_gives_the_same_bytes(photos, clean, tmp_path, monkeypatch):
+    monkeypatch.setattr("featx.writer.SHARE", 1e-9)  # syncs at fixed moments, so that every run makes the same calls
+    seen = set()
+    for number in itertools.count(1):
+        out = tmp_path / str(number)
+        with pytest.MonkeyPatch.context() as patch:
+            calls = count_calls(patch, number)
+            try:
+                run(photos, out)
+                break  # the run has fewer calls than that
+            except DiskError as err:
+                told = str(err)
+                assert err.exit_status == 4
+        seen.add(calls[number - 1])
+        assert "No space left on device" in told and "the same command goes on" in told
+        if (out / "2.csv").exists():
+            assert (out / "2.csv").read_bytes() == clean["2.csv"], calls[number - 1]
+        run(photos, out)
+        assert {name: (out / name).read_bytes() for name in clean} == clean, f"{calls[number - 1]}, call {number}"
+    assert {"write", "sync", "close", "rename", "remove"} <= seen and number > 20
+
+
+def test_a_write_that_takes_only_a_part_is_continued(tmp_path):
+    class Slow:
+        def __init__(self):
+            self.data = b""
+
+        def write(self, view):
+            self.data += bytes(view[:3])
+            return min(3, len(view))
+
+    slow = Slow()
+    disk.write(slow, tmp_path / "x", b"0123456789")
+    assert slow.data == b"0123456789"
+
+
+@pytest.mark.parametrize("kernel", [True, False])
+def test_ranges_are_appended_with_and_without_the_kernels_help(tmp_path, monkeypatch, kernel):
+    if not kernel:
+
+        def refuse(*args, **kwargs):
+            raise OSError(errno.EXDEV, "between two disks")
+
+        monkeypatch.setattr(os, "copy_file_range", refuse)
+    (tmp_path / "a").write_bytes(b"0123456789")
+    file = disk.open_to_write(tmp_path / "b")
+    disk.append_range(file, tmp_path / "b", tmp_path / "a", 2, 5)
+    disk.append_range(file, tmp_path / "b", tmp_path / "a", 7, 9)
+    with pytest.raises(DiskError, match="ends at byte 10, expected 12"):
+        disk.append_range(file, tmp_path / "b", tmp_path / "a", 7, 12)
+    disk.close(file, tmp_path / "b")
+    assert (tmp_path / "b").read_bytes() == b"23478" + b"789"
+
+
+def test_a_lock_holds_while_its_process_lives(tmp_path):
+    lock = Lock(tmp_path / "lock", "--writer.out_dir out")
+    child = os.fork()
+    if not child:
+        try:
+            Lock(tmp_path / "lock", "--writer.out_dir out")
+        except BusyError:
+            os._exit(7)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+    lock.release()
+    Lock(tmp_path / "lock", "--writer.out_dir out").release()
