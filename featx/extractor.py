@@ -1,32 +1,69 @@
 """Batches -> activations: FeatureExtractor(LightningModule), what users subclass."""
 
 import math
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+import textwrap
+import time
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from functools import cached_property
 from typing import Any, Literal, TypeVar
 
 import torch
 from lightning.pytorch import LightningModule
+from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import Tensor, nn
 
 from featx import network as networks
 from featx.checkpoint import digest, fit, read_checkpoint
 from featx.datamodule import Batch, cores_per_process, usable_cores
 from featx.layers import Taps, resolve_layers
-from featx.messages import BadValueError, UserError, count, log
+from featx.messages import BadValueError, UserError, count, first_line, log
 from featx.network import SEED, Weights
 from featx.preprocess import Preprocessing
 from featx.trace import Pool
 
 # Images that one core computes at a time. On a CPU the last bits of a result depend on how many images and threads
 # compute it, so both are fixed: one thread a slice, and as many slices at once as there are cores. Of 8, 16 and 32,
-# 16 was the best or within 20 % of it for AlexNet, VGG16, ResNet-50 and ViT-B/16.
+# 16 was the best or within 10 % of it for AlexNet, VGG16, ResNet-50, MobileNetV3-small (in channels_last) and ViT-B/16.
 SLICE = 16
 MANY_COLUMNS = 16384
+SAME = 1e-5  # relative (L2): the memory layout may change last bits only
 
 T = TypeVar("T")
+Part = tuple[dict[str, Tensor], float]  # of a slice the rows, and the seconds that a core took for them
+
+
+class Rows(Mapping[str, Tensor]):
+    """Each layer's rows, ``(B, D) float32``, of a batch that may still be computed: who reads them waits for them.
+
+    Args:
+        layers: The layers.
+        finish: Waits for the rows and returns them.
+    """
+
+    def __init__(self, layers: Iterable[str], finish: Callable[[], dict[str, Tensor]]) -> None:
+        self._layers = list(layers)
+        self._finish = finish
+
+    @cached_property
+    def _rows(self) -> dict[str, Tensor]:
+        return self._finish()
+
+    def __getitem__(self, layer: str) -> Tensor:
+        return self._rows[layer]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._layers)
+
+    def __len__(self) -> int:
+        return len(self._layers)
+
+    def to(self, *device: Any, **how: Any) -> dict[str, Tensor]:
+        """Return the rows on a device: so Lightning takes them where it is to return them all at the end."""
+        return {layer: rows.to(*device, **how) for layer, rows in self.items()}
 
 
 class FeatureExtractor(LightningModule):
@@ -56,6 +93,8 @@ class FeatureExtractor(LightningModule):
         unsafe_pickle: Whether loading the file may run code that is in it.
         mean: Mean of the three channels, on the scale 0..1; auto: what the weights were trained with.
         std: Standard deviation of the three channels, likewise.
+        channels_last: Memory layout that convolutions are faster in; auto: where a trial shows the same rows in it.
+        compile: Whether torch.compile makes the network's pass; it needs a C++ compiler and a minute at the start.
 
     Attributes:
         network: The network, from ``configure_model`` on.
@@ -64,6 +103,8 @@ class FeatureExtractor(LightningModule):
         weights_used: What the network's weights are, in words.
         weights_digest: SHA-256 of the weights as they were loaded.
         weights_told: What is not plainly so: a fitted classifier, tensors that stayed random.
+        memory_layout: contiguous or channels_last; from ``try_out`` on.
+        stages: Seconds that cores took for the network.
 
     Raises:
         UserError: From ``check`` and ``configure_model``, what cannot be used. ``ValueError`` and
@@ -91,6 +132,8 @@ class FeatureExtractor(LightningModule):
         unsafe_pickle: bool = False,
         mean: Literal["auto"] | list[float] = "auto",
         std: Literal["auto"] | list[float] = "auto",
+        channels_last: Literal["auto"] | bool = "auto",
+        compile: bool = False,
     ) -> None:
         super().__init__()
         self.layer = layer
@@ -102,9 +145,16 @@ class FeatureExtractor(LightningModule):
         self.unsafe_pickle = unsafe_pickle
         self.mean = mean
         self.std = std
+        self.channels_last = channels_last
+        self.compile = compile  # type: ignore[assignment, method-assign]  # the option's name, over nn.Module's method
+        self._compiles = compile
+        self.memory_layout = "contiguous"
+        self.stages: dict[str, float] = defaultdict(float)
         self._state: dict[str, Tensor] | None = None  # of the file, while the network is built
         self._taps: Taps | None = None
+        self._compiled: Callable[[Tensor], dict[str, Tensor]] | None = None
         self._pool: ThreadPoolExecutor | None = None
+        self._running: deque[Future[Part]] = deque()
         self._named_network_built = False
 
     @property
@@ -184,9 +234,14 @@ class FeatureExtractor(LightningModule):
 
     def _build(self, seed: int) -> nn.Module:
         self._named_network_built = False
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)  # what stays random is the same in every process and every run
-            network = self.build_network()
+        dtype = torch.get_default_dtype()  # Lightning has that of --trainer.precision here
+        torch.set_default_dtype(torch.float32)
+        try:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(seed)  # what stays random is the same in every process and every run
+                network = self.build_network()
+        finally:
+            torch.set_default_dtype(dtype)
         if not isinstance(network, nn.Module):
             raise BadValueError(f"--model {self.title}: build_network() returned {network!r}. Expected an nn.Module.")
         return network
@@ -215,22 +270,68 @@ class FeatureExtractor(LightningModule):
         return [told]
 
     def try_out(self, batch: Batch) -> dict[str, Tensor]:
-        """Run one small batch and return its rows, ``(B, D) float32`` of each layer.
+        """Run one small batch, choose the memory layout, and return its rows, ``(B, D) float32`` of each layer.
 
         Raises:
             UserError: The images do not go through the network, or a layer cannot be taken.
         """
-        rows = self.predict_step(batch)
+        rows = dict(self.predict_step(batch))
+        self.memory_layout = self._threads().submit(self._choose_layout, batch.groups[0][1].shape[1:]).result()
+        if self._compiles:
+            assert self._taps is not None
+            self._compiled = torch.compile(self._taps.take, fullgraph=True, dynamic=False)
+            rows = dict(self.predict_step(batch))
         if self._pool is not None:
             self._pool.shutdown()  # the run's own number of cores may be another
             self._pool = None
         self._warn_of_many({layer: values.shape[1] for layer, values in rows.items()})
         return rows
 
+    def _choose_layout(self, shape: torch.Size) -> str:
+        """Bring the network into the layout that suits it, and return that one's name.
+
+        In all processes and in every run it comes to the same, since nothing decides but the network, before it goes
+        to a device or another precision, and one random image of the shape ``(3, H, W)``.
+        """
+        wanted = self.channels_last
+        if wanted == "auto" and not any(isinstance(module, nn.Conv2d) for module in self.network.modules()):
+            wanted = False
+        if wanted is False:
+            return "contiguous"
+        assert self._taps is not None
+        image = torch.randint(256, (2, *shape), dtype=torch.uint8, generator=torch.Generator().manual_seed(SEED))
+        pixels = self.preprocessing.normalize(image)
+        try:
+            with torch.inference_mode():
+                expected = self._taps(pixels)
+            self.network.to(memory_format=torch.channels_last)
+            with torch.inference_mode():
+                found = self._taps(pixels.contiguous(memory_format=torch.channels_last))
+            far = [layer for layer in expected
+                   if not (found[layer] - expected[layer]).norm() <= SAME * expected[layer].norm()]  # fmt: skip
+            if wanted is True or not far:
+                return "channels_last"
+            why = f"other rows of {', '.join(far)}"
+        except Exception as err:  # whatever a network raises: .view(), for one, wants what is contiguous
+            if wanted is True:
+                raise UserError(
+                    f"--model.channels_last true: {self.title} fails in this memory layout: {first_line(err)}\n"
+                    "--model.channels_last auto uses it only where it works."
+                ) from err
+            why = f"{type(err).__name__}"
+        self.network.to(memory_format=torch.contiguous_format)
+        log.info("memory layout: contiguous, since %s in channels_last: %s", self.title, why)
+        return "contiguous"
+
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         """Return each layer's rows, ``(B, D) float32``, for images ``(B, 3, H, W) uint8`` of one shape."""
         assert self._taps is not None, "configure_model() comes first"
-        return self.run(images, self._taps)
+        if self._compiled is None:
+            return self.run(images, self._taps)
+        # Each number of images would be compiled anew, to other last bits where it is left open: on a CPU it is one.
+        more = max(0, SLICE - len(images)) if self.device.type == "cpu" else 0
+        rows = self.run(torch.cat([images, images.new_zeros(more, *images.shape[1:])]), self._compiled)
+        return {layer: values[: len(images)] for layer, values in rows.items()}
 
     def run(self, images: Tensor, network: Callable[[Tensor], T]) -> T:
         """Normalise images ``(B, 3, H, W) uint8``, give them to the network, or what runs it, and return the result.
@@ -238,33 +339,58 @@ class FeatureExtractor(LightningModule):
         Raises:
             UserError: The network does not take them.
         """
+        layout = torch.channels_last if self.memory_layout == "channels_last" else torch.contiguous_format
         with torch.inference_mode(), self._precision():
+            images = images.contiguous(memory_format=layout)  # while it is a byte a value
             pixels = self.preprocessing.normalize(images).to(self._network_dtype())
             try:
                 return network(pixels)
             except (torch.OutOfMemoryError, UserError):
                 raise
             except (RuntimeError, AssertionError, ValueError) as err:  # torchvision's networks raise all three
+                if type(err).__module__.startswith(("torch._dynamo", "torch._inductor")):
+                    raise UserError(
+                        f"--model.compile true: torch.compile fails for {self.title} on this machine: "
+                        f"{textwrap.shorten(first_line(err), 300)}\nIt needs a C++ compiler, and images of few shapes. "
+                        "--model.compile false does without it."
+                    ) from err
                 raise UserError(
                     f"{self.title} failed on images of the shape {tuple(images.shape[1:])}: "
                     f"{str(err).splitlines()[0]}\nIf it cannot take them, --data.resize and --data.crop change it."
                 ) from err
 
-    def predict_step(self, batch: Batch, batch_idx: int = 0, dataloader_idx: int = 0) -> dict[str, Tensor]:
+    def predict_step(self, batch: Batch, batch_idx: int = 0, dataloader_idx: int = 0) -> Mapping[str, Tensor]:
         """Return each layer's rows, ``(B, D) float32``, in the order of the batch's names; nothing without an image.
 
+        They may still be computed while the next batch is asked for: whoever reads them waits for them.
+
         Raises:
-            UserError: Images of different shapes gave rows of different lengths.
+            UserError: Images of different shapes gave rows of different lengths; or here, or where they are read.
         """
         if not batch.groups:
             return {}
         slices = [(rows[i : i + self._slice], images[i : i + self._slice])
                   for rows, images in batch.groups for i in range(0, len(rows), self._slice)]  # fmt: skip
-        if self.device.type == "cpu":
-            parts = list(self._threads().map(self.forward, [images for _, images in slices]))
-        else:
-            parts = [self.forward(images) for _, images in slices]
         order = torch.tensor([row for rows, _ in slices for row in rows])
+        if self.device.type != "cpu":
+            return self._join([self.forward(images) for _, images in slices], order)
+        threads = self._threads()
+        futures = [threads.submit(self._timed, images) for _, images in slices]
+        self._running.extend(futures)
+        while len(self._running) > 2 * self._cores:  # all cores have work until the next batch is here
+            self._running.popleft().result()
+        return Rows(self.layers, lambda: self._finish(futures, order))
+
+    def _timed(self, images: Tensor) -> Part:
+        begin = time.thread_time()
+        return self.forward(images), time.thread_time() - begin
+
+    def _finish(self, futures: list["Future[Part]"], order: Tensor) -> dict[str, Tensor]:
+        parts = [future.result() for future in futures]
+        self.stages["network"] += sum(seconds for _, seconds in parts)
+        return self._join([rows for rows, _ in parts], order)
+
+    def _join(self, parts: list[dict[str, Tensor]], order: Tensor) -> dict[str, Tensor]:
         features = {}
         for layer in self.layers:
             widths = {part[layer].shape[1] for part in parts}
@@ -290,15 +416,20 @@ class FeatureExtractor(LightningModule):
     def _slice(self) -> int:
         return SLICE if self.device.type == "cpu" else 1 << 30
 
+    @property
+    def _cores(self) -> int:
+        return cores_per_process(self.trainer) if self._trainer is not None else usable_cores()
+
     def _threads(self) -> ThreadPoolExecutor:
         if self._pool is None:
-            cores = cores_per_process(self.trainer) if self._trainer is not None else usable_cores()
-            self._pool = ThreadPoolExecutor(cores, "network", initializer=torch.set_num_threads, initargs=(1,))
+            self._pool = ThreadPoolExecutor(self._cores, "network", initializer=torch.set_num_threads, initargs=(1,))
         return self._pool
 
     def _precision(self) -> AbstractContextManager[Any]:
-        # Autocast belongs to a thread, and Lightning switches it on in the main one only.
-        return self.trainer.precision_plugin.forward_context() if self._trainer is not None else nullcontext()
+        # Autocast belongs to a thread, and Lightning switches it on in the main one only. What the plugins of true
+        # precisions switch is the default dtype of all threads, which nothing here depends on.
+        plugin = self.trainer.precision_plugin if self._trainer is not None else None
+        return plugin.forward_context() if isinstance(plugin, MixedPrecision) else nullcontext()
 
     def _network_dtype(self) -> torch.dtype:
         return next((p.dtype for p in self.network.parameters() if p.is_floating_point()), torch.float32)

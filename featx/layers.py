@@ -128,6 +128,10 @@ class Taps:
         with self._first:
             if not self.shapes:
                 self.shapes = self._hook(images[:1])
+        return self.take(images)
+
+    def take(self, images: Tensor) -> dict[str, Tensor]:
+        """Run one pass that is not the first, as ``torch.compile`` can trace it, from here to the deepest layer."""
         rows: dict[str, Tensor] = {}
         self._pass.rows, self._pass.images = rows, len(images)
         try:

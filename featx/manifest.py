@@ -42,6 +42,8 @@ def identity(trainer: Any, model: FeatureExtractor, data: ImageFolderDataModule,
         "strict": data.strict,
         "batch_size": data.batch_size,
         "precision": str(trainer.precision),
+        "memory_layout": model.memory_layout,
+        "compiled": model.compile,
         "images_a_slice": SLICE,
         "threads_a_slice": 1,
         "versions": {

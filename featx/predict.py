@@ -9,6 +9,7 @@ import textwrap
 import time
 import warnings
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from featx.datamodule import ImageFolderDataModule, cores_per_process
 from featx.disk import GOES_ON
 from featx.extractor import FeatureExtractor
 from featx.messages import UserError, count, log, rank, size_in_words
-from featx.progress import Progress
+from featx.progress import Progress, stages, where_the_time_went
 from featx.state import file_name
 from featx.stop import PATIENCE, Stopped, Watch, end_at_the_latest, end_processes, verdict
 from featx.writer import FeatureWriter
@@ -106,7 +107,10 @@ def predict(argv: list[str]) -> int:
         _estimate(cli.trainer, cli.model, cli.datamodule)
         return 0
     run(cli)
-    return _last_words(writer, progress.seconds) if cli.trainer.is_global_zero else 0
+    if not cli.trainer.is_global_zero:
+        return 0
+    _tell_where_the_time_went(cli.trainer, cli.model, cli.datamodule, progress.seconds)
+    return _last_words(writer, progress.seconds)
 
 
 def run(cli: FeatxCLI) -> None:
@@ -190,6 +194,17 @@ def _last_words(writer: FeatureWriter, seconds: float | None) -> int:
             path = Path(writer.out_dir) / file_name(layer, "errors.csv")
             print(f"{rows:,} rows, {', '.join(what)}, listed in {path}")
     return 3 if writer.faults else 0
+
+
+def _tell_where_the_time_went(
+    trainer: Trainer, model: FeatureExtractor, data: ImageFolderDataModule, seconds: float
+) -> None:
+    on_gpu = trainer.strategy.root_device.type != "cpu"
+    gain = partial(data.turbo_saves, model.preprocessing) if data.decoder == "exact" else float
+    share = f"rank 0 of {trainer.world_size}: " if trainer.world_size > 1 else ""
+    lines = where_the_time_went(stages(trainer), seconds, cores_per_process(trainer), data.workers, on_gpu, gain)
+    for line in lines:
+        log.info("%s%s", share, line)
 
 
 def _estimate(trainer: Trainer, model: FeatureExtractor, data: ImageFolderDataModule) -> None:

@@ -111,8 +111,9 @@ class Preprocessing:
 
     def normalize(self, images: Tensor) -> Tensor:
         """Turn ``(B, 3, H, W) uint8`` into float32 as ToTensor and Normalize do, operation for operation."""
-        mean = torch.tensor(self.mean, device=images.device).view(-1, 1, 1)
-        std = torch.tensor(self.std, device=images.device).view(-1, 1, 1)
+        # Lightning makes another dtype the default, for all threads, where --trainer.precision is a true half.
+        mean = torch.tensor(self.mean, dtype=torch.float32, device=images.device).view(-1, 1, 1)
+        std = torch.tensor(self.std, dtype=torch.float32, device=images.device).view(-1, 1, 1)
         return images.float().div_(255).sub_(mean).div_(std)
 
     def __str__(self) -> str:

@@ -7,8 +7,8 @@ import queue
 import shutil
 import threading
 import time
-from collections import Counter
-from collections.abc import Sequence
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -20,7 +20,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
 from torch import Tensor
 
-from featx import disk, formats, journal, manifest
+from featx import disk, formats, journal, manifest, progress
 from featx.datamodule import Batch, usable_cores
 from featx.decode import Fault
 from featx.disk import DiskError, Lock
@@ -84,10 +84,12 @@ class FeatureWriter(BasePredictionWriter):
         self._states: dict[str, LayerState] = {}
         self._parts: dict[str, Part] = {}
         self._done: dict[str, dict[int, Placed]] = {}
-        self._queue: queue.Queue[tuple[Batch, dict[str, Any]] | None] = queue.Queue(WAITING)
+        self._queue: queue.Queue[tuple[Batch, Mapping[str, Tensor]] | None] = queue.Queue(WAITING)
         self._thread: threading.Thread | None = None
+        self.stages: dict[str, float] = defaultdict(float)  # seconds for text, disk and, where not on the CPU, network
         self._failure: BaseException | None = None
         self._device = self._session = ""
+        self._waits_for_device = False
         self._started = datetime.now(UTC)
         self._lock: Lock | None = None
         self._group: Any = None
@@ -190,6 +192,7 @@ class FeatureWriter(BasePredictionWriter):
             sample = model.try_out(data.first_batch(model.preprocessing))
             self.look(trainer, model, data, {layer: rows.shape[1] for layer, rows in sample.items()})
         self._device = manifest.device_name(trainer.strategy.root_device)
+        self._waits_for_device = trainer.strategy.root_device.type != "cpu"
         self._started = datetime.now(UTC)
         if trainer.world_size > 1:
             # Processes may reach the end hours apart, and NCCL and Lightning wait for half an hour at most.
@@ -245,15 +248,14 @@ class FeatureWriter(BasePredictionWriter):
         self,
         trainer: Trainer,
         pl_module: LightningModule,
-        prediction: dict[str, Tensor],
+        prediction: Mapping[str, Tensor],
         batch_indices: Sequence[int] | None,
         batch: Batch,
         batch_idx: int,
         dataloader_idx: int,
     ) -> None:
-        """Hand a batch's rows, ``(B, D) float32`` of each layer, to the writing thread."""
-        item = (Batch(batch.number, batch.names, [], batch.faults, batch.size),
-                {layer: prediction[layer].cpu().numpy() for layer in self._parts if layer in prediction})  # fmt: skip
+        """Hand a batch's rows, ``(B, D) float32`` of each layer, to the writing thread, which waits for them."""
+        item = Batch(batch.number, batch.names, [], batch.faults, batch.size), prediction
         while self._failure is None:
             try:
                 self._queue.put(item, timeout=1)
@@ -295,14 +297,20 @@ class FeatureWriter(BasePredictionWriter):
             self._failure = err
 
     def _sync(self) -> None:
+        begin = time.monotonic()
         for part in self._parts.values():
             part.sync()
+        self.stages["disk"] += time.monotonic() - begin
 
-    def _write(self, batch: Batch, features: dict[str, Any]) -> None:
+    def _write(self, batch: Batch, features: Mapping[str, Tensor]) -> None:
         names = [os.fsencode(self._name(name)) for name in batch.names]
+        begin = time.monotonic()
+        rows = {layer: values.cpu().numpy() for layer, values in features.items()}
+        if self._waits_for_device:
+            self.stages["network"] += time.monotonic() - begin
         for layer, part in self._parts.items():
             columns = self._columns[layer]
-            values = features.get(layer, np.empty((0, columns), np.float32))  # (B, D)
+            values = rows.get(layer, np.empty((0, columns), np.float32))  # (B, D)
             assert len(values) == len(names), f"{layer}: {len(values)} rows for {len(names)} images"
             if len(names) and values.shape[1] != columns:
                 raise UserError(
@@ -310,13 +318,17 @@ class FeatureWriter(BasePredictionWriter):
                     "before. Rows differ with the images' shapes.\nGive them one shape with --data.crop, or take a "
                     "layer behind the pooling."
                 )
+            begin = time.thread_time()
             odd = ~np.isfinite(values)
             text = formats.csv_rows(names, values)
+            self.stages["text"] += time.thread_time() - begin
+            begin = time.monotonic()
             part.add(
                 Entry(batch.number, len(names), columns, (int(odd.any(axis=1).sum()), int(odd.sum())), {},
                       self._device, batch.faults),
                 {self.format: text},
             )  # fmt: skip
+            self.stages["disk"] += time.monotonic() - begin
         self.computed += batch.size
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -388,6 +400,7 @@ class FeatureWriter(BasePredictionWriter):
             "processes": trainer.world_size,
             "workers": data.workers,
             "cores": usable_cores(),
+            "stages": progress.stages(trainer),
             "started": self._started.isoformat(timespec="seconds"),
             "seconds": round((datetime.now(UTC) - self._started).total_seconds(), 3),
         }

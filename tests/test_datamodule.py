@@ -4,10 +4,11 @@ import numpy as np
 import pytest
 import torch
 from conftest import loader, make_image
+from lightning.fabric.utilities.apply_func import move_data_to_device
 from PIL import Image
 
-from featx.datamodule import ImageFolderDataModule, _WholeBatches, cores_per_process, usable_cores
-from featx.messages import BadValueError, ImageError, MissingPathError, UserError
+from featx.datamodule import Batch, ImageFolderDataModule, _WholeBatches, cores_per_process, quotas, usable_cores
+from featx.messages import BadValueError, MissingPathError, UserError
 from featx.preprocess import Preprocessing
 
 
@@ -100,17 +101,6 @@ def test_an_image_too_narrow_to_be_resized_is_told_and_not_tried(tmp_path):
     assert batch.names == ["a.jpg"] and batch.faults == []
 
 
-def test_stop_ends_the_run_at_the_first_image_that_gives_no_row(some_broken):
-    data, batches = loader(some_broken, num_workers=0, on_error="stop", batch_size=4)
-    with pytest.raises(
-        ImageError, match=r"/2.jpg: not an image .*UnidentifiedImageError.*\n--data.on_error list"
-    ) as err:
-        data.on_before_batch_transfer(next(iter(batches)), 0)
-    assert err.value.exit_status == 3
-    data, batches = loader(some_broken, num_workers=0, on_error="stop", strict=False, batch_size=1)
-    assert data.on_before_batch_transfer(list(batches)[6], 0).names == ["6.jpg"]
-
-
 def test_a_lost_folder_is_not_so_many_bad_images(some_broken):
     data, batches = loader(some_broken, num_workers=0, batch_size=2)
     bad = list(batches)[1]
@@ -188,6 +178,40 @@ def test_options_stand_over_the_preset():
     changed = ImageFolderDataModule("x", resize=224, crop=None).preprocessing(preset)
     assert (changed.resize, changed.crop, changed.interpolation) == (224, None, "bilinear")
     assert changed.source.endswith("with your options")
+
+
+@pytest.mark.parametrize(
+    ("own", "files", "expected"),
+    [
+        ("0::/a/b\n", {"a/cpu.max": "150000 100000\n", "a/b/cpu.max": "max 100000\n"}, [1.5]),
+        ("0::/outside\n", {"cpu.max": "200000 100000\n"}, [2.0]),
+        (
+            "4:cpu,cpuacct:/j\n3:memory:/j\n",
+            {"cpu/j/cpu.cfs_quota_us": "50000", "cpu/j/cpu.cfs_period_us": "100000"},
+            [0.5],
+        ),
+        ("4:cpu:/\n", {"cpu/cpu.cfs_quota_us": "-1\n", "cpu/cpu.cfs_period_us": "100000\n"}, []),
+    ],
+)
+def test_quotas_of_both_versions_of_cgroups_are_found_up_to_the_top(tmp_path, own, files, expected):
+    (tmp_path / "own").write_text(own)
+    for name, text in files.items():
+        (tmp_path / "root" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "root" / name).write_text(text)
+    assert list(quotas(str(tmp_path / "own"), str(tmp_path / "root"))) == expected
+    assert list(quotas(str(tmp_path / "nowhere"))) == []
+
+
+def test_batches_say_what_decoding_and_resizing_took(photos):
+    for batch in loader(photos, num_workers=0, batch_size=16)[1]:
+        assert all(0 < seconds < 10 for seconds in batch.seconds)
+
+
+def test_a_batch_goes_whole_through_lightnings_transfer_and_pinning(photos):
+    batch = next(iter(loader(photos, num_workers=0, batch_size=8)[1]))
+    moved = move_data_to_device(batch, torch.device("meta"))
+    assert isinstance(moved, Batch) and moved[:2] == batch[:2] and moved[3:] == batch[3:]
+    assert [(rows, images.device.type) for rows, images in moved.groups] == [(list(range(8)), "meta")]
 
 
 def test_cores_are_shared_by_the_processes_of_a_machine(monkeypatch):

