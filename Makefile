@@ -3,7 +3,7 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 
-.PHONY: demo test torture lint bench clean
+.PHONY: demo test browser picture torture lint bench clean
 
 # torch and torchvision are resolved together, as they come: a CPU-only torch does not import with the index's torchvision.
 $(VENV)/installed: pyproject.toml
@@ -14,8 +14,21 @@ $(VENV)/installed: pyproject.toml
 demo: $(VENV)/installed
 	$(BIN)/python tests/demo.py demo
 
-test: lint
+test: lint browser
 	$(BIN)/python -m pytest -n 2
+
+# For the tests that look at the page of `featx show`; where there is no browser they are skipped.
+browser:
+	@command -v chromedriver >/dev/null || \
+	{ apt-get update -qq && apt-get install -qq -y chromium chromium-driver; } >/dev/null 2>&1 || \
+	echo "no browser: it could not be installed (Debian's chromium and chromium-driver), its tests are skipped"
+
+# The picture in README: the page of the demo, one image shown.
+picture: demo browser
+	mkdir -p docs
+	chromium --headless --no-sandbox --disable-gpu --no-first-run --disable-background-networking \
+	--hide-scrollbars --window-size=1280,800 --virtual-time-budget=10000 --screenshot=docs/show.png \
+	"file://$$(ls -t $(CURDIR)/demo/features/*.html | head -1)#living/cat.png"
 
 torture: $(VENV)/installed
 	$(BIN)/python -m pytest -m torture

@@ -16,6 +16,7 @@ commands:
   predict     write the activations of a network's layers for every image
   layers      list the layers that a network has, with their columns and cost
   verify      hold a finished file against its record, and against its images
+  show        write a page on which a finished file's images are seen
 
   featx predict --data.dir photos --model.layer fc7     writes features/fc7.csv
   featx predict --help                                  lists the options
@@ -74,7 +75,11 @@ def _run(argv: list[str]) -> int:
             from featx.verify import verify
 
             return verify(rest)
-        near = did_you_mean(command, ["predict", "layers", "verify"])
+        if command == "show":
+            from featx.show import show
+
+            return show(rest)
+        near = did_you_mean(command, ["predict", "layers", "verify", "show"])
         raise UserError(f"{command}: no such command.{near} featx --help lists them.")
     except UserError as err:
         log.error("%s", err)

@@ -121,6 +121,14 @@ def read_image(path: str, value_range: ValueRange | None = None, strict: bool = 
             return np.array(image.convert("RGB"))
 
 
+def to_rgb(image: Image.Image, value_range: ValueRange | None = None) -> Pixels:
+    """Return one of PIL's images as 8-bit RGB, ``(H, W, 3) uint8``, as ``read_image`` does a file's."""
+    _check_depth(image, value_range)
+    if _is_deep(image):
+        return _scale(image, value_range or SIXTEEN_BITS)
+    return np.array(image.convert("RGB"))
+
+
 def check_image(path: str, value_range: ValueRange | None = None) -> None:
     """Raise BadValueError if the file's header says that it needs a ``value_range``, and for no other fault."""
     try:

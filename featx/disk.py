@@ -13,13 +13,13 @@ from featx.messages import UserError
 GOES_ON = "What is on disk stays good: with that mended, the same command goes on."
 
 
-class DiskError(UserError):
+class DiskError(UserError, OSError):
     """The disk failed while a run was writing: exit status 4."""
 
     exit_status = 4
 
 
-class BusyError(UserError):
+class BusyError(UserError, BlockingIOError):
     """Another run is alive in the folder."""
 
 
@@ -28,6 +28,8 @@ def told(path: Path) -> Iterator[None]:
     """Turn the system's refusal into a DiskError with the path, the system's own words and what to do."""
     try:
         yield
+    except DiskError:  # told already
+        raise
     except OSError as err:
         full = err.errno in (errno.ENOSPC, errno.EDQUOT)
         todo = f"Free space on the disk of {path.parent}" if full else f"Look at the disk of {path.parent}"

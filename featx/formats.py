@@ -1,14 +1,17 @@
-"""Activations -> bytes of CSV."""
+"""Activations -> bytes of CSV and npy."""
 
 import math
+import re
 from collections.abc import Iterable, Iterator
-from typing import BinaryIO
+from typing import BinaryIO, Literal
 
 import numpy as np
 import numpy.typing as npt
 import orjson
 
+Format = Literal["csv", "npy", "parquet"]
 Floats = npt.NDArray[np.float32]
+NPY_HEAD = 128  # bytes, whatever the numbers in it: it is written before the rows are counted
 
 
 def csv_row(name: bytes, values: Floats) -> bytes:
@@ -61,6 +64,12 @@ def read_csv_names(file: BinaryIO, header: bool) -> Iterator[tuple[bytes, int]]:
         file: A CSV as ``csv_row`` writes it.
         header: Whether its first line is one of column names.
     """
+    for name, values in csv_lines(file, header):
+        yield name, values.count(b",") + 1
+
+
+def csv_lines(file: BinaryIO, header: bool) -> Iterator[tuple[bytes, bytes]]:
+    """Yield each row's name, unquoted, and the text of its values, with the line break behind them."""
     if header:
         file.readline()
     for line in file:
@@ -69,4 +78,33 @@ def read_csv_names(file: BinaryIO, header: bool) -> Iterator[tuple[bytes, int]]:
         quoted = line.startswith(b'"')
         end = line.rfind(b'"') + 1 if quoted else line.find(b",")
         name = line[1 : end - 1].replace(b'""', b'"') if quoted else line[:end]
-        yield name, line.count(b",", end)
+        yield name, line[end + 1 :]
+
+
+def npy_head(rows: int, columns: int, dtype: str) -> bytes:
+    """Return the first bytes of an ``.npy`` of shape ``(rows, columns)``, always equally many.
+
+    After https://numpy.org/doc/stable/reference/generated/numpy.lib.format.html, version 1.0.
+    """
+    shape = f"{{'descr': '{np.dtype(dtype).str}', 'fortran_order': False, 'shape': ({rows}, {columns}), }}"
+    return b"\x93NUMPY\x01\x00" + (NPY_HEAD - 10).to_bytes(2, "little") + shape.ljust(NPY_HEAD - 11).encode() + b"\n"
+
+
+def npy_rows(values: Floats, dtype: str) -> tuple[bytes, int]:
+    """Return the bytes of rows in an ``.npy``, and how many finite values ``dtype`` made infinite."""
+    if values.dtype == dtype:
+        return values.tobytes(), 0
+    with np.errstate(over="ignore"):
+        held = values.astype(dtype)
+    return held.tobytes(), int((np.isinf(held) & np.isfinite(values)).sum())
+
+
+def name_line(name: bytes) -> bytes:
+    r"""Return a name's line in LAYER.names.txt: its bytes, but for ``\n``, ``\r`` and ``\\``, which are written so."""
+    return name.replace(b"\\", rb"\\").replace(b"\n", rb"\n").replace(b"\r", rb"\r") + b"\n"
+
+
+def read_name_lines(data: bytes) -> list[bytes]:
+    """Return the names that ``name_line`` wrote."""
+    meaning = {b"n": b"\n", b"r": b"\r"}
+    return [re.sub(rb"\\(.)", lambda found: meaning.get(found[1], found[1]), line) for line in data.split(b"\n")[:-1]]

@@ -92,8 +92,8 @@ class ImageTree(ImageFolder):  # type: ignore[misc]
 
     Args:
         root: The folder.
-        files: A file that lists the images, a path below ``root`` a line, in the order of the rows; nothing else is
-            looked for then.
+        files: A file that lists the images, a path below ``root`` a line, in the order of the rows, or the paths
+            themselves; nothing else is looked for then.
 
     Raises:
         MissingPathError: No such folder, or no such list.
@@ -101,7 +101,7 @@ class ImageTree(ImageFolder):  # type: ignore[misc]
         UserError: A folder in it that cannot be read.
     """
 
-    def __init__(self, root: str, files: str | None = None) -> None:
+    def __init__(self, root: str, files: str | Sequence[str] | None = None) -> None:
         check_folder(root)
         VisionDataset.__init__(self, root)  # ImageFolder's own keeps a tuple an image: 200 MB a million
         self.classes = [""]
@@ -272,9 +272,9 @@ def read_list(path: str) -> list[str]:
     return list(seen)
 
 
-def _listed(root: str, files: str) -> _Folder:
+def _listed(root: str, files: str | Sequence[str]) -> _Folder:
     folder = _Folder("")
-    for name in read_list(files):
+    for name in read_list(files) if isinstance(files, str) else files:
         folder.add(name, *_look(os.path.join(root, name)))
     return folder
 

@@ -22,7 +22,7 @@ class Entry(NamedTuple):
         batch: Its number in the whole run.
         rows: Rows it gave.
         columns: Values in each row, or 0 without a row.
-        odd: How many rows hold nan or infinity, and how many such values.
+        odd: How many rows hold nan or infinity, how many such values, and how many more float16 made infinite.
         spans: Where the rows stand in the part of each format.
         device: What computed them.
         faults: The images that could not be read.
@@ -31,7 +31,7 @@ class Entry(NamedTuple):
     batch: int
     rows: int
     columns: int
-    odd: tuple[int, int]
+    odd: tuple[int, int, int]
     spans: dict[str, Span]
     device: str
     faults: list[Fault]
@@ -71,7 +71,7 @@ def decode(data: bytes) -> tuple[list[str], list[Entry]]:
 
 def _entry(batch: int, rows: int, columns: int, odd: Any, spans: dict[str, Any], device: str, faults: Any) -> Entry:
     placed = {format: (start, end, crc) for format, (start, end, crc) in spans.items()}
-    return Entry(batch, rows, columns, (odd[0], odd[1]), placed, device, [Fault(*fault) for fault in faults])
+    return Entry(batch, rows, columns, (odd[0], odd[1], odd[2]), placed, device, [Fault(*fault) for fault in faults])
 
 
 class Part:
@@ -194,7 +194,8 @@ def join(ranges: list[Piece], head: bytes, fresh: Path, keep: Path) -> Path:
     """
     path = fresh
     first = ranges[0][0] if ranges else keep
-    if first != keep and ranges[0][1] == len(head) and all(source != first for source, _, _ in ranges[1:]):
+    finished = keep.exists() and first.samefile(keep)  # a kept journal names it by another path
+    if ranges and not finished and ranges[0][1] == len(head) and all(source != first for source, _, _ in ranges[1:]):
         path = first
         file = disk.open_to_write(path, ranges[0][2])
         ranges = ranges[1:]

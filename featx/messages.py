@@ -27,13 +27,13 @@ class MissingPathError(UserError, FileNotFoundError):
     """A file or folder that an option names and that does not exist."""
 
 
-class ImageError(UserError):
+class ImageError(UserError, ValueError):
     """An image that cannot be read: exit status 3."""
 
     exit_status = 3
 
 
-class LostFolderError(UserError):
+class LostFolderError(UserError, FileNotFoundError):
     """The images are no longer there: exit status 4."""
 
     exit_status = 4
@@ -54,7 +54,7 @@ def did_you_mean(name: str, known: Iterable[str], most: int = 3) -> str:
 
 def count(number: int, noun: str) -> str:
     """Return a number with its noun, as ``1 image`` or ``1,200 images``."""
-    plural = noun[:-1] + "ies" if noun.endswith("y") else noun + ("es" if noun.endswith("ss") else "s")
+    plural = noun[:-1] + "ies" if noun.endswith("y") else noun + ("es" if noun.endswith(("ss", "ch")) else "s")
     return f"{number:,} {noun if number == 1 else plural}"
 
 

@@ -25,7 +25,7 @@ from featx import options
 from featx.datamodule import ImageFolderDataModule, cores_per_process
 from featx.disk import GOES_ON
 from featx.extractor import FeatureExtractor
-from featx.messages import UserError, count, log, rank, size_in_words
+from featx.messages import BadValueError, UserError, count, log, rank, size_in_words
 from featx.progress import Progress, stages, where_the_time_went
 from featx.state import file_name
 from featx.stop import PATIENCE, Stopped, Watch, end_at_the_latest, end_processes, verdict
@@ -54,14 +54,19 @@ class FeatxCLI(LightningCLI):
 
     def refusal(self, err: Exception) -> UserError:
         """Return what Lightning refuses as a UserError, with the ``--trainer`` options it was given."""
-        names = ("accelerator", "devices", "num_nodes", "strategy", "precision")
         default = {"num_nodes": 1, "precision": None}
-        given = [f"--trainer.{name} {self.config.trainer[name]}" for name in names
-                 if self.config.trainer[name] != default.get(name, "auto")]  # fmt: skip
-        return UserError(
-            f"{', '.join(given)}: {textwrap.shorten(str(err), 400, placeholder=' …')}\n"
-            "Expected what this machine has: --trainer.accelerator auto takes a GPU where there is one, else the CPU."
-        )
+        names = ("accelerator", "devices", "num_nodes", "strategy", "precision")
+        given = {name: self.config.trainer[name] for name in names}
+        return refusal(err, {name: value for name, value in given.items() if value != default.get(name, "auto")})
+
+
+def refusal(err: Exception, given: dict[str, Any]) -> UserError:
+    """Return what Lightning refuses as a UserError, with the Trainer's options that were given."""
+    told = ", ".join(f"--trainer.{name} {value}" for name, value in given.items())
+    return BadValueError(
+        f"{told}: {textwrap.shorten(str(err), 400, placeholder=' …')}\n"
+        "Expected what this machine has: --trainer.accelerator auto takes a GPU where there is one, else the CPU."
+    )
 
 
 def predict(argv: list[str]) -> int:
@@ -79,6 +84,7 @@ def predict(argv: list[str]) -> int:
         return 0
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)  # banners and tips
+    logging.getLogger("lightning.pytorch.profilers").setLevel(logging.INFO)  # which --trainer.profiler asks for
     warnings.filterwarnings("ignore", category=PossibleUserWarning)  # how to train faster
     progress = Progress()
     cli = FeatxCLI(
@@ -101,7 +107,7 @@ def predict(argv: list[str]) -> int:
         },
     )
     writer: FeatureWriter = cli.config_init.writer
-    if not _prepare(cli.trainer, cli.model, cli.datamodule, writer):
+    if not prepare(cli.trainer, cli.model, cli.datamodule, writer):
         return _last_words(writer, None)
     if writer.dry_run:
         _estimate(cli.trainer, cli.model, cli.datamodule)
@@ -109,8 +115,9 @@ def predict(argv: list[str]) -> int:
     run(cli)
     if not cli.trainer.is_global_zero:
         return 0
-    _tell_where_the_time_went(cli.trainer, cli.model, cli.datamodule, progress.seconds)
-    return _last_words(writer, progress.seconds)
+    seconds = progress.seconds
+    _tell_where_the_time_went(cli.trainer, cli.model, cli.datamodule, seconds)
+    return _last_words(writer, seconds)
 
 
 def run(cli: FeatxCLI) -> None:
@@ -219,7 +226,9 @@ def _estimate(trainer: Trainer, model: FeatureExtractor, data: ImageFolderDataMo
         batch = data.read_batch(number, model.preprocessing)
         reading.append((time.perf_counter() - begin) / batch.size)
         begin = time.perf_counter()
-        model.predict_step(batch._replace(groups=[(rows, images.to(device)) for rows, images in batch.groups]))
+        moved = batch._replace(groups=[(rows, images.to(device)) for rows, images in batch.groups])
+        for values in model.predict_step(moved).values():
+            values.cpu()  # what is still computed is waited for
         computing.append((time.perf_counter() - begin) / batch.size)
     cores = cores_per_process(trainer)
     shared = device.type == "cpu"  # by both stages; beside a GPU the slower of the two is the wall
@@ -229,7 +238,7 @@ def _estimate(trainer: Trainer, model: FeatureExtractor, data: ImageFolderDataMo
     print("dry run: nothing was written")
 
 
-def _prepare(trainer: Trainer, model: FeatureExtractor, data: ImageFolderDataModule, writer: FeatureWriter) -> bool:
+def prepare(trainer: Trainer, model: FeatureExtractor, data: ImageFolderDataModule, writer: FeatureWriter) -> bool:
     """Find every mistake that can be found before the first batch, the cheap ones first, a download last.
 
     Returns:
@@ -253,7 +262,7 @@ def _prepare(trainer: Trainer, model: FeatureExtractor, data: ImageFolderDataMod
             if writer.dry_run:
                 print(f"images: {len(data.images):,}")
                 print(f"columns: {', '.join(f'{layer} {number}' for layer, number in columns.items())}")
-                print(f"csv: about {size_in_words(needed)}")
+                print(f"{' and '.join(writer.formats)}: about {size_in_words(needed)}")
         return work
     except UserError as err:
         if rank() and {"TORCHELASTIC_RUN_ID", "SLURM_PROCID"} & os.environ.keys():

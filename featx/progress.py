@@ -19,18 +19,21 @@ class Progress(Callback):
     """Show how far process 0 is; its share stands for the whole, since all have equally many batches, but for one.
 
     Attributes:
-        seconds: From the first batch asked for to the last one written.
         error: What ended the run early.
         stages: Seconds that cores took to decode and to resize, and that process 0 waited for images.
     """
 
     def __init__(self) -> None:
-        self.seconds = 0.0
         self.error: BaseException | None = None
         self.stages: dict[str, float] = defaultdict(float)
         self._bar: Any = None
         self._total = self._done = 0
         self._start = self._next = self._asked = 0.0
+
+    @property
+    def seconds(self) -> float:
+        """From the first batch asked for until now; behind the run, until all is on disk."""
+        return time.monotonic() - self._start
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Start the clock."""
@@ -79,8 +82,7 @@ class Progress(Callback):
         self._asked = time.monotonic()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """End the bar and stop the clock."""
-        self.seconds = time.monotonic() - self._start
+        """End the bar; rows are still computed and written, and the clock runs on."""
         self._close()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:

@@ -5,12 +5,15 @@ import io
 import os
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Literal
 
-from featx import disk, journal, manifest
+from featx import disk, formats, journal, manifest, parquet
 from featx.decode import Fault
+from featx.disk import DiskError
+from featx.formats import Format
 from featx.images import ImageTree
 from featx.journal import Entry, Placed
 from featx.manifest import Json
@@ -33,17 +36,25 @@ class LayerState:
     Args:
         out_dir: The output folder.
         layer: The layer, as the user named it.
-        formats: The formats asked for.
+        kinds: The formats asked for.
         identity: Everything that decides a value.
         images: The images, in the order of the rows.
     """
 
-    def __init__(self, out_dir: Path, layer: str, formats: Iterable[str], identity: Json, images: ImageTree) -> None:
+    def __init__(self, out_dir: Path, layer: str, kinds: Sequence[Format], identity: Json, images: ImageTree) -> None:
         self.layer = layer
         self.identity = identity
         self.images = images
         self.folder = out_dir / HIDDEN / file_name(layer)
-        self.files = {format: out_dir / file_name(layer, format) for format in formats}
+        self.files = {kind: out_dir / file_name(layer, kind) for kind in kinds}
+        # What parts are joined to. Parquet is made of the rows as npy has them, which stay hidden if nobody asked.
+        self.rows: dict[str, Path] = {kind: path for kind, path in self.files.items() if kind != "parquet"}
+        if "parquet" in kinds:
+            self.rows.setdefault("npy", self.folder / "rows.npy")
+        self.results = list(self.files.values())
+        self.names_path = out_dir / file_name(layer, "names.txt")
+        if "npy" in kinds:
+            self.results.append(self.names_path)
         self.record_path = out_dir / file_name(layer, "json")
         self.errors_path = out_dir / file_name(layer, "errors.csv")
         self.run_path = self.folder / "run.json"
@@ -67,10 +78,10 @@ class LayerState:
                 )
         if old := run or record:
             self._check_images(old)
-        elif strangers := [path for path in self.files.values() if path.exists()]:
+        elif strangers := [path for path in self.results if path.exists()]:
             raise BadValueError(f"{strangers[0]}: exists, and no record says what made it.\n{AFRESH}")
         if record and self.inputs == record["inputs"]:
-            whole = [self._is_whole(path, record, bool(run)) for path in self.files.values()]
+            whole = [self._is_whole(path, record, bool(run)) for path in self.results]
             if all(whole):
                 return "finished"
         return "unfinished" if run else "fresh"
@@ -86,12 +97,20 @@ class LayerState:
 
     def _is_whole(self, path: Path, record: Json, unfinished: bool) -> bool:
         said = record["files"].get(path.name)
-        if said is None or not path.exists():
-            return False
-        same: bool = path.stat().st_size == said["bytes"] and journal.digest(path) == said["sha256"]
-        if not same and not unfinished:  # else the run ended between the record and the files, and goes on
+        if said is None or self._place(path, said, unfinished) is not None:
+            return said is not None
+        if path.exists() and not unfinished:
             raise BadValueError(f"{path}: is not what {self.record_path.name} says of it: it was changed.\n{AFRESH}")
-        return same
+        return False
+
+    def _place(self, path: Path, said: Json, unfinished: bool) -> Path | None:
+        """Return where a result is: in its place or, if the run ended while it named its files, still hidden."""
+        hidden = sorted(self.folder.iterdir()) if unfinished else []
+        for place in (path, *hidden, path):  # once more, as rank 0 may just have moved it
+            with suppress(OSError, DiskError):
+                if place.stat().st_size == said["bytes"] and journal.digest(place) == said["sha256"]:
+                    return place
+        return None
 
     def listed(self) -> list[Fault]:
         """Return the images that could not be read, as the journals know them."""
@@ -111,7 +130,7 @@ class LayerState:
             shutil.rmtree(self.folder, ignore_errors=True)
             record = manifest.read_json(self.record_path)
             old = [self.record_path.with_name(name) for name in record["files"]] if record else []
-            for path in (self.record_path, self.errors_path, *self.files.values(), *old):
+            for path in (self.record_path, self.errors_path, *self.results, *old):
                 path.unlink(missing_ok=True)
 
     def done(self, still: Callable[[Fault], bool]) -> dict[int, Placed]:
@@ -122,7 +141,7 @@ class LayerState:
         """
         return {
             number: placed
-            for number, placed in journal.read_parts(self.folder, self.files).items()
+            for number, placed in journal.read_parts(self.folder, self.rows).items()
             if all(still(fault) for fault in placed.entry.faults)
         }
 
@@ -145,64 +164,96 @@ class LayerState:
         lost = sum(not fault.used for fault in faults)
         assert [entry.batch for entry in entries] == list(range(len(entries))), f"{self.layer}: batches are missing"
         assert rows + lost == len(self.images), f"{self.layer}: {rows} rows, {lost} errors, {len(self.images)} images"
-        joined, files = {}, {}
+        columns = max((entry.columns for entry in entries), default=0)
+        files: Json = {}
         if old := manifest.read_json(self.record_path):  # formats that an earlier run wrote stay, if they say the same
             same = old["inputs"] == self.inputs and (old["errors"], old["rows"]) == (lost, rows)
             for name, said in old["files"].items():
                 if same:
                     files[name] = said
-                elif name not in [path.name for path in self.files.values()]:
+                elif name not in [path.name for path in self.results]:
                     disk.remove(self.record_path.with_name(name))
-        for format, target in self.files.items():
-            ranges = journal.pieces(format, placed)
-            path = journal.join(ranges, heads[format], self.folder / f"joined.{format}", target)
-            size = path.stat().st_size
-            whole = path in known and ranges == [(path, len(heads[format]), size)]
-            joined[path] = target
-            files[target.name] = {"sha256": known[path] if whole else journal.digest(path), "bytes": size}
+        joined = {}
+        for kind, target in self.rows.items():
+            head = formats.npy_head(rows, columns, self.identity["dtype"]) if kind == "npy" else heads[kind]
+            ranges = journal.pieces(kind, placed)
+            path = journal.join(ranges, head, self.folder / f"joined.{kind}", target)
+            joined[target] = path
+            if head != heads[kind] or ranges != [(path, len(head), path.stat().st_size)]:
+                known.pop(path, None)  # it is no longer as it was written
+        if "npy" in self.files:
+            joined[self.names_path] = self.folder / "joined.names.txt"
+            lines = (formats.name_line(os.fsencode(self._row_name(path))) for path in self._readable(faults))
+            disk.replace(joined[self.names_path], b"".join(lines))
+        if "parquet" in self.files:
+            path = joined[self.files["parquet"]] = self.folder / "joined.parquet"
+            decided = {"layer": self.layer, "rows": rows, "columns": columns, "errors": lost, "identity": self.identity}
+            relative, said = self.identity["names"] == "relative", manifest.as_json(decided)
+            parquet.write(path, joined[self.rows["npy"]], self.layer, self._readable(faults), relative, said)
+        for target in self.results:
+            path = joined[target]
+            files[target.name] = {"sha256": known.get(path) or journal.digest(path), "bytes": path.stat().st_size}
         record = {
             "layer": self.layer,
             "files": files,
             "rows": rows,
-            "columns": max((entry.columns for entry in entries), default=0),
+            "columns": columns,
             "errors": lost,
             "errors_used": len(faults) - lost,
             "rows_not_finite": sum(entry.odd[0] for entry in entries),
             "values_not_finite": sum(entry.odd[1] for entry in entries),
+            "values_overflowed": sum(entry.odd[2] for entry in entries),
             "inputs": self.inputs,
             "identity": self.identity,
             "run": {**about, "batches_by_device": Counter(entry.device for entry in entries)},
         }
         if faults:  # to repair single images, their neighbours' rows are taken from the finished files
             self._keep_journal(entries, heads)
-        disk.replace(self.record_path, manifest.as_json(record))
-        if faults:
             disk.replace(self.errors_path, _errors_csv(faults))
         else:
             disk.remove(self.errors_path)
-        for path, target in joined.items():
+        disk.replace(self.record_path, manifest.as_json(record))
+        for target, path in joined.items():
             disk.rename(path, target)
         self.tidy(keep_journal=bool(faults))
         return record
+
+    def _readable(self, faults: list[Fault]) -> Iterator[str]:
+        lost = {fault.path for fault in faults if not fault.used}
+        return (path for path in self.images.names if path not in lost)
+
+    def _row_name(self, path: str) -> str:
+        return path if self.identity["names"] == "relative" else os.path.basename(path)
 
     def _keep_journal(self, entries: list[Entry], heads: dict[str, bytes]) -> None:
         ends = {format: len(head) for format, head in heads.items()}
         moved = []
         for entry in entries:
             spans = {}
-            for format, (start, end, crc) in entry.spans.items():
+            for format in heads:
+                start, end, crc = entry.spans[format]
                 spans[format] = (ends[format], ends[format] + end - start, crc)
                 ends[format] = spans[format][1]
             moved.append(entry._replace(spans=spans))
-        names = [os.path.relpath(path, self.folder) for path in self.files.values()]
+        names = [os.path.relpath(path, self.folder) for path in self.rows.values()]
         path = self.folder / f"{journal.next_session(self.folder):06}.journal"
         disk.replace(path, journal.encode(names, moved))
 
+    def settle(self, record: Json) -> None:
+        """Do what a run that ended while it named its files had left to do."""
+        for path in self.results:
+            place = self._place(path, record["files"][path.name], True)
+            if place is not None and place != path:
+                disk.rename(place, path)
+        self.tidy(keep_journal=record["errors"] + record["errors_used"] > 0)
+
     def tidy(self, keep_journal: bool) -> None:
         """Remove what only an unfinished run needs."""
-        last = max(self.folder.glob("*.journal"), default=None) if keep_journal else None
+        keep = {self.inputs_path}
+        if keep_journal:
+            keep |= {max(self.folder.glob("*.journal"), default=self.inputs_path), *self.rows.values()}
         for path in self.folder.iterdir():
-            if path not in (last, self.inputs_path):
+            if path not in keep:
                 disk.remove(path)
 
 

@@ -6,6 +6,7 @@ import gzip
 import json
 import os
 import sys
+from collections.abc import Iterator
 from importlib import import_module
 from itertools import zip_longest
 from pathlib import Path
@@ -13,9 +14,9 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-from featx import formats, journal, manifest
+from featx import formats, journal, manifest, reader
 from featx.manifest import Json
-from featx.messages import MissingPathError, UserError, count
+from featx.messages import BadValueError, MissingPathError, UserError, count
 from featx.state import ERRORS_HEADER, HIDDEN, USED, file_name
 
 CLOSE = 1e-4  # relative (L2); another kind of processor stays far below, other weights or pixels far above
@@ -67,10 +68,9 @@ def check_file(path: Path) -> Json:
     if said is None:
         raise Mismatch(f"{path.with_suffix('.json').name} does not know it, it knows {', '.join(record['files'])}")
     names, widths = [], set[int]()
-    with path.open("rb") as file:
-        for name, columns in formats.read_csv_names(file, record["identity"]["header"]):
-            names.append(name)
-            widths.add(columns)
+    for name, columns in _names_and_widths(path, record):
+        names.append(name)
+        widths.add(columns)
     if len(names) != record["rows"]:
         raise Mismatch(f"{count(len(names), 'row')}, expected {record['rows']:,}")
     if names and widths != {record["columns"]}:
@@ -81,7 +81,22 @@ def check_file(path: Path) -> Json:
                 raise Mismatch(f"row {row} is named {name!r}, expected {expected!r}")
     if journal.digest(path) != said["sha256"]:
         raise Mismatch(f"values differ from those written: its SHA-256 is not the recorded {said['sha256'][:8]}…")
+    listed_names = path.with_suffix(".names.txt")
+    if path.suffix == ".npy" and journal.digest(listed_names) != record["files"][listed_names.name]["sha256"]:
+        raise Mismatch(f"names differ from those written: {listed_names.name} does not have the recorded SHA-256")
     return record
+
+
+def _names_and_widths(path: Path, record: Json) -> Iterator[tuple[bytes, int]]:
+    if path.suffix == ".csv":  # whose values need not be read to be counted
+        with path.open("rb") as file:
+            yield from formats.read_csv_names(file, record["identity"]["header"])
+        return
+    try:
+        for names, values in reader.read(path):
+            yield from ((os.fsencode(name), values.shape[1]) for name in names)
+    except BadValueError as err:
+        raise Mismatch(str(err)) from err
 
 
 def _faults(path: Path, record: Json) -> set[str]:
@@ -102,7 +117,13 @@ def _listed_names(path: Path, record: Json) -> list[bytes] | None:
     images = [json.loads(line.split(b" ", 2)[2]) for line in gzip.decompress(kept.read_bytes()).splitlines()]
     lost = _faults(path, record)
     relative = record["identity"]["names"] == "relative"
-    return [os.fsencode(name if relative else os.path.basename(name)) for name in images if name not in lost]
+    return [_name(path, name if relative else os.path.basename(name)) for name in images if name not in lost]
+
+
+def _name(path: Path, name: str) -> bytes:
+    """Return an image's name as the file has it: Parquet holds nothing but UTF-8."""
+    name_bytes = os.fsencode(name)
+    return name_bytes.decode(errors="backslashreplace").encode() if path.suffix == ".parquet" else name_bytes
 
 
 def check_rows(path: Path, record: Json, folder: str) -> str:
@@ -127,14 +148,16 @@ def check_rows(path: Path, record: Json, folder: str) -> str:
             rows = model.predict_step(batch)[record["layer"]].numpy()
             wanted |= {first + i: pair for i, pair in enumerate(zip(batch.names, rows, strict=True))}
     worst = 0.0
-    with path.open(newline="", encoding="utf-8", errors="surrogateescape") as file:
-        for index, fields in enumerate(csv.reader(file), -1 if record["identity"]["header"] else 0):
-            if index in wanted:
-                name, row = wanted[index]
-                if os.path.basename(fields[0]) != os.path.basename(name):
-                    raise Mismatch(f"row {index + 1} is {fields[0]!r}, in {folder} it is {name!r}")
-                difference = np.linalg.norm(np.array(fields[1:], np.float32) - row)
-                worst = max(worst, float(difference / (np.linalg.norm(row) or 1)))
+    index = 0
+    for names, values in reader.read(path):
+        for i in wanted.keys() & range(index, index + len(names)):
+            written, (name, row) = names[i - index], wanted[i]
+            if os.path.basename(os.fsencode(written)) != os.path.basename(_name(path, name)):
+                raise Mismatch(f"row {i + 1} is {written!r}, in {folder} it is {name!r}")
+            row = row.astype(values.dtype).astype(np.float32)
+            difference = np.linalg.norm(values[i - index].astype(np.float32) - row)
+            worst = max(worst, float(difference / (np.linalg.norm(row) or 1)))
+        index += len(names)
     told = f"{count(len(wanted), 'row')} computed again, the largest relative difference is {worst:.1e}"
     if worst > CLOSE:
         raise Mismatch(told)

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch.distributed as dist
@@ -20,10 +20,11 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
 from torch import Tensor
 
-from featx import disk, formats, journal, manifest, progress
+from featx import disk, formats, journal, manifest, parquet, progress
 from featx.datamodule import Batch, usable_cores
 from featx.decode import Fault
 from featx.disk import DiskError, Lock
+from featx.formats import Format
 from featx.images import ImageTree
 from featx.journal import Entry, Part, Placed
 from featx.messages import BadValueError, ImageError, UserError, count, log, rank, size_in_words
@@ -47,9 +48,10 @@ class FeatureWriter(BasePredictionWriter):
 
     Args:
         out_dir: Folder for LAYER.csv, made if missing.
-        format: Format of the rows.
+        format: csv; npy, with the names in LAYER.names.txt; parquet; or a list of them, as [csv,npy].
         names: How a row is named: basename, the file's name, or relative, its path below the data folder.
-        header: Whether the first line names the columns, as image,fc7.0,fc7.1.
+        header: Whether CSV's first line names the columns, as image,fc7.0,fc7.1.
+        dtype: Of the values in npy and parquet; what float16 cannot hold becomes infinite, and is counted.
         overwrite: Whether to remove what another run wrote for these layers, and start afresh.
         dry_run: Whether to stop before the first batch and say what the run would take.
 
@@ -65,17 +67,28 @@ class FeatureWriter(BasePredictionWriter):
     def __init__(
         self,
         out_dir: str = "features",
-        format: Literal["csv"] = "csv",
+        format: Format | list[Format] = "csv",
         names: Literal["basename", "relative"] = "basename",
         header: bool = False,
+        dtype: Literal["float32", "float16"] = "float32",
         overwrite: bool = False,
         dry_run: bool = False,
     ) -> None:
         super().__init__(write_interval="batch")
+        self.formats: list[Format] = [format] if isinstance(format, str) else list(dict.fromkeys(format))
+        if not self.formats or set(self.formats) - set(get_args(Format)):
+            raise BadValueError(
+                f"--writer.format {format}: expected csv, npy, parquet, or a list of them, as [csv,npy]."
+            )
+        if dtype == "float16" and self.formats == ["csv"]:
+            raise BadValueError(
+                "--writer.dtype float16: csv holds float32. --writer.format npy or parquet holds float16."
+            )
         self.out_dir = out_dir
         self.format = format
         self.names = names
         self.header = header
+        self.dtype = dtype
         self.overwrite = overwrite
         self.dry_run = dry_run
         self.records: dict[str, dict[str, Any]] = {}
@@ -112,6 +125,8 @@ class FeatureWriter(BasePredictionWriter):
             nearest = nearest.parent
         if not nearest.is_dir():
             raise BadValueError(f"--writer.out_dir {self.out_dir}: {nearest} is a file. Expected a folder.")
+        if "parquet" in self.formats:
+            parquet.check()
         if not os.access(nearest, os.W_OK | os.X_OK):
             raise BadValueError(f"--writer.out_dir {self.out_dir}: {nearest} cannot be written to.")
         if (Path(self.out_dir) / HIDDEN / "lock").exists():
@@ -137,8 +152,8 @@ class FeatureWriter(BasePredictionWriter):
         open_layers = []
         for layer in model.layers:
             identity = manifest.identity(trainer, model, data, layer)
-            identity |= {"names": self.names, "header": self.header}
-            state = LayerState(Path(self.out_dir), layer, [self.format], identity, data.images)
+            identity |= {"names": self.names, "header": self.header, "dtype": self.dtype}
+            state = LayerState(Path(self.out_dir), layer, self.formats, identity, data.images)
             self._states[layer] = state
             found = "fresh" if self.overwrite else state.look()
             if found == "finished":
@@ -146,7 +161,7 @@ class FeatureWriter(BasePredictionWriter):
                 if all(data.fault(fault.path, model.preprocessing) == fault for fault in state.listed()):
                     if state.run_path.exists() and rank() == 0:  # it ended while it tidied up
                         self._take_lock()
-                        state.tidy(keep_journal=bool(state.listed()))
+                        state.settle(self.records[layer])
                     continue
             open_layers.append(layer)
         self._states = {layer: self._states[layer] for layer in open_layers}
@@ -164,10 +179,17 @@ class FeatureWriter(BasePredictionWriter):
             DiskError: It cannot fit.
         """
         name = os.fsencode(self._name(images.names[0]))
-        row = sum(len(formats.csv_rows([name], sample[layer].numpy())) for layer in self._states)
-        there = sum(path.stat().st_size for state in self._states.values() for path in state.folder.glob("*.csv"))
-        needed = row * len(images)
-        left = max(0, needed - there) + needed * (processes - 1) // processes
+        text = sum(len(formats.csv_rows([name], sample[layer].numpy())) for layer in self._states)
+        raw = sum(self._columns[layer] for layer in self._states) * np.dtype(self.dtype).itemsize
+        sizes = {"csv": text, "npy": raw + len(name) + 1, "parquet": raw + 2 * len(name)}
+        needed = sum(sizes[kind] for kind in self.formats) * len(images)
+        parts = [
+            path for state in self._states.values() for kind in state.rows for path in state.folder.glob(f"*.{kind}")
+        ]
+        there = sum(path.stat().st_size for path in parts)
+        rows = (("csv" in self.formats) * text + (self.formats != ["csv"]) * raw) * len(images)
+        left = max(0, rows - there) + rows * (processes - 1) // processes
+        left += ("parquet" in self.formats) * sizes["parquet"] * len(images)  # written when the rows are joined
         nearest = next(path for path in (Path(self.out_dir), *Path(self.out_dir).absolute().parents) if path.exists())
         free = shutil.disk_usage(nearest).free
         log.info("output: about %s, %s free", size_in_words(needed), size_in_words(free))
@@ -320,14 +342,15 @@ class FeatureWriter(BasePredictionWriter):
                 )
             begin = time.thread_time()
             odd = ~np.isfinite(values)
-            text = formats.csv_rows(names, values)
+            texts, overflowed = {}, 0
+            if "csv" in part.paths:
+                texts["csv"] = formats.csv_rows(names, values)
+            if "npy" in part.paths:
+                texts["npy"], overflowed = formats.npy_rows(values, self.dtype)
             self.stages["text"] += time.thread_time() - begin
+            counts = (int(odd.any(axis=1).sum()), int(odd.sum()), overflowed)
             begin = time.monotonic()
-            part.add(
-                Entry(batch.number, len(names), columns, (int(odd.any(axis=1).sum()), int(odd.sum())), {},
-                      self._device, batch.faults),
-                {self.format: text},
-            )  # fmt: skip
+            part.add(Entry(batch.number, len(names), columns, counts, {}, self._device, batch.faults), texts)
             self.stages["disk"] += time.monotonic() - begin
         self.computed += batch.size
 
@@ -339,11 +362,14 @@ class FeatureWriter(BasePredictionWriter):
         self._gather(None)  # everybody's rows are on disk
         if trainer.is_global_zero:
             for layer, state in self._states.items():
-                mine = journal.read_parts(state.folder, [self.format], f"{self._session}-*.journal", check=False)
+                mine = journal.read_parts(state.folder, state.rows, f"{self._session}-*.journal", check=False)
                 part = self._parts.get(layer)
                 known = {path: part.sha256[format].hexdigest() for format, path in part.paths.items()} if part else {}
                 record = state.finish(self._done[layer] | mine, self._heads(layer), known, self._about(trainer))
                 self.records[layer] = record
+                if overflowed := record["values_overflowed"]:
+                    log.warning("%s: %s beyond float16 became infinite: --writer.dtype float32 keeps them",
+                                layer, count(overflowed, "value"))  # fmt: skip
                 if record["values_not_finite"]:
                     values, rows = count(record["values_not_finite"], "value"), count(record["rows_not_finite"], "row")
                     log.warning("%s: %s nan or infinite, in %s", layer, values, rows)
@@ -354,6 +380,10 @@ class FeatureWriter(BasePredictionWriter):
         self._end_thread(GRACE)
         with suppress(DiskError):  # what ended the run is told, not what follows from it
             self._release()
+
+    def wait(self) -> None:
+        """Return when process 0 has joined the parts, in each of several processes."""
+        self._gather(None)
 
     def _end_thread(self, seconds: float | None) -> None:
         if self._thread is not None and self._thread.is_alive():
@@ -378,7 +408,12 @@ class FeatureWriter(BasePredictionWriter):
             self._lock = None
 
     def _heads(self, layer: str) -> dict[str, bytes]:
-        return {self.format: formats.csv_header(layer, self._columns[layer]) if self.header else b""}
+        columns, state = self._columns[layer], self._states[layer]
+        heads = {
+            "csv": formats.csv_header(layer, columns) if self.header else b"",
+            "npy": formats.npy_head(len(state.images), columns, self.dtype),  # right, if all images can be read
+        }
+        return {kind: heads[kind] for kind in state.rows}
 
     def _name(self, path: str) -> str:
         return path if self.names == "relative" else os.path.basename(path)

@@ -32,9 +32,7 @@ ENV = {**os.environ, "PYTHONPATH": str(REPO), "PYTHONWARNINGS": "ignore", "CUDA_
 COMPARED = 200  # rows that are compared between the ways
 ORIGINAL = "the original's loop"
 
-# JOURNAL AND SYNC: featx has neither yet. When it has, put here the options that switch them off: the run without
-# them then goes through the same rounds, and a line says what they cost. While it is empty, nothing is printed.
-WITHOUT_JOURNAL: list[str] = []
+UNSYNCED = "featx, journal at its end only"
 
 Way = tuple[str, list[str]] | str  # a job and featx's options, or the reason why it is not run here
 
@@ -132,8 +130,7 @@ def known_ways(cores: int) -> dict[str, Way]:
     ways["featx"] = ("featx", [])
     if "--data.decoder" in options:
         ways["featx, decoder turbo"] = ("featx", ["--data.decoder", "turbo"])
-    if WITHOUT_JOURNAL:
-        ways["featx without journal"] = ("featx", WITHOUT_JOURNAL)
+    ways[UNSYNCED] = ("unsynced", [])
     return ways
 
 
@@ -176,8 +173,8 @@ def whole_processes(options: argparse.Namespace, ways: dict[str, Way], found: Ro
         yield f"{name:<30}{spread(seconds[name]):>20}{rate:>9.1f}{times:>6.2f}{peak:>7,.0f}{rows:>7}"
     yield "times: as fast as the original's loop; MiB: peak of the main process;"
     yield f"rows: largest relative difference (L2) from the original's among {COMPARED}"
-    if WITHOUT_JOURNAL:
-        pairs = zip(seconds["featx"], seconds["featx without journal"], strict=True)
+    if {"featx", UNSYNCED} <= seconds.keys():
+        pairs = zip(seconds["featx"], seconds[UNSYNCED], strict=True)
         yield f"journal and sync: {spread([100 * (with_it / without - 1) for with_it, without in pairs])} % of the run"
 
 

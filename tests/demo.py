@@ -74,6 +74,9 @@ def main(folder: Path) -> int:
         rows = features / f"{layer}.csv"
         print(f"\nThe rows are in {rows}. Most alike, by the cosine of their rows:\n")
         print_most_alike(rows)
+        status, _ = run([featx, "show", str(rows), "--images", str(photos)])
+        if status == 0:
+            print(f"\nOpen {rows.with_suffix('.html')} in a browser.")
     return status
 
 

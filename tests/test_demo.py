@@ -19,7 +19,9 @@ def test_demo_takes_a_trained_network_from_a_package_where_nothing_can_be_downlo
     assert "--data.dir demo/photos" in done.stdout and "RANDOM" not in done.stderr
     names, rows = read_csv(tmp_path / "demo" / "features" / "pooled.csv")
     assert len(names) == 15 and rows.shape == (15, 1280)
-    table = done.stdout.partition("Most alike")[2].splitlines()[2:]
+    table = done.stdout.partition("Most alike")[2].splitlines()[2:17]
+    assert done.stdout.splitlines()[-1] == "Open demo/features/pooled.html in a browser."
+    assert (tmp_path / "demo" / "features" / "pooled.html").stat().st_size > 100_000
     assert [line.split()[0] for line in table] == names
     assert all(line.split()[1] in set(names) - {line.split()[0]} for line in table)
     assert demo.LITE in (REPO / "README.md").read_text()

@@ -24,13 +24,6 @@ def photos(tmp_path_factory):
     return folder
 
 
-@pytest.fixture(scope="module")
-def clean(photos, tmp_path_factory):
-    out = tmp_path_factory.mktemp("clean")
-    run(photos, out)
-    return {name: (out / name).read_bytes() for name in ("2.csv", "2.errors.csv")}
-
-
 def count_calls(monkeypatch, fail_at=None):
     """Count what goes through the door; at call number ``fail_at`` the system refuses."""
     calls = []
@@ -53,26 +46,38 @@ def count_calls(monkeypatch, fail_at=None):
     return calls
 
 
-def test_every_fault_is_told_and_the_next_run_gives_the_same_bytes(photos, clean, tmp_path, monkeypatch):
+def results(out):
+    return {path.name: path.read_bytes() for path in out.glob("2.*") if path.suffix != ".json"}
+
+
+@pytest.mark.parametrize("format", ["csv", ["csv", "npy"], ["npy", "parquet"]], ids=str)
+def test_every_fault_is_told_and_the_next_run_gives_the_same_bytes(photos, tmp_path, format, monkeypatch):
     monkeypatch.setattr("featx.writer.SHARE", 1e-9)  # syncs at fixed moments, so that every run makes the same calls
+    if "parquet" in format:
+        pytest.importorskip("pyarrow")
+    run(photos, tmp_path / "clean", format=format)
+    clean = results(tmp_path / "clean")
     seen = set()
-    for number in itertools.count(1):
+    for number in itertools.count(1 if format == "csv" else 25):  # until then they do the same
         out = tmp_path / str(number)
         with pytest.MonkeyPatch.context() as patch:
             calls = count_calls(patch, number)
             try:
-                run(photos, out)
+                run(photos, out, format=format)
                 break  # the run has fewer calls than that
             except DiskError as err:
                 told = str(err)
                 assert err.exit_status == 4
         seen.add(calls[number - 1])
         assert "No space left on device" in told and "the same command goes on" in told
-        if (out / "2.csv").exists():
-            assert (out / "2.csv").read_bytes() == clean["2.csv"], calls[number - 1]
-        run(photos, out)
-        assert {name: (out / name).read_bytes() for name in clean} == clean, f"{calls[number - 1]}, call {number}"
-    assert {"write", "sync", "close", "rename", "remove"} <= seen and number > 20
+        named = results(out)
+        for name in named.keys() - {"2.errors.csv"}:
+            assert named[name] == clean[name], f"{calls[number - 1]}, call {number}"
+        again = run(photos, out, format=format)
+        assert results(out) == clean, f"{calls[number - 1]}, call {number}"
+        if named.keys() - {"2.errors.csv"}:
+            assert again.computed == 0, "with one file named, the others are only named too"
+    assert {"write", "sync", "close", "rename", "remove"} <= seen and number > 35
 
 
 def test_a_write_that_takes_only_a_part_is_continued(tmp_path):

@@ -4,7 +4,7 @@ import io
 import numpy as np
 import pytest
 
-from featx.formats import csv_header, csv_row, is_plain
+from featx.formats import NPY_HEAD, csv_header, csv_row, is_plain, name_line, npy_head, read_name_lines
 
 
 def test_every_float32_reads_back_the_same():
@@ -41,6 +41,22 @@ def test_any_csv_reader_gets_the_name_back(name):
 
 def test_a_name_that_is_not_utf8_keeps_its_bytes():
     assert csv_row(b"\xff\xe9.jpg", np.zeros(1, np.float32)) == b"\xff\xe9.jpg,0.0\n"
+
+
+def test_a_head_of_npy_has_one_length_and_numpy_reads_it():
+    for rows, columns, dtype in ((0, 0, "float32"), (3, 4, "float16"), (10**12, 10**9, "float32")):
+        head = npy_head(rows, columns, dtype)
+        assert len(head) == NPY_HEAD
+        file = io.BytesIO(head)
+        assert np.lib.format.read_magic(file) == (1, 0)
+        assert np.lib.format.read_array_header_1_0(file) == ((rows, columns), False, np.dtype(dtype))
+        assert file.tell() == NPY_HEAD
+
+
+def test_names_come_back_from_their_lines():
+    names = [b"a.jpg", b"a\nb", b"a\\nb", b"\\", b"\r\n\\\\n", b"\xff\xe9", "猫".encode(), b""]
+    lines = b"".join(map(name_line, names))
+    assert lines.count(b"\n") == len(names) and b"\r" not in lines and read_name_lines(lines) == names
 
 
 def test_the_header_names_each_column():

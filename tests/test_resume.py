@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -37,7 +38,9 @@ class Wait(torch.nn.Linear):
         time.sleep(float(os.environ.get("WAIT", "0.05")))
         return super().forward(rows)
 """
-BASE = ("--model", "slow.Slow", "--model.layer", "2", "--data.batch_size", "2")
+FORMATS = ["csv", "npy", *(["parquet"] if find_spec("pyarrow") else [])]  # every promise holds for each of them
+FILES = ["2.csv", "2.json", "2.names.txt", "2.npy", *(["2.parquet"] if "parquet" in FORMATS else [])]
+BASE = ("--model", "slow.Slow", "--model.layer", "2", "--data.batch_size", "2", "--writer.format", json.dumps(FORMATS))
 
 
 @pytest.fixture(scope="module")
@@ -84,8 +87,9 @@ def end(process: subprocess.Popen[str], how: signal.Signals, group: bool = True)
 
 
 def assert_same_as_clean(place: Path, out: Path) -> None:
-    assert (out / "2.csv").read_bytes() == (place / "clean" / "2.csv").read_bytes()
-    assert sorted(path.name for path in out.iterdir()) == [".featx", "2.csv", "2.json"]
+    assert sorted(path.name for path in out.iterdir()) == [".featx", *FILES]
+    for name in FILES:
+        assert name == "2.json" or (out / name).read_bytes() == (place / "clean" / name).read_bytes(), name
     assert sorted(path.name for path in (out / ".featx" / "2").iterdir()) == ["images.gz"]
 
 
@@ -111,7 +115,7 @@ def kill_and_finish(place: Path, out: Path, chance: random.Random, kills: int, *
         process = begin(place, out, *args)
         wait_for_rows(process, out, 1)
         time.sleep(chance.uniform(0, 0.8))
-        assert not (out / "2.csv").exists()
+        assert not any((out / name).exists() for name in FILES)
         end(process, signal.SIGKILL)
     finish(place, out, *args)
 
@@ -183,10 +187,10 @@ def test_a_second_run_into_a_live_folder_is_refused_and_the_first_unharmed(place
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A file system of 2 MB, twice what the rows take."""
+    """A file system of 4 MB, twice what the rows take."""
     folder = tmp_path / "disk"
     folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(folder)]
+    mount = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(folder)]
     if shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode:
         pytest.skip("no file system can be mounted here")
     yield folder
@@ -266,7 +270,7 @@ def test_unreadable_images_are_listed_and_repaired_in_their_places(place, tmp_pa
     one, two = featx(*run, tmp_path / "one", cwd=place), featx(*run, tmp_path / "two", *DDP, cwd=place)
     assert one.returncode == two.returncode == 3, one.stderr + two.stderr
     assert "147 rows, 3 images could not be read, listed in " in one.stdout
-    for name in ("2.csv", "2.errors.csv"):
+    for name in {*FILES, "2.errors.csv"} - {"2.json"}:
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
     with (tmp_path / "one" / "2.errors.csv").open(newline="") as file:
         header, *rows = csv.reader(file)
@@ -304,6 +308,6 @@ def test_layers_of_two_runs_stand_side_by_side(place, tmp_path):
     predict("photos", tmp_path, *BASE, cwd=place)
     predict("photos", tmp_path, *BASE, "--model.layer", "1", cwd=place)
     names = sorted(path.name for path in tmp_path.iterdir())
-    assert names == [".featx", "1.csv", "1.json", "2.csv", "2.json"]
+    assert names == [".featx", *(name.replace("2", "1", 1) for name in FILES), *FILES]
     both = predict("photos", tmp_path, *BASE, "--model.layer", '["1","2"]', cwd=place)
     assert "nothing to do" in both.stdout

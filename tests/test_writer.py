@@ -1,6 +1,7 @@
 import hashlib
 import json
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from lightning.pytorch import Trainer
 
 from featx import FeatureExtractor, FeatureWriter, ImageFolderDataModule
 from featx.messages import BadValueError, ImageError, UserError
+from featx.reader import load, read
 
 
 class Tiny(FeatureExtractor):
@@ -79,6 +81,143 @@ def test_the_record_says_what_made_the_file(photos, tmp_path):
     assert decides["preprocessing"]["crop"] == 224 and decides["batch_size"] == 8
     assert about["weights"] == "as Tiny.build_network() made them" and about["processes"] == 1
     assert record["inputs"]["images"] == 37 and list(about["batches_by_device"].values()) == [5]
+
+
+def test_npy_holds_the_same_values_and_the_names_beside_them(photos, tmp_path):
+    writer = run(photos, tmp_path, format=["csv", "npy"], names="relative")
+    assert sorted(os.listdir(tmp_path)) == [".featx", "2.csv", "2.json", "2.names.txt", "2.npy"]
+    assert {path.name for path in writer.files["2"]} == {"2.csv", "2.npy", "2.names.txt"}
+    values = np.load(tmp_path / "2.npy", mmap_mode="r")
+    names, expected = read_csv(tmp_path / "2.csv")
+    assert values.dtype == np.float32 and np.array_equal(values, expected)
+    assert (tmp_path / "2.names.txt").read_text().splitlines() == names
+
+
+def test_every_format_has_the_same_rows_whatever_else_is_asked_for(odd_photos, tmp_path):
+    pytest.importorskip("pyarrow")
+    run(odd_photos, tmp_path / "all", format=["csv", "npy", "parquet"])
+    names, values = load(tmp_path / "all" / "2.csv")
+    assert len(names) == 10 and values.shape == (10, 4)
+    for suffix in (".npy", ".parquet"):
+        found_names, found = load(tmp_path / "all" / f"2{suffix}")
+        assert np.array_equal(found, values)
+        assert found_names == ([name.replace("\udce9", r"\xe9") for name in names] if suffix == ".parquet" else names)
+    run(odd_photos, tmp_path / "one", format="parquet")
+    assert (tmp_path / "one" / "2.parquet").read_bytes() == (tmp_path / "all" / "2.parquet").read_bytes()
+    assert sorted(os.listdir(tmp_path / "one")) == [".featx", "2.errors.csv", "2.json", "2.parquet"]
+
+
+READERS = {
+    "pyarrow": lambda module, path: __import__("pyarrow.parquet").parquet.read_table(path).to_pydict(),
+    "pandas": lambda module, path: module.read_parquet(path).to_dict("list"),
+    "polars": lambda module, path: module.read_parquet(path).to_dict(as_series=False),
+    "duckdb": lambda module, path: {
+        name: list(values) for name, values in module.sql(f"from '{path}'").fetchnumpy().items()
+    },
+}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("reader", READERS)
+def test_four_readers_take_the_parquet(photos, tmp_path, reader, dtype):
+    pytest.importorskip("pyarrow")
+    module = pytest.importorskip(reader)
+    run(photos, tmp_path, format=["npy", "parquet"], dtype=dtype)
+    table = READERS[reader](module, str(tmp_path / "2.parquet"))
+    paths = ImageFolderDataModuleNames(photos)
+    assert list(table) == ["image", "path", "class", "2"]
+    assert table["path"] == paths and table["image"] == [os.path.basename(path) for path in paths]
+    assert table["class"] == [path.split("/")[0] for path in paths]
+    values = np.array([list(row) for row in table["2"]], dtype)
+    assert np.array_equal(values, np.load(tmp_path / "2.npy"))
+
+
+def test_parquet_says_what_made_it_and_is_compressed_by_byte_streams(photos, tmp_path):
+    parquet = pytest.importorskip("pyarrow.parquet")
+    run(photos, tmp_path, format="parquet")
+    with parquet.ParquetFile(tmp_path / "2.parquet") as file:
+        said = json.loads(file.schema_arrow.metadata[b"featx"])
+        column = file.metadata.row_group(0).column(3)
+    record = json.loads((tmp_path / "2.json").read_text())
+    assert said == {name: record[name] for name in ("layer", "rows", "columns", "errors", "identity")}
+    assert column.compression == "ZSTD" and "BYTE_STREAM_SPLIT" in column.encodings
+
+
+def test_parquet_comes_in_row_groups_that_a_reader_can_hold(photos, tmp_path, monkeypatch):
+    pytest.importorskip("pyarrow")
+    run(photos, tmp_path / "whole", format="parquet")
+    monkeypatch.setattr("featx.parquet.GROUP_BYTES", 10 * 4 * 4)
+    run(photos, tmp_path / "tens", format="parquet")
+    assert [len(names) for names, _ in read(tmp_path / "tens" / "2.parquet")] == [10, 10, 10, 7]
+    whole, tens = load(tmp_path / "whole" / "2.parquet"), load(tmp_path / "tens" / "2.parquet")
+    assert whole[0] == tens[0] and np.array_equal(whole[1], tens[1])
+
+
+@pytest.fixture
+def odd_photos(tmp_path):
+    """Images with awkward names and one that cannot be read, in a folder of classes."""
+    names = ["a,b.png", 'c"d.png', "e\nf.png", "#g.png", "h\\n.png", "plain.png", "猫.png", os.fsdecode(b"\xe9.png")]
+    for i, name in enumerate([*names, "x.png", "y.png", "z.png"]):
+        folder = tmp_path / "photos" / "ab"[i % 2]
+        folder.mkdir(parents=True, exist_ok=True)
+        make_image(i, (30, 30)).save(folder / name)
+    (tmp_path / "photos" / "b" / "y.png").write_bytes(b"broken")
+    return tmp_path / "photos"
+
+
+@pytest.mark.parametrize("format", ["npy", "parquet"])
+def test_an_image_that_is_repaired_costs_its_batch_alone(odd_photos, tmp_path, format):
+    if format == "parquet":
+        pytest.importorskip("pyarrow")
+    broken = odd_photos / "b" / "y.png"
+    out = tmp_path / "out"
+    assert run(odd_photos, out, format=format).faults == 1
+    made = (out / f"2.{format}").read_bytes()
+    make_image(1, (30, 30)).save(broken)
+    again = run(odd_photos, out, format=format)
+    assert (again.computed, again.faults) == (3, 0)
+    assert made != (out / f"2.{format}").read_bytes() and len(load(out / f"2.{format}")[0]) == 11
+    assert sorted(os.listdir(out / ".featx" / "2")) == ["images.gz"]
+    run(odd_photos, tmp_path / "clean", format=format)
+    assert (out / f"2.{format}").read_bytes() == (tmp_path / "clean" / f"2.{format}").read_bytes()
+
+
+def test_a_repair_at_the_end_leaves_the_finished_file_alone_until_the_new_one_is_whole(photos, tmp_path):
+    shutil.copytree(photos, tmp_path / "photos")
+    last = sorted((tmp_path / "photos" / "cats").iterdir())[-1]
+    data = last.read_bytes()
+    last.write_bytes(b"broken")
+    run(tmp_path / "photos", tmp_path / "out")
+    with (tmp_path / "out" / "2.csv").open("rb") as old:
+        before = (tmp_path / "out" / "2.csv").read_bytes()
+        last.write_bytes(data)
+        assert run(tmp_path / "photos", tmp_path / "out").faults == 0
+        assert old.read() == before
+    assert (tmp_path / "out" / "2.csv").read_bytes() != before
+
+
+def test_what_float16_cannot_hold_is_counted_and_told(photos, tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(Scale, "factor", torch.tensor([1, 1e9, float("inf"), 1]))
+    run(photos, tmp_path, format="npy", dtype="float16")
+    values = np.load(tmp_path / "2.npy")
+    assert values.dtype == np.float16 and np.isinf(values[:, 1:3]).all() and np.isfinite(values[:, [0, 3]]).all()
+    assert "2: 37 values beyond float16 became infinite: --writer.dtype float32 keeps them" in caplog.text
+    assert json.loads((tmp_path / "2.json").read_text())["values_overflowed"] == 37
+    with pytest.raises(BadValueError, match="dtype: float16 -> float32"):
+        run(photos, tmp_path, format="npy")
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        ({"format": "hdf5"}, "--writer.format hdf5: expected csv, npy, parquet, or a list of them"),
+        ({"format": []}, "expected csv, npy"),
+        ({"dtype": "float16"}, "--writer.dtype float16: csv holds float32"),
+    ],
+)
+def test_formats_that_cannot_be_are_refused(options, words):
+    with pytest.raises(BadValueError, match=words):
+        FeatureWriter(**options)
 
 
 def test_a_file_of_unknown_origin_is_replaced_only_when_asked(photos, tmp_path):

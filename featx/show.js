@@ -1,0 +1,325 @@
+// The page of `featx show`. Bokeh draws the map; what is here finds the image under the pointer and shows it.
+// Names are only ever set as text: whatever stands in them, none becomes HTML.
+"use strict";
+
+const $ = (id) => document.getElementById(id);
+const bytes = (base64) => Uint8Array.from(atob(base64), (letter) => letter.charCodeAt(0));
+const digits = (number) => (number === 0 ? "0" : number < 0.001 ? number.toExponential(1) : number.toPrecision(3));
+
+function el(tag, properties = {}, ...children) {
+  const element = Object.assign(document.createElement(tag), properties);
+  element.append(...children.filter((child) => child !== null));
+  return element;
+}
+
+async function main() {
+  Bokeh.logger.set_level("error");
+  const packed = new Blob([bytes($("data").textContent)]).stream();
+  const page = await new Response(packed.pipeThrough(new DecompressionStream("gzip"))).json();
+  const points = new Float32Array(bytes(page.points).buffer);
+  const labels = new Uint32Array(bytes(page.labels).buffer);
+  const near = new Int32Array(bytes(page.near).buffer);
+  const distances = new Float32Array(bytes(page.distances).buffer);
+  const total = page.names.length;
+  const x = points.filter((_, at) => at % 2 === 0);
+  const y = points.filter((_, at) => at % 2 === 1);
+  const colour = (row) => page.colours[labels[row] % page.colours.length];
+  const nearest = (row) => Array.from(near.subarray(row * page.columns, (row + 1) * page.columns));
+
+  // -- images ---------------------------------------------------------------------------------------------------
+
+  const picture = (row) =>
+    page.thumbnails[row]
+      ? el("img", { src: `data:image/webp;base64,${page.thumbnails[row]}`, alt: "" })
+      : el("div", { className: "none", textContent: "no thumbnail" });
+  const named = (row) => el("span", { dir: "auto", textContent: page.names[row] });
+
+  function card(row, distance) {
+    const told = distance === undefined ? null : el("b", { textContent: digits(distance) });
+    return el("button", { className: "card", type: "button", onclick: () => select(row) }, picture(row), told, named(row));
+  }
+
+  /** The path of the file itself; bytes that are no UTF-8 come as lone surrogates, U+DC80 to U+DCFF. */
+  function link(row) {
+    const encode = (part) =>
+      /^[\udc80-\udcff]$/u.test(part) ? `%${(part.charCodeAt(0) & 255).toString(16)}` : encodeURIComponent(part);
+    return page.folder + Array.from(page.names[row], encode).join("").replaceAll("%2F", "/");
+  }
+
+  // -- the map --------------------------------------------------------------------------------------------------
+
+  const size = total > 20000 ? 4 : total > 2000 ? 6 : 10;
+  const source = new Bokeh.ColumnDataSource({ data: { x, y, colour: Array.from(labels, (_, row) => colour(row)) } });
+  const figure = Bokeh.Plotting.figure({
+    tools: "wheel_zoom", active_scroll: "wheel_zoom", toolbar_location: null, lod_threshold: 20000,
+    match_aspect: true, sizing_mode: "stretch_both", min_border: 0, outline_line_color: null,
+    background_fill_color: null, border_fill_color: null,
+  });
+  figure.grid.visible = false;
+  figure.axis.visible = false;
+  const field = (name) => ({ field: name });
+  figure.scatter(field("x"), field("y"), { source, size, fill_color: field("colour"), line_color: null, fill_alpha: 0.85 });
+  await Bokeh.Plotting.show(figure, $("drawn"));
+
+  /** Where a row stands in the map's element, in pixels. */
+  function place(row) {
+    const { x_range, y_range, inner_width, inner_height } = figure;
+    return [
+      ((x[row] - x_range.start) / (x_range.end - x_range.start)) * inner_width,
+      ((y_range.end - y[row]) / (y_range.end - y_range.start)) * inner_height,
+    ];
+  }
+
+  /** The row nearest to a place in the map's element, if it is nearer than some pixels. */
+  function rowAt(left, top, pixels = 14) {
+    const { x_range, y_range, inner_width, inner_height } = figure;
+    const perPixel = (x_range.end - x_range.start) / inner_width;
+    const atX = x_range.start + left * perPixel;
+    const atY = y_range.end - (top / inner_height) * (y_range.end - y_range.start);
+    let best = -1, least = (pixels * perPixel) ** 2;
+    for (let row = 0; row < total; row++) {
+      const squared = (x[row] - atX) ** 2 + (y[row] - atY) ** 2;
+      if (squared < least) [best, least] = [row, squared];
+    }
+    return best;
+  }
+
+  function rowUnder(event) {
+    const box = $("moved").getBoundingClientRect();
+    return rowAt(event.clientX - box.left, event.clientY - box.top);
+  }
+
+  let hovered = -1, selected = -1;
+
+  /** Put rings around the image pointed at, the one shown and the ones nearest to it. */
+  function mark() {
+    const ring = (row, wider) => {
+      const [left, top] = place(row), wide = size + wider;
+      return el("i", { style: `left: ${left}px; top: ${top}px; width: ${wide}px; height: ${wide}px` });
+    };
+    const rings = selected < 0 ? [] : [ring(selected, 16), ...nearest(selected).map((row) => ring(row, 8))];
+    $("marks").replaceChildren(...rings, ...(hovered < 0 ? [] : [ring(hovered, 12)]));
+  }
+  figure.x_range.change.connect(mark);
+  figure.y_range.change.connect(mark);
+
+  function hover(row) {
+    if (row === hovered) return;
+    hovered = row;
+    mark();
+    const tip = $("tip");
+    tip.hidden = row < 0;
+    if (row < 0) return;
+    const other = page.thumbnails[row] ? undefined : nearest(row).find((at) => page.thumbnails[at]);
+    tip.replaceChildren(
+      other === undefined ? picture(row) : picture(other), named(row),
+      other === undefined ? "" : el("div", { className: "faint" }, "no thumbnail; shown is one near it, ", named(other)),
+    );
+    const box = $("map").getBoundingClientRect(), [left, top] = place(row);
+    const right = box.left + left + tip.offsetWidth + 16 > document.documentElement.clientWidth;
+    const below = box.top + top - tip.offsetHeight - 12 < 0;
+    tip.style.left = `${Math.max(4, scrollX + box.left + left + (right ? -tip.offsetWidth - 14 : 14))}px`;
+    tip.style.top = `${scrollY + box.top + top + (below ? 14 : -tip.offsetHeight - 10)}px`;
+  }
+
+  function moveBy(right, up) {
+    for (const [range, by] of [[figure.x_range, right], [figure.y_range, up]]) {
+      range.setv({ start: range.start + by, end: range.end + by });
+    }
+  }
+
+  function reveal(row) {
+    const [left, top] = place(row), { x_range, y_range } = figure;
+    if (left > 0 && top > 0 && left < figure.inner_width && top < figure.inner_height) return;
+    moveBy(x[row] - (x_range.start + x_range.end) / 2, y[row] - (y_range.start + y_range.end) / 2);
+  }
+
+  // A drag moves the drawn map as it is, and draws anew at its end: 100,000 points at each move are too many for a
+  // machine without a graphics card, with WebGL too.
+  let grip = null, dragged = false;
+  $("map").addEventListener("pointerdown", (event) => {
+    grip = event.isPrimary && event.button === 0 ? [event.clientX, event.clientY] : null;
+    dragged = false;
+  });
+  addEventListener("pointermove", (event) => {
+    if (!grip) return;
+    const [right, down] = [event.clientX - grip[0], event.clientY - grip[1]];
+    dragged ||= Math.hypot(right, down) > 4; // less is a click by an unsteady hand
+    if (!dragged) return;
+    hover(-1);
+    $("moved").style.transform = `translate(${right}px, ${down}px)`;
+  });
+  function drop(event) {
+    if (grip && dragged) {
+      const { x_range, y_range, inner_width, inner_height } = figure;
+      moveBy(
+        ((grip[0] - event.clientX) / inner_width) * (x_range.end - x_range.start),
+        ((event.clientY - grip[1]) / inner_height) * (y_range.end - y_range.start),
+      );
+      requestAnimationFrame(() => ($("moved").style.transform = "")); // behind Bokeh's own, which draws in this frame
+    }
+    grip = null;
+  }
+  addEventListener("pointerup", drop);
+  addEventListener("pointercancel", drop);
+
+  $("map").addEventListener("pointermove", (event) => grip || hover(rowUnder(event)));
+  $("map").addEventListener("pointerleave", () => hover(-1));
+  $("map").addEventListener("click", (event) => dragged || select(rowUnder(event)));
+
+  /** The row that lies nearest in a direction, within 45 degrees of it. */
+  function step(from, right, up) {
+    let best = from, least = Infinity;
+    for (let row = 0; row < total; row++) {
+      const ahead = (x[row] - x[from]) * right + (y[row] - y[from]) * up;
+      const aside = Math.abs((x[row] - x[from]) * up) + Math.abs((y[row] - y[from]) * right);
+      if (ahead > 0 && aside <= ahead && ahead + aside < least) [best, least] = [row, ahead + aside];
+    }
+    return best;
+  }
+
+  const ARROWS = { ArrowRight: [1, 0], ArrowLeft: [-1, 0], ArrowUp: [0, 1], ArrowDown: [0, -1] };
+  $("map").addEventListener("keydown", (event) => {
+    if (ARROWS[event.key]) {
+      event.preventDefault();
+      const from = hovered >= 0 ? hovered : selected;
+      const middle = () => rowAt(figure.inner_width / 2, figure.inner_height / 2, Infinity);
+      const row = from < 0 ? middle() : step(from, ...ARROWS[event.key]);
+      reveal(row);
+      hovered = -1;
+      hover(row);
+    } else if (event.key === "Enter" && hovered >= 0) select(hovered);
+  });
+
+  // -- one image ------------------------------------------------------------------------------------------------
+
+  function select(row) {
+    selected = row;
+    hover(-1);
+    if (row < 0) {
+      $("one").replaceChildren(
+        el("p", { textContent: "Point at the map to see an image; click for the ones nearest to it. Drag to move, scroll to zoom." }),
+        el("p", { textContent: "By keyboard: the arrows go from image to image, Enter shows one, Escape leaves it." }),
+        el("p", { className: "faint", textContent: `${page.map}. Colours are class folders.` }),
+        el("p", { className: "faint", textContent: "Distances are Euclidean, of the whole rows, not on the map: what DEMUD's reconstruction error and t-SNE measure too. "
+          + `Two images of this file are usually ${digits(page.usual)} apart (median).` }),
+        ...page.notes.map((note) => el("p", { textContent: note })),
+      );
+    } else {
+      reveal(row);
+      const name = el("figcaption", {}, el("b", {}, named(row)), el("br"),
+        el("small", { textContent: `row ${row + 1} ` }), el("a", { href: link(row), target: "_blank", textContent: "the file" }));
+      $("one").replaceChildren(
+        el("figure", {}, picture(row), name,
+          el("button", { type: "button", textContent: "✕", ariaLabel: "Close", onclick: () => select(-1) })),
+        el("h3", { textContent: `Nearest ${page.columns}` }),
+        el("div", { className: "cards" }, ...nearest(row).map((other, at) => card(other, distances[row * page.columns + at]))),
+      );
+      $("one").scrollTop = 0;
+      const { top, bottom } = $("one").getBoundingClientRect();
+      if (top > innerHeight - 200 || bottom < 80) $("one").scrollIntoView();
+    }
+    mark();
+  }
+
+  // -- search and keys ------------------------------------------------------------------------------------------
+
+  const input = document.querySelector("#search input");
+  const folded = page.names.map((name) => name.normalize("NFC").toLowerCase());
+  function search() {
+    const words = input.value.normalize("NFC").toLowerCase().trim();
+    const rows = [];
+    let all = 0;
+    if (words) folded.forEach((name, row) => { if (name.includes(words) && ++all <= 20) rows.push(row); });
+    $("found").hidden = !words;
+    $("found").replaceChildren(
+      ...rows.map((row) => el("button", { type: "button", onclick: () => { leaveSearch(); select(row); } }, picture(row), named(row))),
+      el("p", { className: "faint", textContent: all ? `${all.toLocaleString("en")} found` : "No name holds that." }),
+    );
+  }
+  function leaveSearch() {
+    input.value = "";
+    search();
+  }
+  input.addEventListener("input", search);
+  $("search").addEventListener("keydown", (event) => {
+    if (event.key === "Enter" && event.target === input) $("found").querySelector("button")?.click();
+    if (event.key === "ArrowDown" && event.target === input) $("found").querySelector("button")?.focus();
+    if (event.key === "ArrowUp" && event.target === $("found").firstChild) input.focus();
+  });
+  document.addEventListener("keydown", (event) => {
+    if (event.key === "Escape") {
+      if (input.value) { leaveSearch(); input.focus(); }
+      else { hover(-1); select(-1); }
+    }
+    const way = { ArrowRight: "next", ArrowDown: "next", ArrowLeft: "previous", ArrowUp: "previous" }[event.key];
+    if (way && event.target.matches(".card, #found button")) {
+      event.preventDefault();
+      const other = event.target[`${way}ElementSibling`];
+      if (other?.matches("button")) other.focus();
+    }
+  });
+
+  // -- the rest of the page -------------------------------------------------------------------------------------
+
+  const identity = page.record.identity;
+  $("what").textContent = `${identity.network}, ${page.record.columns.toLocaleString("en")} values an image`;
+
+  const counts = new Map();
+  labels.forEach((label) => counts.set(label, (counts.get(label) ?? 0) + 1));
+  let only = -1;
+  function paint(label) {
+    only = only === label ? -1 : label;
+    [...$("legend").children].forEach((button, at) => at < page.classes.length && (button.ariaPressed = at === only));
+    source.data = { ...source.data, colour: Array.from(labels, (at, row) => (only < 0 || at === only ? colour(row) : "#8884")) };
+  }
+  $("legend").append(
+    ...page.classes.slice(0, 40).map((name, at) =>
+      el("button", { type: "button", ariaPressed: false, onclick: () => paint(at) },
+        el("i", { style: `background: ${page.colours[at % page.colours.length]}` }),
+        el("span", { dir: "auto", textContent: name || "no folder" }), ` ${counts.get(at).toLocaleString("en")}`)),
+    page.classes.length > 40 ? `and ${page.classes.length - 40} more` : "",
+    el("button", { className: "whole", type: "button", textContent: "whole map", onclick: () => figure.reset.emit() }),
+  );
+
+  $("alone").append(
+    el("h2", { textContent: `The ${page.alone.length} farthest from all others` }),
+    el("p", { className: "faint", textContent: "Every other image is at least this far away: what a search for novelties looks for." }),
+    el("div", { className: "cards" }, ...page.alone.map((row) => card(row, distances[row * page.columns]))),
+  );
+
+  const limit = `nearer than ${digits(page.usual * page.nearer)}, a tenth of the usual distance`;
+  const more = page.twins_all > page.twins.length ? `; the nearest ${page.twins.length} are shown` : "";
+  $("twins").append(
+    el("h2", { textContent: "Near-duplicates" }),
+    el("p", { className: "faint", textContent: page.twins_all ? `${page.twins_all.toLocaleString("en")} pairs ${limit}${more}.` : `No two images are ${limit}.` }),
+    el("div", { className: "pairs" }, ...page.twins.map(([one, other]) => {
+      const at = nearest(one).indexOf(other);
+      const distance = at < 0 ? distances[other * page.columns + nearest(other).indexOf(one)] : distances[one * page.columns + at];
+      return el("div", { className: "pair" }, el("b", { textContent: digits(distance) }), card(one), card(other));
+    })),
+  );
+
+  $("faults").append(
+    el("h2", { textContent: "Could not be read" }),
+    page.faults.length
+      ? el("table", {}, ...page.faults.map(([path, reason, exception]) =>
+          el("tr", {}, el("td", { dir: "auto", textContent: path }), el("td", {}, reason, el("br"), el("small", { className: "faint", textContent: exception })))))
+      : el("p", { className: "faint", textContent: "Every image could be read." }),
+  );
+
+  const words = (value) => (Array.isArray(value) ? value.map(words).join(", ") : value === null ? "none" : String(value));
+  const list = (record) =>
+    el("dl", {}, ...Object.entries(record).map(([key, value]) => {
+      const nested = value !== null && typeof value === "object" && !Array.isArray(value);
+      return el("div", { className: nested ? "nested" : "" },
+        el("dt", { textContent: key.replaceAll("_", " ") }), el("dd", nested ? {} : { textContent: words(value) }, ...(nested ? [list(value)] : [])));
+    }));
+  $("record").append(el("h2", { textContent: "Record" }), el("p", { className: "faint", textContent: "What made these rows." }), list(page.record));
+
+  // fc7.html#cats/felix.jpg begins with that image, its path encoded as in the link to its file.
+  select(location.hash ? page.names.findIndex((_, row) => link(row) === page.folder + location.hash.slice(1)) : -1);
+  document.documentElement.dataset.ready = "yes";
+}
+
+main().catch((err) => { $("what").textContent = `This page could not be drawn: ${err.message}`; throw err; });

@@ -1,0 +1,248 @@
+"""``featx show``: a finished file as a map of its images, one HTML page that opens from disk."""
+
+import argparse
+import base64
+import csv
+import gzip
+import html
+import io
+import json
+import os
+import re
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, NoReturn
+from urllib.parse import quote
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+from tqdm import tqdm
+
+from featx import disk, manifest
+from featx.decode import ValueRange, read_or_fault
+from featx.manifest import Json
+from featx.messages import BadValueError, MissingPathError, UserError, count, did_you_mean, log, size_in_words
+from featx.points import NEAREST, Floats, choose, find_twins, flatten, nearest, usual_distance
+from featx.reader import load
+from featx.state import ERRORS_HEADER, HIDDEN, USED, file_name
+
+PAGE_BYTES = 12 * 2**20  # what opens at once, and what mail takes
+SIDES = (256, 192, 128, 96)  # of a thumbnail, in pixels: the largest that leaves room for all
+MOST_POINTS = 100_000
+TWINS = 0.1  # images nearer than this part of the usual distance are near-duplicates
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}.\nfeatx show --help lists the options.")
+
+
+def show(argv: list[str]) -> int:
+    """Run ``featx show FILE [--images DIR] [--map pca|tsne]`` and print the page's path."""
+    parser = _Parser("featx show", description="Write a page on which a file's images are seen.", allow_abbrev=False)
+    parser.add_argument("file", metavar="FILE", help="such as features/fc7.csv; the page is fc7.html beside it")
+    parser.add_argument("--images", metavar="DIR", help="their folder, if it is no longer where they were read")
+    parser.add_argument(
+        "--map", choices=("pca", "tsne"), default="pca", help="pca: at once (default); tsne: groups stand apart, slower"
+    )
+    options = parser.parse_args(argv)
+    path = Path(options.file)
+    record = _record(path)
+    script = _bokeh()
+    if options.images is not None and not Path(options.images).is_dir():
+        raise MissingPathError(f"--images {options.images}: no such folder. Expected the one that featx predict read.")
+    page = path.with_suffix(".html")
+    folder = options.images or record["run"]["options"]["data"]["dir"]
+    disk.replace(page, make_page(path, record, folder, options.map, script))
+    log.info("%s", size_in_words(page.stat().st_size))
+    print(page)
+    return 0
+
+
+def _record(path: Path) -> Json:
+    """Return the record of a file, or raise a UserError where there is no such file, or none of featx's."""
+    if not path.is_file():
+        near = did_you_mean(path.name, [other.name for other in path.parent.glob("*.csv")])
+        raise MissingPathError(f"{path}: no such file.{near} Expected what featx predict wrote, as features/fc7.csv")
+    record = manifest.read_json(path.with_suffix(".json"))
+    if record is None or path.name not in record.get("files", ()):
+        raise BadValueError(
+            f"{path}: no record {path.with_suffix('.json').name} beside it that knows it.\n"
+            "Expected what featx predict wrote, with its record."
+        )
+    return record
+
+
+def _bokeh() -> str:
+    """Return the script of Bokeh, which draws the map."""
+    try:
+        import sklearn  # noqa: F401  asked for here, so that nothing is missed after minutes of work
+        from bokeh.resources import Resources
+    except ImportError as err:
+        raise UserError(
+            f"featx show needs bokeh and scikit-learn, {err.name} is missing: pip install 'featx[show]'"
+        ) from err
+    *parts, _ = Resources(mode="inline", components=["bokeh", "bokeh-api"]).js_raw  # _: its log level
+    return "\n".join(parts).replace("</script", r"<\/script")
+
+
+def make_page(path: Path, record: Json, folder: str, kind: str, script: str) -> bytes:
+    """Return the page of a finished file, below ``PAGE_BYTES``.
+
+    Args:
+        path: The file.
+        record: Its record.
+        folder: The folder of its images; those that are not there have no thumbnail.
+        kind: How rows become points: ``pca`` or ``tsne``.
+        script: Bokeh's.
+    """
+    names, values = load(path)
+    if len(names) != record["rows"]:
+        raise BadValueError(f"{path}: {count(len(names), 'row')}, expected {record['rows']:,}. It was changed.")
+    faults = _faults(path, record)
+    paths = _paths(path, record, {fault[0] for fault in faults if not fault[1].startswith(USED)})
+    names = paths if len(paths) == len(names) else names
+    notes = []
+    finite = np.isfinite(values).all(axis=1)
+    if not finite.all():
+        lost = [names[row] for row in np.flatnonzero(~finite)]
+        notes.append(
+            f"Without {count(len(lost), 'row')} with nan or infinity: {', '.join(lost[:5])}{', …' * (len(lost) > 5)}"
+        )
+    kept = np.flatnonzero(finite)
+    if len(kept) > MOST_POINTS:
+        notes.append(f"The page shows {MOST_POINTS:,} of {len(kept):,} rows, evenly chosen.")
+        kept = kept[np.linspace(0, len(kept) - 1, MOST_POINTS).astype(int)]
+    if not len(kept):
+        raise BadValueError(f"{path}: no row of finite values. Expected at least one image to show.")
+    names, values = [names[i] for i in kept], values[kept]
+
+    near, distances = nearest(values)
+    points, parts, told = flatten(values, kind)
+    usual = usual_distance(values)
+    alone = np.argsort(-distances[:, 0], kind="stable")[:NEAREST] if near.size else np.arange(0)
+    twins = find_twins(near, distances, TWINS * usual)
+    classes, labels = np.unique([os.path.dirname(name).split("/")[0] for name in names], return_inverse=True)
+    page = {
+        "layer": record["layer"],
+        "names": names,
+        "classes": classes.tolist(),
+        "colours": _colours(len(classes)),
+        "labels": _packed(labels.astype("<u4")),
+        "points": _packed(points.astype("<f4")),
+        "near": _packed(near.astype("<i4")),
+        "distances": _packed(_rounded(distances)),
+        "columns": near.shape[1],
+        "map": told,
+        "usual": usual,
+        "alone": alone.tolist(),
+        "twins": twins[:100],
+        "twins_all": len(twins),
+        "nearer": TWINS,
+        "faults": faults,
+        "notes": notes,
+        "record": record,
+        "folder": quote(os.fsencode(os.path.relpath(folder, path.parent))) + "/",
+        "thumbnails": {},
+    }
+    wanted = dict.fromkeys([*map(int, alone), *(i for pair in twins[:100] for i in pair)])
+    room = (PAGE_BYTES - len(_html(page, script))) * 72 // 100  # base64 takes the rest
+    page["thumbnails"], said = _thumbnails(folder, names, record["identity"]["value_range"], list(wanted), parts, room)
+    notes += said
+    for line in notes:
+        log.info("%s", line)
+    return _html(page, script)
+
+
+def _faults(path: Path, record: Json) -> list[list[str]]:
+    """Return path, reason and exception of each image that could not be read, or is damaged."""
+    listed = path.with_name(file_name(record["layer"], "errors.csv"))
+    if not listed.exists():
+        return []
+    with listed.open(newline="", encoding="utf-8", errors="surrogateescape") as file:
+        return [row for row in csv.reader(file) if tuple(row) != ERRORS_HEADER]
+
+
+def _paths(path: Path, record: Json, lost: set[str]) -> list[str]:
+    """Return the path below the data folder of each row's image, where the list of images is still there."""
+    kept = path.parent / HIDDEN / file_name(record["layer"]) / "images.gz"
+    if not kept.exists():
+        return []
+    listed = [json.loads(line.split(b" ", 2)[2]) for line in gzip.decompress(kept.read_bytes()).splitlines()]
+    return [name for name in listed if name not in lost]
+
+
+def _thumbnails(
+    folder: str, names: Sequence[str], value_range: ValueRange | None, wanted: list[int], parts: Floats, room: int
+) -> tuple[dict[int, str], list[str]]:
+    """Return thumbnails in base64 by row, of all images or of those chosen, and what is to be said of them."""
+
+    def make(index: int, side: int) -> bytes:
+        pixels, _ = read_or_fault(folder, names[index], value_range, strict=False)
+        if pixels is None:
+            return b""
+        image, data = Image.fromarray(pixels), io.BytesIO()
+        image.thumbnail((side, side))
+        image.save(data, "WEBP", quality=75)
+        return data.getvalue()
+
+    said = []
+    with ThreadPoolExecutor() as pool:
+        some = range(0, len(names), -(-len(names) // 50))
+        for side in SIDES:
+            sizes = [len(data) for data in pool.map(lambda i, side=side: make(i, side), some) if data]
+            each = 1.1 * float(np.mean(sizes or [1]))
+            if each * len(names) <= room:
+                break
+        chosen: Sequence[int] = range(len(names))
+        if each * len(names) > room:
+            chosen = choose(parts, wanted, int(room / each))
+        made, missing = {}, 0
+        bar = tqdm(chosen, "thumbnails", leave=False, disable=None if len(chosen) > 500 else True)
+        for index, data in zip(bar, pool.map(lambda i: make(i, side), chosen), strict=True):
+            missing += not data
+            if data and len(data) <= room:
+                room -= len(data)
+                made[index] = base64.b64encode(data).decode()
+    if len(chosen) < len(names):
+        said.append(
+            f"Thumbnails of {len(made):,} of {len(names):,} images: the rows were put into as many clusters as the "
+            "page has room for (k-means), and each cluster shows the image nearest to its middle."
+        )
+    if missing:
+        lost = count(missing, "image")
+        said.append(f"No thumbnail of {lost} that cannot be read in {folder} now (--images gives another folder).")
+    return made, said
+
+
+def _colours(classes: int) -> Sequence[str]:
+    from bokeh.palettes import Category10_10, Category20_20, Turbo256
+
+    palette: Sequence[str] = Category10_10 if classes <= 10 else Category20_20 if classes <= 20 else Turbo256
+    return palette[:: max(1, len(palette) // classes)]
+
+
+def _rounded(distances: Floats) -> Floats:
+    """Return distances with 12 bits of their 23, which take half the room: the page shows three digits."""
+    return ((distances.view(np.uint32) + 0x400) & 0xFFFFF800).astype("<u4").view("<f4")
+
+
+def _packed(values: NDArray[Any]) -> str:
+    return base64.b64encode(np.ascontiguousarray(values).data).decode()
+
+
+def _html(page: Json, script: str) -> bytes:
+    """Return the page: what users named stands in its data only, where no browser takes it for HTML."""
+    data = gzip.compress(json.dumps(page).encode(), 9, mtime=0)
+    own = files("featx")
+    parts = {
+        "title": html.escape(f"{page['layer']}: {count(len(page['names']), 'image')}"),
+        "data": base64.b64encode(data).decode(),
+        "bokeh": script,
+        "show": (own / "show.js").read_text("utf-8"),
+    }
+    template = (own / "show.html").read_text("utf-8")
+    return re.sub(r"\{\{(\w+)\}\}", lambda mark: parts[mark[1]], template).encode("utf-8", "xmlcharrefreplace")

@@ -1,0 +1,263 @@
+"""From Python: rows in memory and from files, names, errors, mistakes in the command line's words, a notebook."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import ENV, REPO, make_image, oracle, relative_error
+from PIL import Image
+from test_writer import Tiny, run
+
+import featx
+from featx.disk import BusyError, DiskError
+from featx.formats import csv_header, csv_rows
+from featx.messages import LostFolderError
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
+
+
+def extract(source, layer="2", **options):
+    return featx.extract(source, layer, **{"model": Tiny, "num_workers": 0, "batch_size": 8} | options)
+
+
+@pytest.fixture(scope="module")
+def broken(tmp_path_factory):
+    """20 images, one of which cannot be read."""
+    folder = tmp_path_factory.mktemp("broken")
+    for i in range(20):
+        path = folder / "ab"[i % 2] / f"{i:02}.png"
+        path.parent.mkdir(exist_ok=True)
+        make_image(i, (30, 30)).save(path)
+    (folder / "b" / "05.png").write_bytes(b"broken")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def expected(photos, tmp_path_factory):
+    out = tmp_path_factory.mktemp("expected")
+    run(photos, out, layer=["1", "2"])
+    return {layer: featx.load(out / f"{layer}.csv") for layer in ("1", "2")}
+
+
+def test_rows_in_memory_are_those_of_plain_torch(photos, alexnet, alexnet_file):
+    names, features = featx.extract(photos, ["fc6", "fc7"], weights=alexnet_file, num_workers=0)
+    expected_names, expected = oracle(photos, alexnet, ["classifier.1", "classifier.4"])
+    assert names == expected_names and list(features) == ["fc6", "fc7"]
+    for rows, values in zip(features.values(), expected, strict=True):
+        assert rows.dtype == np.float32 and relative_error(rows, values) < 1e-5
+
+
+def test_a_layer_gives_an_array_and_a_list_a_dict_in_the_files_bits(photos, expected):
+    names, values = extract(photos)
+    assert names == expected["2"][0] and np.array_equal(values, expected["2"][1])
+    names, features = extract(str(photos), ["1", "2"], names="relative")
+    assert names[0] == "ants/image-00.jpg" and {k: v.shape for k, v in features.items()} == {
+        "1": (37, 12),
+        "2": (37, 4),
+    }
+    assert np.array_equal(features["1"], expected["1"][1])
+
+
+def test_paths_of_images_keep_their_order(photos, expected):
+    paths = sorted(path for path in photos.rglob("*") if path.is_file())
+    names, values = extract(reversed(paths))
+    by_name = dict(zip(*expected["2"], strict=True))
+    assert names == [path.name for path in reversed(paths)]
+    assert np.array_equal(values, [by_name[name] for name in names])
+    names, _, errors = extract([paths[0], "nowhere/x.jpg"], errors="return")
+    assert len(names) == 1 and [fault.reason for fault in errors] == ["no such file"]
+
+
+def test_pil_images_are_taken_as_they_come(photos, expected):
+    paths = [next(photos.rglob(name)) for name in expected["2"][0]]
+    taken = []
+
+    def pictures():
+        for path in paths:
+            taken.append(path)
+            yield Image.open(path)
+
+    names, values = extract(pictures())
+    assert names == [str(i) for i in range(37)] and np.array_equal(values, expected["2"][1]) and taken == paths
+
+
+def test_pil_images_of_16_bits_are_scaled_and_broken_ones_are_listed(tmp_path):
+    deep = Image.fromarray(np.full((30, 30), 32896, np.uint16))
+    deep.save(tmp_path / "deep.png")
+    Image.effect_noise((300, 300), 90).save(tmp_path / "broken.png")
+    (tmp_path / "broken.png").write_bytes((tmp_path / "broken.png").read_bytes()[:20000])
+    grey = Image.new("RGB", (30, 30), (128, 128, 128))
+    names, values, errors = extract([deep, Image.open(tmp_path / "broken.png"), grey], errors="return")
+    assert names == ["0", "2"] and np.array_equal(values[0], values[1])
+    assert [(fault.path, fault.reason) for fault in errors] == [("1", "truncated")]
+
+
+def test_images_that_cannot_be_read_are_raised_or_returned(broken, tmp_path):
+    with pytest.raises(featx.ImageError, match=r"b/05.png: not an image that PIL can read .*\n.*errors='return'"):
+        extract(broken)
+    names, values, errors = extract(broken, errors="return")
+    assert len(names) == len(values) == 19 and [fault.path for fault in errors] == ["b/05.png"]
+    with pytest.raises(featx.ImageError, match=r"1 of 20 images cannot be read, the first is b/05.png: not an image"):
+        extract(broken, out_dir=tmp_path)
+    found_names, found, listed = extract(broken, out_dir=tmp_path, errors="return")
+    assert found_names == names and np.array_equal(found, values) and listed == errors
+
+
+def test_files_are_written_and_gone_on_with(photos, expected, tmp_path):
+    names, features = extract(photos, ["1", "2"], out_dir=tmp_path, format=["npy", "csv"])
+    assert isinstance(features["1"], np.memmap) and np.array_equal(features["1"], expected["1"][1])
+    assert names == expected["1"][0] and {"1.npy", "1.csv", "2.npy", "2.json"} < set(os.listdir(tmp_path))
+    before = (tmp_path / "2.csv").stat().st_mtime_ns
+    again, values = extract(photos, "2", out_dir=tmp_path)
+    assert again == names and np.array_equal(values, expected["2"][1])
+    assert (tmp_path / "2.csv").stat().st_mtime_ns == before
+    record = featx.record(tmp_path / "2.csv")
+    assert record == featx.record(tmp_path / "2.json") == json.loads((tmp_path / "2.json").read_text())
+    assert record["rows"] == 37
+
+
+MISTAKES = [
+    ({"batch_sise": 3}, r"batch_sise=3: no such option. Did you mean batch_size\?"),
+    ({"batch_size": "many"}, "--data.batch_size many: expected a whole number"),
+    ({"batch_size": 0}, "--data.batch_size 0: expected a whole number of at least 1"),
+    ({"pool": "agv"}, r"--model.pool agv: expected none, avg, max or cls. Did you mean avg\?"),
+    ({"strict": False}, r"strict=False: no such option. Did you mean model_strict or data_strict\?"),
+    ({"format": "npy"}, "format='npy': no such option. It is for files: give out_dir, too"),
+    ({"errors": "ignore"}, "errors='ignore': expected 'raise' or 'return'"),
+    ({"layer": "22"}, r"--model.layer 22: Tiny has no such layer. Did you mean 2\?"),
+    ({"devices": 2}, "devices=2: each of several processes would return its own share"),
+    ({"precision": "31"}, "--trainer.precision 31: "),
+    ({"source": []}, "source: nothing in it. Expected a folder, paths of images, or PIL images"),
+    ({"source": [1]}, "source: number 0 is a int. Expected PIL images"),
+    ({"source": ["a.jpg"], "out_dir": "x"}, "out_dir='x': expected a folder as source"),
+]
+
+
+@pytest.mark.parametrize("options, words", MISTAKES, ids=lambda value: None if isinstance(value, str) else str(value))
+def test_a_mistake_is_a_value_error_in_words(photos, options, words):
+    with pytest.raises(ValueError, match=words) as caught:
+        extract(**{"source": photos} | options)
+    assert isinstance(caught.value, featx.UserError)
+
+
+def test_what_is_not_there_is_a_file_not_found_error(photos, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"--data.dir nowhere: no such folder"):
+        extract("nowhere")
+    with pytest.raises(FileNotFoundError, match=r"--model.weights .*nothing.pth"):
+        featx.extract(photos, weights=tmp_path / "nothing.pth")
+    with pytest.raises(FileNotFoundError, match=r"fc7.csv: no such file"):
+        featx.load(tmp_path / "fc7.csv")
+    with pytest.raises(FileNotFoundError, match=r"fc7.json: no record"):
+        featx.record(tmp_path / "fc7.csv")
+    assert issubclass(DiskError, OSError) and issubclass(BusyError, OSError) and issubclass(LostFolderError, OSError)
+
+
+def test_python_hears_nothing_but_its_result(photos, capfd):
+    extract(photos)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_public_names_are_there_and_none_costs_torch_before_it_is_used():
+    assert featx.__all__ == sorted(featx.__all__)
+    assert set(featx.__all__) - {"__version__"} == set(featx._HOME)
+    for name in featx.__all__:
+        value = getattr(featx, name)
+        assert name == "__version__" or len(value.__doc__) > 40
+    code = "import sys, featx; featx.load, featx.record, featx.UserError; print('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=REPO, capture_output=True, text=True).stdout == "False\n"
+    assert (REPO / "featx" / "py.typed").exists()
+
+
+SCRIPT = """\
+import sys, featx
+sys.path.insert(0, {tests!r})
+from test_writer import Tiny
+names, values = featx.extract({photos!r}, "2", model=Tiny, out_dir="out", format="npy", devices=2, strategy="ddp",
+                              accelerator="cpu", batch_size=8, num_workers=0)
+sys.stdout.write(f"{{len(names)}} {{values.shape}}\\n")
+"""
+
+
+def test_each_of_two_processes_returns_all_rows(photos, expected, tmp_path):
+    (tmp_path / "script.py").write_text(SCRIPT.format(tests=str(Path(__file__).parent), photos=str(photos)))
+    environment = {**ENV, "PYTHONPATH": str(REPO)}
+    done = subprocess.run([sys.executable, "script.py"], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "37 (37, 4)\n" * 2
+    assert np.array_equal(featx.load(tmp_path / "out" / "2.npy")[1], expected["2"][1])
+
+
+def test_a_notebook_shows_a_bar_and_nothing_else(photos, tmp_path):
+    nbformat, client = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
+    pytest.importorskip("ipykernel")
+    cells = [f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); sys.path.insert(0, {str(REPO)!r})\n"
+             "import featx; from test_writer import Tiny",
+             f"names, values = featx.extract({str(photos)!r}, '2', model=Tiny)"]  # fmt: skip
+    book = nbformat.v4.new_notebook(cells=list(map(nbformat.v4.new_code_cell, cells)))
+    client.NotebookClient(book, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}).execute()
+    assert book.cells[0].outputs == []
+    shown = [output.get("text") or json.dumps(output["data"]) for output in book.cells[1].outputs]
+    assert "37/37" in "".join(shown)
+    assert [text for text in shown if text.strip() and "images/s]" not in text] == []
+
+
+# load
+
+
+@pytest.fixture(scope="module")
+def bits():
+    """Every kind of float32: 60 rows of random bits, nan and infinities among them."""
+    values = np.random.default_rng(0).integers(0, 2**32, (60, 500), dtype=np.uint32).view(np.float32)
+    values[3, 4], values[20] = np.nan, 1
+    return values
+
+
+@pytest.mark.parametrize("header", [False, True])
+@pytest.mark.parametrize("parser", ["simdjson", "orjson"])
+def test_csv_reads_back_bit_by_bit(bits, tmp_path, header, parser, monkeypatch):
+    pytest.importorskip(parser)
+    if parser == "orjson":
+        monkeypatch.setitem(sys.modules, "simdjson", None)
+    names = ['a,"b\n.png', "image", "猫.png", *(f"{i}.png" for i in range(57))]
+    path = tmp_path / "2.csv"
+    path.write_bytes((csv_header("2", 500) if header else b"") + csv_rows(map(str.encode, names), bits))
+    found, values = featx.load(path)
+    assert found == names and values.dtype == np.float32
+    assert np.array_equal(values, bits, equal_nan=True)
+
+
+def test_no_row_is_no_row(tmp_path):
+    (tmp_path / "x.csv").touch()
+    names, values = featx.load(tmp_path / "x.csv")
+    assert names == [] and values.shape == (0, 0)
+
+
+@pytest.mark.parametrize(
+    "name, data, words",
+    [
+        ("x.csv", b"a,1.0,2.0\nb,1.0\n", "x.csv: row 2: 1 value, expected 2"),
+        ("x.csv", b"a,1.0\n" * 16 + b"b,1.0,2.0\n", "x.csv: row 17: 2 values, expected 1"),
+        ("x.csv", b"a,1.0\nb,one\n", "x.csv: row 2: .*Expected numbers behind the name"),
+        ("x.txt", b"", "x.txt: no such format. Expected a file that ends with .csv, .npy, .parquet"),
+        ("x.npy", b"", "x.npy: No data left in file. Expected an array as featx writes it"),
+    ],
+)
+def test_a_file_that_is_not_featxs_is_refused_in_words(tmp_path, name, data, words):
+    (tmp_path / name).write_bytes(data)
+    (tmp_path / "x.names.txt").touch()
+    with pytest.raises(ValueError, match=words):
+        featx.load(tmp_path / name)
+
+
+def test_npy_without_its_names_or_with_others_is_refused(photos, tmp_path):
+    run(photos, tmp_path, format="npy")
+    (tmp_path / "2.names.txt").write_text("a.png\n")
+    with pytest.raises(ValueError, match=r"2.npy: 37 rows, but 1 name in 2.names.txt"):
+        featx.load(tmp_path / "2.npy")
+    (tmp_path / "2.names.txt").unlink()
+    with pytest.raises(FileNotFoundError, match=r"2.names.txt: no such file. Expected the names of the rows of 2.npy"):
+        featx.load(tmp_path / "2.npy")
