@@ -21,6 +21,7 @@ commands:
   featx predict --data.dir photos --model.layer fc7     writes features/fc7.csv
   featx predict --help                                  lists the options
   featx layers --model.arch resnet50                    lists its layers
+  featx completion bash                                 completes its options
   featx --version
 """
 
@@ -79,7 +80,11 @@ def _run(argv: list[str]) -> int:
             from featx.show import show
 
             return show(rest)
-        near = did_you_mean(command, ["predict", "layers", "verify", "show"])
+        if command == "completion":
+            from featx.completion import completion
+
+            return completion(rest)
+        near = did_you_mean(command, ["predict", "layers", "verify", "show", "completion"])
         raise UserError(f"{command}: no such command.{near} featx --help lists them.")
     except UserError as err:
         log.error("%s", err)

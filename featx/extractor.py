@@ -206,6 +206,9 @@ class FeatureExtractor(LightningModule):
         if self._taps is not None:
             return
         self.check()
+        # cuDNN would compute convolutions of float32 with ten bits of mantissa: TF32.
+        # https://docs.pytorch.org/docs/stable/notes/cuda.html#tensorfloat-32-tf32-on-ampere-and-later-devices
+        torch.backends.cudnn.allow_tf32 = False
         weights = self._choose_weights()
         if weights.file:
             self._state = read_checkpoint(weights.file, self.checkpoint_key, self.unsafe_pickle)
