@@ -122,6 +122,7 @@ def explain(message: str, known: Iterable[str]) -> str:
                 "featx.FeatureExtractor in this folder or installed."
             )
         if option == "--model":
+            value = re.sub(r"Namespace\(class_path='([^']*)'.*", r"\1", value)
             return f"--model {value}: expected module.Class, a subclass of featx.FeatureExtractor.\n{SEE}"
         if expected:
             literals = re.findall(r"'([^']*)'", " ".join(re.findall(r"Literal\[([^\]]*)\]", message)))

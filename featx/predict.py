@@ -150,6 +150,11 @@ def _in_words(err: BaseException, cli: FeatxCLI) -> BaseException:
     """Return what the user hears of an error: a message where featx has one, else the error itself."""
     if isinstance(err, UserError | Stopped):
         return err
+    # What else ends a run may follow from a signal, which reached the workers too, or from a process that was lost.
+    if verdict() is None:
+        time.sleep(1 if cli.trainer.world_size > 1 else 0.2)
+    if (status := verdict()) is not None:
+        return Stopped(status)
     if isinstance(err, MisconfigurationException):
         return cli.refusal(err)
     first = str(err).strip().split("\n")[0]
@@ -158,9 +163,6 @@ def _in_words(err: BaseException, cli: FeatxCLI) -> BaseException:
             f"out of memory at --data.batch_size {cli.datamodule.batch_size}: {first}\n"
             "Give a smaller --data.batch_size with --writer.overwrite true: last digits depend on the batch."
         )
-    time.sleep(1 if cli.trainer.world_size > 1 else 0.2)  # a signal, or a lost process, may be the reason: hear it
-    if (status := verdict()) is not None:
-        return Stopped(status)
     if isinstance(err, RuntimeError) and re.search("DataLoader worker.*(killed|exited)", str(err)):
         return FailedError(
             f"a process that decodes images was killed, most often for want of memory: {first}\n"

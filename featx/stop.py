@@ -34,8 +34,7 @@ class Stopped(BaseException):
         return self.exit_status > 128
 
 
-_verdict: int | None = None  # the exit status that another process's end asks for
-_stopping = False
+_verdict: int | None = None  # the exit status that a signal, or another process's end, asks for
 
 
 def listen() -> None:
@@ -47,13 +46,13 @@ def listen() -> None:
 
 
 def _stop(number: int, frame: FrameType | None) -> None:
-    global _stopping
-    _stopping = True
+    global _verdict
     for other in (signal.SIGINT, signal.SIGTERM):
         signal.signal(other, lambda number, _: os._exit(128 + number))
-    status = 128 + (signal.SIGTERM if number == signal.SIGUSR1 else number) if _verdict is None else _verdict
-    end_at_the_latest(PATIENCE, status)
-    raise Stopped(status)
+    if _verdict is None:
+        _verdict = 128 + (signal.SIGTERM if number == signal.SIGUSR1 else number)
+    end_at_the_latest(PATIENCE, _verdict)
+    raise Stopped(_verdict)
 
 
 def end_at_the_latest(seconds: float, status: int) -> None:
@@ -122,11 +121,11 @@ class Watch:
         try:
             dist.recv(status, src=other, group=self._group)
         except RuntimeError:  # the connection is gone without a word
-            if self._group is None or _verdict is not None or _stopping:
+            if self._group is None or _verdict is not None:
                 return
             self._told(f"the process of rank {other} was lost")
             status.fill_(1)
-        if int(status) and self._group is not None and _verdict is None and not _stopping:
+        if int(status) and self._group is not None and _verdict is None:
             _verdict = int(status)
             _thread.interrupt_main(signal.SIGTERM)
 
@@ -163,7 +162,7 @@ def leave_at_once(status: int) -> NoReturn:
 
 
 def verdict() -> int | None:
-    """Return the exit status that the end of another process asks for, or None while all are well."""
+    """Return the exit status that a signal, or the end of another process, asks for, or None while all is well."""
     return _verdict
 
 

@@ -132,6 +132,8 @@ def check_rows(path: Path, record: Json, folder: str) -> str:
     Raises:
         Mismatch: By more than another processor would explain, or the folder holds other images.
     """
+    if (precision := record["identity"]["precision"]) != "32-true":
+        raise UserError(f"--images: rows of --trainer.precision {precision} are not computed again.")
     model, data = _rebuild(record, folder)
     data.setup()
     model.configure_model()

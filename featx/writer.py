@@ -127,7 +127,7 @@ class FeatureWriter(BasePredictionWriter):
             raise BadValueError(f"--writer.out_dir {self.out_dir}: {nearest} is a file. Expected a folder.")
         if "parquet" in self.formats:
             parquet.check()
-        if not os.access(nearest, os.W_OK | os.X_OK):
+        if not os.access(nearest, os.W_OK | os.X_OK) or not shutil.disk_usage(nearest).total:  # /proc has no space
             raise BadValueError(f"--writer.out_dir {self.out_dir}: {nearest} cannot be written to.")
         if (Path(self.out_dir) / HIDDEN / "lock").exists():
             self._take_lock()

@@ -154,7 +154,7 @@ def test_resnet50_whose_bits_depend_most_on_threads_gives_the_same_file(photos, 
     expected = (tmp_path / "one" / "avgpool.csv").read_bytes()
     assert (tmp_path / "one-core" / "avgpool.csv").read_bytes() == expected
     assert (tmp_path / "ddp" / "avgpool.csv").read_bytes() == expected
-    assert "random (seed 0)" in json.loads((tmp_path / "one" / "avgpool.json").read_text())["weights"]
+    assert "random (seed 0)" in json.loads((tmp_path / "one" / "avgpool.json").read_text())["run"]["weights"]
 
 
 OWN = """\
@@ -200,7 +200,10 @@ MISTAKES = [
     ("--data.dir photos --config missing.yaml", ["--config", "missing.yaml"]),
     ("--data.dir photos --model.weights missing.pth", ["--model.weights missing.pth", "no such file"]),
     ("--data.dir photos --model.weights text.pth", ["--model.weights text.pth", "no PyTorch checkpoint"]),
-    ("--data.dir photos --model.weights resnet18.pth", ["resnet18.pth", "does not fit alexnet", "conv1.weight"]),
+    (
+        "--data.dir photos --model.weights resnet18.pth",
+        ["resnet18.pth", "does not fit alexnet", "--model.arch resnet18"],
+    ),
     ("--data.dir photos --model.weights IMAGENET1K_V7", ["IMAGENET1K_V7", "Did you mean IMAGENET1K_V1?"]),
     ("--data.dir photos --writer.out_dir file", ["--writer.out_dir file", "is a file"]),
     ("--data.dir photos --model.weights good.pth --writer.out_dir /proc/features", ["--writer.out_dir /proc/features"]),
@@ -266,7 +269,8 @@ def test_a_network_of_ones_own_from_the_command_line(mess, photos, tmp_path):
         done = predict(photos, tmp_path / "out", *line, cwd=mess)
         assert read_csv(tmp_path / "out" / "fc8.csv")[1].shape == (37, 10)
         assert f"weights: {tmp_path / 'ten.pth'}" in done.stderr
-    done = predict(photos, tmp_path / "out", "--model", "my_module.MyExtractor", "--model.layer", "fc8", cwd=mess)
+    own = ("--model", "my_module.MyExtractor", "--model.layer", "fc8")
+    done = predict(photos, tmp_path / "as-built", *own, cwd=mess)
     assert "as MyExtractor.build_network() made them" in done.stderr
 
 

@@ -203,7 +203,7 @@ def test_mistakes_are_told_in_words(copy, tmp_path, capsys, monkeypatch):
     copy.write_bytes(copy.read_bytes() + b"more,1,2,3,4\n")
     assert "28 rows, expected 27" in said(capsys, copy)
     copy.write_bytes(copy.read_bytes().replace(b"more,1,2,3,4\n", b"").replace(b"\n", b",1\n", 1))
-    assert "5 values, expected 4" in said(capsys, copy)
+    assert "4 values, expected 5" in said(capsys, copy)
     monkeypatch.setitem(sys.modules, "bokeh.resources", None)
     assert "pip install 'featx[show]'" in said(capsys, copy)
 
