@@ -67,7 +67,8 @@ def extract(
         The names of the rows as a list, and their values, ``(N, D) float32``, in the same order; for a list of layers
         a dict of values by layer. With ``errors="return"`` a list of the images that cannot be read stands behind,
         each with ``path``, ``reason`` and ``exception``; all but those that were ``used`` all the same have no row.
-        With ``out_dir`` the values are those of the first format; npy's stay on disk, mapped read-only.
+        With ``out_dir`` the values are those of the first format; npy's stay on disk, mapped read-only, but for those
+        of several shards.
 
     Raises:
         ImageError: An image cannot be read; with ``out_dir`` after the files were written.
@@ -150,7 +151,8 @@ def _to_files(made: Any, trainer_options: dict[str, Any]) -> tuple[list[str], di
         writer.wait()
     folder, names, features, faults = Path(writer.out_dir), list[str](), {}, list[Fault]()
     for layer in made.model.layers:
-        names, features[layer] = load(folder / file_name(layer, writer.formats[0]), mmap=True)
+        file = f"{file_name(layer)}/*.{writer.formats[0]}" if writer.shard_rows else file_name(layer, writer.formats[0])
+        names, features[layer] = load(folder / file, mmap=True)
         faults = _listed(folder / file_name(layer, "errors.csv"))
     return names, features, faults
 

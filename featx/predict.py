@@ -195,7 +195,7 @@ def _last_words(writer: FeatureWriter, seconds: float | None) -> int:
     else:
         print(f"{rows:,} rows in {seconds:.1f} s, {writer.computed / max(seconds, 1e-9):.1f} images/s")
     for layer in writer.records:
-        print(*writer.files[layer], sep="\n")
+        print(*dict.fromkeys(path.parent if writer.shard_rows else path for path in writer.files[layer]), sep="\n")
     for layer, record in writer.records.items():
         if record["errors"] + record["errors_used"]:
             what = [f"{count(record['errors'], 'image')} could not be read"] if record["errors"] else []
@@ -249,6 +249,7 @@ def prepare(trainer: Trainer, model: FeatureExtractor, data: ImageFolderDataModu
     try:
         writer.check()
         data.check()
+        writer.check_shards(data.batch_size)
         model.check()
         data.setup()
         model.configure_model()

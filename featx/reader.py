@@ -2,8 +2,9 @@
 
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,9 @@ def load(path: PathLike, mmap: bool = False) -> tuple[list[str], Floats]:
     """Read a file of features.
 
     Args:
-        path: LAYER.csv, with or without a header; LAYER.npy, with LAYER.names.txt beside it; or LAYER.parquet.
-        mmap: Whether an ``.npy`` stays on disk, mapped read-only.
+        path: LAYER.csv, with or without a header; LAYER.npy, with LAYER.names.txt beside it; LAYER.parquet; a folder
+            LAYER of such files as ``--writer.shard_rows`` makes it, or ``LAYER/*.npy`` where it has several formats.
+        mmap: Whether an ``.npy`` stays on disk, mapped read-only; several are brought to memory.
 
     Returns:
         The names of the rows, and their values: ``(N, D) float32``, or float16 where the file holds that, in memory.
@@ -45,17 +47,25 @@ def record(path: PathLike) -> dict[str, Any]:
     """Return what LAYER.json says of a file of features: what made it, with which weights, from which images.
 
     Args:
-        path: The file, or LAYER.json itself.
+        path: The file, the folder of shards, one of them, or LAYER.json itself.
 
     Raises:
         FileNotFoundError: There is no record beside it that can be read.
     """
-    beside = Path(path).with_suffix(".json")
+    beside = record_path(Path(path))
     try:
         found: dict[str, Any] = json.loads(beside.read_bytes().decode("utf-8", "surrogateescape"))
     except (OSError, ValueError) as err:
         raise MissingPathError(f"{beside}: no record that can be read. Expected what featx predict wrote.") from err
     return found
+
+
+def record_path(path: Path) -> Path:
+    """Return where a file's record is: beside it or, of a shard or the folder of all, beside that folder."""
+    if path.is_dir():
+        return Path(f"{path}.json")
+    beside, above = path.with_suffix(".json"), Path(f"{path.absolute().parent}.json")
+    return above if path.stem.isdigit() and not beside.exists() and above.exists() else beside
 
 
 def stack(chunks: list[Floats]) -> Floats:
@@ -79,11 +89,26 @@ def read(path: Path, mmap: bool = True) -> Iterator[Rows]:
         ".npy": partial(_read_npy, mmap=mmap),
         ".parquet": parquet.read,
     }
+    if path.is_dir() or path.stem == "*":
+        return chain.from_iterable(read(shard, mmap) for shard in _shards(path, readers))
     if path.suffix not in readers:
         raise BadValueError(f"{path}: no such format. Expected a file that ends with {', '.join(readers)}.")
     if not path.is_file():
         raise MissingPathError(f"{path}: no such file. Expected what featx predict wrote.")
     return readers[path.suffix](path)
+
+
+def _shards(path: Path, suffixes: Collection[str]) -> list[Path]:
+    """Return the shards in a folder, or those of ``LAYER/*.npy``, in order: one format, and all there."""
+    folder, wanted = (path, suffixes) if path.is_dir() else (path.parent, [path.suffix])
+    found = sorted(file for file in folder.glob("[0-9]*") if file.suffix in wanted and file.stem.isdigit())
+    if not found:
+        raise MissingPathError(f"{path}: no shards. Expected what featx predict wrote with --writer.shard_rows.")
+    if len(kinds := sorted({file.suffix for file in found})) > 1:
+        raise BadValueError(f"{path}: holds {' and '.join(kinds)}. Expected one of them, as {folder}/*{kinds[0]}")
+    if len(found) != int(found[-1].stem) + 1:
+        raise BadValueError(f"{path}: {count(len(found), 'shard')}, the last is {found[-1].name}. Some are missing.")
+    return found
 
 
 def _read_csv(path: Path) -> Iterator[Rows]:

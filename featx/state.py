@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from featx import disk, formats, journal, manifest, parquet
 from featx.decode import Fault
@@ -30,6 +30,28 @@ def file_name(layer: str, suffix: str = "") -> str:
     return layer.replace("/", "%2F") + (f".{suffix}" if suffix else "")
 
 
+class Shard(NamedTuple):
+    """One file of each format: of all images or, with ``--writer.shard_rows``, of so many, whole batches of them.
+
+    Attributes:
+        images: The images, by index.
+        label: What tells the shard's parts from others', as ``-00007``; nothing where there is one file.
+        files: The files asked for.
+        rows: What parts are joined to. Parquet is made of the rows as npy has them, which stay hidden if nobody asked.
+        names: ``names.txt`` beside an npy.
+    """
+
+    images: range
+    label: str
+    files: dict[Format, Path]
+    rows: dict[str, Path]
+    names: Path
+
+    def results(self) -> list[Path]:
+        """Return the files asked for, and the names beside an npy."""
+        return [*self.files.values(), *([self.names] if "npy" in self.files else [])]
+
+
 class LayerState:
     """One layer's files in an output folder: the results and, below ``.featx``, what a resume needs.
 
@@ -46,20 +68,47 @@ class LayerState:
         self.identity = identity
         self.images = images
         self.folder = out_dir / HIDDEN / file_name(layer)
-        self.files = {kind: out_dir / file_name(layer, kind) for kind in kinds}
-        # What parts are joined to. Parquet is made of the rows as npy has them, which stay hidden if nobody asked.
-        self.rows: dict[str, Path] = {kind: path for kind, path in self.files.items() if kind != "parquet"}
-        if "parquet" in kinds:
-            self.rows.setdefault("npy", self.folder / "rows.npy")
-        self.results = list(self.files.values())
-        self.names_path = out_dir / file_name(layer, "names.txt")
-        if "npy" in kinds:
-            self.results.append(self.names_path)
+        self.shards_folder = out_dir / file_name(layer)
+        self.sharded = identity["shard_rows"] is not None
+        self.shards = self._divide(kinds, identity["shard_rows"] or len(images))
+        self.kinds = list(self.shards[0].rows)  # of the parts
+        self.results = [path for shard in self.shards for path in shard.results()]
         self.record_path = out_dir / file_name(layer, "json")
         self.errors_path = out_dir / file_name(layer, "errors.csv")
         self.run_path = self.folder / "run.json"
         self.inputs_path = self.folder / "images.gz"
         self.inputs = manifest.inputs(images)
+
+    def _divide(self, kinds: Sequence[Format], size: int) -> list[Shard]:
+        starts = range(0, len(self.images), size)
+        digits = max(5, len(str(len(starts) - 1)))  # so that their names sort as their rows do
+        shards = []
+        for number, start in enumerate(starts):
+            name = f"{number:0{digits}}"
+            stem, label = (self.shards_folder / name, f"-{name}") if self.sharded else (self.shards_folder, "")
+            files = {kind: Path(f"{stem}.{kind}") for kind in kinds}
+            rows: dict[str, Path] = {kind: path for kind, path in files.items() if kind != "parquet"}
+            if "parquet" in kinds:
+                rows.setdefault("npy", self.folder / f"rows{label}.npy")
+            images = range(start, min(start + size, len(self.images)))
+            shards.append(Shard(images, label, files, rows, Path(f"{stem}.names.txt")))
+        return shards
+
+    def shard_of(self, batch: int) -> int:
+        """Return the index of the shard that a batch belongs to."""
+        return batch * int(self.identity["batch_size"]) // len(self.shards[0].images)
+
+    def heads(self, shard: Shard, columns: int) -> dict[str, bytes]:
+        """Return the first bytes of a shard's files; of an npy right, if all images can be read."""
+        heads = {
+            "csv": formats.csv_header(self.layer, columns) if self.identity["header"] else b"",
+            "npy": formats.npy_head(len(shard.images), columns, self.identity["dtype"]),
+        }
+        return {kind: heads[kind] for kind in self.kinds}
+
+    def _key(self, path: Path) -> str:
+        """Return a result's name in the record, as ``fc7.csv`` or ``fc7/00000.csv``."""
+        return path.relative_to(self.record_path.parent).as_posix()
 
     def look(self) -> Literal["fresh", "unfinished", "finished"]:
         """Say what is there, without changing anything.
@@ -78,13 +127,19 @@ class LayerState:
                 )
         if old := run or record:
             self._check_images(old)
-        elif strangers := [path for path in self.results if path.exists()]:
+        elif strangers := self._strangers():
             raise BadValueError(f"{strangers[0]}: exists, and no record says what made it.\n{AFRESH}")
         if record and self.inputs == record["inputs"]:
             whole = [self._is_whole(path, record, bool(run)) for path in self.results]
             if all(whole):
                 return "finished"
         return "unfinished" if run else "fresh"
+
+    def _strangers(self) -> list[Path]:
+        """Return what stands in the place of the results, or would be read as one with them."""
+        if self.sharded and self.shards_folder.exists():
+            return sorted(self.shards_folder.iterdir())
+        return [path for path in self.results if path.exists()]
 
     def _check_images(self, old: Json) -> None:
         if old["inputs"] == self.inputs:
@@ -96,7 +151,7 @@ class LayerState:
             )
 
     def _is_whole(self, path: Path, record: Json, unfinished: bool) -> bool:
-        said = record["files"].get(path.name)
+        said = record["files"].get(self._key(path))
         if said is None or self._place(path, said, unfinished) is not None:
             return said is not None
         if path.exists() and not unfinished:
@@ -105,7 +160,7 @@ class LayerState:
 
     def _place(self, path: Path, said: Json, unfinished: bool) -> Path | None:
         """Return where a result is: in its place or, if the run ended while it named its files, still hidden."""
-        hidden = sorted(self.folder.iterdir()) if unfinished else []
+        hidden = sorted(self.folder.glob(f"*-{path.name}" if self.sharded else "*")) if unfinished else []
         for place in (path, *hidden, path):  # once more, as rank 0 may just have moved it
             with suppress(OSError, DiskError):
                 if place.stat().st_size == said["bytes"] and journal.digest(place) == said["sha256"]:
@@ -129,9 +184,12 @@ class LayerState:
         with disk.told(self.folder):
             shutil.rmtree(self.folder, ignore_errors=True)
             record = manifest.read_json(self.record_path)
-            old = [self.record_path.with_name(name) for name in record["files"]] if record else []
-            for path in (self.record_path, self.errors_path, *self.results, *old):
+            old = [self.record_path.parent / name for name in record["files"]] if record else []
+            shards = self.shards_folder.glob("[0-9]*.*") if self.sharded else ()  # they would be read as this run's
+            for path in (self.record_path, self.errors_path, *self.results, *old, *shards):
                 path.unlink(missing_ok=True)
+            with suppress(OSError):  # there is none, or somebody else's files are in it
+                self.shards_folder.rmdir()
 
     def done(self, still: Callable[[Fault], bool]) -> dict[int, Placed]:
         """Return the batches on disk, but for those whose unreadable images are no longer what they were.
@@ -141,11 +199,11 @@ class LayerState:
         """
         return {
             number: placed
-            for number, placed in journal.read_parts(self.folder, self.rows).items()
+            for number, placed in journal.read_parts(self.folder, self.kinds).items()
             if all(still(fault) for fault in placed.entry.faults)
         }
 
-    def finish(self, done: dict[int, Placed], heads: dict[str, bytes], known: dict[Path, str], about: Json) -> Json:
+    def finish(self, done: dict[int, Placed], columns: int, known: dict[Path, str], about: Json) -> Json:
         """Join the parts to the final files, beside their record and the list of errors, and return the record.
 
         The record comes before the files get their names, so that no file of featx's is ever without one: a run that
@@ -153,7 +211,7 @@ class LayerState:
 
         Args:
             done: All batches.
-            heads: The first bytes of each format's file.
+            columns: Values in each row.
             known: SHA-256 of parts as they are.
             about: What the record says besides.
         """
@@ -164,35 +222,24 @@ class LayerState:
         lost = sum(not fault.used for fault in faults)
         assert [entry.batch for entry in entries] == list(range(len(entries))), f"{self.layer}: batches are missing"
         assert rows + lost == len(self.images), f"{self.layer}: {rows} rows, {lost} errors, {len(self.images)} images"
-        columns = max((entry.columns for entry in entries), default=0)
         files: Json = {}
         if old := manifest.read_json(self.record_path):  # formats that an earlier run wrote stay, if they say the same
             same = old["inputs"] == self.inputs and (old["errors"], old["rows"]) == (lost, rows)
+            mine = set(map(self._key, self.results))
             for name, said in old["files"].items():
                 if same:
                     files[name] = said
-                elif name not in [path.name for path in self.results]:
-                    disk.remove(self.record_path.with_name(name))
-        joined = {}
-        for kind, target in self.rows.items():
-            head = formats.npy_head(rows, columns, self.identity["dtype"]) if kind == "npy" else heads[kind]
-            ranges = journal.pieces(kind, placed)
-            path = journal.join(ranges, head, self.folder / f"joined.{kind}", target)
-            joined[target] = path
-            if head != heads[kind] or ranges != [(path, len(head), path.stat().st_size)]:
-                known.pop(path, None)  # it is no longer as it was written
-        if "npy" in self.files:
-            joined[self.names_path] = self.folder / "joined.names.txt"
-            lines = (formats.name_line(os.fsencode(self._row_name(path))) for path in self._readable(faults))
-            disk.replace(joined[self.names_path], b"".join(lines))
-        if "parquet" in self.files:
-            path = joined[self.files["parquet"]] = self.folder / "joined.parquet"
-            decided = {"layer": self.layer, "rows": rows, "columns": columns, "errors": lost, "identity": self.identity}
-            relative, said = self.identity["names"] == "relative", manifest.as_json(decided)
-            parquet.write(path, joined[self.rows["npy"]], self.layer, self._readable(faults), relative, said)
-        for target in self.results:
-            path = joined[target]
-            files[target.name] = {"sha256": known.get(path) or journal.digest(path), "bytes": path.stat().st_size}
+                elif name not in mine:
+                    disk.remove(self.record_path.parent / name)
+        joined: dict[Path, Path] = {}
+        for shard in self.shards:
+            some = placed[self._batches(shard)]
+            joined |= self._join(shard, some, columns, known)
+            said = {"rows": sum(one.entry.rows for one in some)} if self.sharded else {}
+            for target in shard.results():
+                path = joined[target]
+                sha256, size = known.get(path) or journal.digest(path), path.stat().st_size
+                files[self._key(target)] = {"sha256": sha256, "bytes": size} | said
         record = {
             "layer": self.layer,
             "files": files,
@@ -208,24 +255,60 @@ class LayerState:
             "run": {**about, "batches_by_device": Counter(entry.device for entry in entries)},
         }
         if faults:  # to repair single images, their neighbours' rows are taken from the finished files
-            self._keep_journal(entries, heads)
+            session = journal.next_session(self.folder)
+            for shard in self.shards:
+                self._keep_journal(session, shard, entries[self._batches(shard)], self.heads(shard, columns))
             disk.replace(self.errors_path, _errors_csv(faults))
         else:
             disk.remove(self.errors_path)
         disk.replace(self.record_path, manifest.as_json(record))
+        if self.sharded:
+            with disk.told(self.shards_folder):
+                self.shards_folder.mkdir(exist_ok=True)
         for target, path in joined.items():
             disk.rename(path, target)
         self.tidy(keep_journal=bool(faults))
         return record
 
-    def _readable(self, faults: list[Fault]) -> Iterator[str]:
+    def _batches(self, shard: Shard) -> slice:
+        """Return which of all batches are a shard's."""
+        size = self.identity["batch_size"]
+        return slice(shard.images.start // size, -(-shard.images.stop // size))
+
+    def _join(self, shard: Shard, placed: list[Placed], columns: int, known: dict[Path, str]) -> dict[Path, Path]:
+        """Make a shard's files, and return where each is, ready to be renamed; ``known`` is left what is still true."""
+        faults = [fault for one in placed for fault in one.entry.faults]
+        rows, lost = sum(one.entry.rows for one in placed), sum(not fault.used for fault in faults)
+        heads = self.heads(shard, columns)
+        fresh = self.folder / f"joined{shard.label}"
+        joined = {}
+        for kind, target in shard.rows.items():
+            head = formats.npy_head(rows, columns, self.identity["dtype"]) if kind == "npy" else heads[kind]
+            ranges = journal.pieces(kind, placed)
+            path = joined[target] = journal.join(ranges, head, Path(f"{fresh}.{kind}"), target)
+            if head != heads[kind] or ranges != [(path, len(head), path.stat().st_size)]:
+                known.pop(path, None)  # it is no longer as it was written
+        if "npy" in shard.files:
+            joined[shard.names] = Path(f"{fresh}.names.txt")
+            lines = (formats.name_line(os.fsencode(self._row_name(path))) for path in self._readable(shard, faults))
+            disk.replace(joined[shard.names], b"".join(lines))
+        if "parquet" in shard.files:
+            path = joined[shard.files["parquet"]] = Path(f"{fresh}.parquet")
+            decided = {"layer": self.layer, "rows": rows, "columns": columns, "errors": lost, "identity": self.identity}
+            relative, said = self.identity["names"] == "relative", manifest.as_json(decided)
+            paths = self._readable(shard, faults)
+            parquet.write(path, joined[shard.rows["npy"]], self.layer, paths, relative, said)
+        return joined
+
+    def _readable(self, shard: Shard, faults: list[Fault]) -> Iterator[str]:
         lost = {fault.path for fault in faults if not fault.used}
-        return (path for path in self.images.names if path not in lost)
+        paths = (self.images.names[index] for index in shard.images)
+        return (path for path in paths if path not in lost)
 
     def _row_name(self, path: str) -> str:
         return path if self.identity["names"] == "relative" else os.path.basename(path)
 
-    def _keep_journal(self, entries: list[Entry], heads: dict[str, bytes]) -> None:
+    def _keep_journal(self, session: int, shard: Shard, entries: list[Entry], heads: dict[str, bytes]) -> None:
         ends = {format: len(head) for format, head in heads.items()}
         moved = []
         for entry in entries:
@@ -235,15 +318,16 @@ class LayerState:
                 spans[format] = (ends[format], ends[format] + end - start, crc)
                 ends[format] = spans[format][1]
             moved.append(entry._replace(spans=spans))
-        names = [os.path.relpath(path, self.folder) for path in self.rows.values()]
-        path = self.folder / f"{journal.next_session(self.folder):06}.journal"
-        disk.replace(path, journal.encode(names, moved))
+        names = [os.path.relpath(path, self.folder) for path in shard.rows.values()]
+        disk.replace(self.folder / f"{session:06}{shard.label}.journal", journal.encode(names, moved))
 
     def settle(self, record: Json) -> None:
         """Do what a run that ended while it named its files had left to do."""
         for path in self.results:
-            place = self._place(path, record["files"][path.name], True)
+            place = self._place(path, record["files"][self._key(path)], True)
             if place is not None and place != path:
+                with disk.told(path):
+                    path.parent.mkdir(exist_ok=True)
                 disk.rename(place, path)
         self.tidy(keep_journal=record["errors"] + record["errors_used"] > 0)
 
@@ -251,7 +335,8 @@ class LayerState:
         """Remove what only an unfinished run needs."""
         keep = {self.inputs_path}
         if keep_journal:
-            keep |= {max(self.folder.glob("*.journal"), default=self.inputs_path), *self.rows.values()}
+            last = f"{journal.next_session(self.folder) - 1:06}"
+            keep |= {*self.folder.glob(f"{last}*.journal"), *self.folder.glob("rows*.npy")}
         for path in self.folder.iterdir():
             if path not in keep:
                 disk.remove(path)

@@ -6,9 +6,10 @@ import gzip
 import json
 import os
 import sys
+import textwrap
 from collections.abc import Iterator
 from importlib import import_module
-from itertools import zip_longest
+from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -36,11 +37,11 @@ class _Parser(argparse.ArgumentParser):
 def verify(argv: list[str]) -> int:
     """Run ``featx verify FILE… [--images DIR]``: 0 where all is as recorded, else 1 and a line a file that is not."""
     parser = _Parser("featx verify", description="Hold finished files against their records.", allow_abbrev=False)
-    parser.add_argument("files", nargs="+", metavar="FILE", help="such as features/fc7.csv")
+    parser.add_argument("files", nargs="+", metavar="FILE", help="such as features/fc7.csv, or a folder of shards")
     parser.add_argument("--images", metavar="DIR", help="also compute some rows again, from the images in this folder")
     options = parser.parse_args(argv)
     wrong = 0
-    for path in map(Path, options.files):
+    for path in chain.from_iterable(map(_files, map(Path, options.files))):
         try:
             record = check_file(path)
             said = f"{count(record['rows'], 'row')} of {count(record['columns'], 'value')} as recorded"
@@ -53,20 +54,34 @@ def verify(argv: list[str]) -> int:
     return wrong
 
 
+def _files(path: Path) -> list[Path]:
+    """Return a file or, of a folder of shards, all that its record knows but the names beside an npy."""
+    if not path.is_dir():
+        return [path]
+    place = reader.record_path(path)
+    if (record := manifest.read_json(place)) is None:
+        raise MissingPathError(f"{place}: no such file. Expected what featx predict wrote, its record beside it.")
+    return [path.parent / name for name in record["files"] if not name.endswith(".names.txt")]
+
+
 def check_file(path: Path) -> Json:
-    """Return a finished file's record, if the file is what it says.
+    """Return a finished file's record, if the file is what it says; of a shard with the number of its own rows.
 
     Raises:
         MissingPathError: There is no such file, or no record beside it.
         Mismatch: It is not; the message says what differs.
     """
-    record = manifest.read_json(path.with_suffix(".json"))
+    place = reader.record_path(path)
+    record = manifest.read_json(place)
     if not path.is_file() or record is None:
-        missing = path.with_suffix(".json") if path.is_file() else path
+        missing = place if path.is_file() else path
         raise MissingPathError(f"{missing}: no such file. Expected what featx predict wrote, its record beside it.")
-    said = record["files"].get(path.name)
+    said_of = {Path(name).name: said for name, said in record["files"].items()}
+    said = said_of.get(path.name)
     if said is None:
-        raise Mismatch(f"{path.with_suffix('.json').name} does not know it, it knows {', '.join(record['files'])}")
+        known = textwrap.shorten(", ".join(record["files"]), 200, placeholder=" …")
+        raise Mismatch(f"{place.name} does not know it, it knows {known}")
+    record["rows"] = said.get("rows", record["rows"])
     names, widths = [], set[int]()
     for name, columns in _names_and_widths(path, record):
         names.append(name)
@@ -82,7 +97,7 @@ def check_file(path: Path) -> Json:
     if journal.digest(path) != said["sha256"]:
         raise Mismatch(f"values differ from those written: its SHA-256 is not the recorded {said['sha256'][:8]}…")
     listed_names = path.with_suffix(".names.txt")
-    if path.suffix == ".npy" and journal.digest(listed_names) != record["files"][listed_names.name]["sha256"]:
+    if path.suffix == ".npy" and journal.digest(listed_names) != said_of[listed_names.name]["sha256"]:
         raise Mismatch(f"names differ from those written: {listed_names.name} does not have the recorded SHA-256")
     return record
 
@@ -103,18 +118,29 @@ def _faults(path: Path, record: Json) -> set[str]:
     """Return the paths that have no row."""
     if not record["errors"]:
         return set()
-    listed = path.with_name(file_name(record["layer"], "errors.csv"))
+    listed = reader.record_path(path).with_name(file_name(record["layer"], "errors.csv"))
     with listed.open(newline="", encoding="utf-8", errors="surrogateescape") as file:
         rows = csv.DictReader(file, ERRORS_HEADER)
         return {row["path"] for row in rows if not row["reason"].startswith(USED)} - {"path"}
 
 
+def _images(path: Path, record: Json) -> range:
+    """Return which of all images are the file's: a shard has those of its number."""
+    total = record["inputs"]["images"]
+    if (size := record["identity"].get("shard_rows")) is None:
+        return range(total)
+    start = int(path.stem) * size
+    return range(start, min(start + size, total))
+
+
 def _listed_names(path: Path, record: Json) -> list[bytes] | None:
     """Return the names that the rows must have, where the list of images is still there."""
-    kept = path.parent / HIDDEN / file_name(record["layer"]) / "images.gz"
+    kept = reader.record_path(path).parent / HIDDEN / file_name(record["layer"]) / "images.gz"
     if not kept.exists():
         return None
-    images = [json.loads(line.split(b" ", 2)[2]) for line in gzip.decompress(kept.read_bytes()).splitlines()]
+    own = _images(path, record)
+    lines = gzip.decompress(kept.read_bytes()).splitlines()[own.start : own.stop]
+    images = [json.loads(line.split(b" ", 2)[2]) for line in lines]
     lost = _faults(path, record)
     relative = record["identity"]["names"] == "relative"
     return [_name(path, name if relative else os.path.basename(name)) for name in images if name not in lost]
@@ -141,11 +167,12 @@ def check_rows(path: Path, record: Json, folder: str) -> str:
         raise Mismatch(f"{folder} holds {count(len(data.images), 'image')}, expected {record['inputs']['images']:,}")
     lost = _faults(path, record)
     wanted: dict[int, tuple[str, Any]] = {}  # by index of the row
-    batches = -(-len(data.images) // data.batch_size)
-    for number in sorted({0, batches // 2, batches - 1}):
+    own = _images(path, record)
+    begin, end = own.start // data.batch_size, -(-own.stop // data.batch_size)
+    for number in sorted({begin, (begin + end) // 2, end - 1}):
         batch = data.read_batch(number, model.preprocessing)
         start = number * data.batch_size
-        first = start - sum(data.images.names[i] in lost for i in range(start))
+        first = sum(data.images.names[i] not in lost for i in range(own.start, start))
         if batch.names:
             rows = model.predict_step(batch)[record["layer"]].numpy()
             wanted |= {first + i: pair for i, pair in enumerate(zip(batch.names, rows, strict=True))}

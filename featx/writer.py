@@ -54,6 +54,7 @@ class FeatureWriter(BasePredictionWriter):
         dtype: Of the values in npy and parquet; what float16 cannot hold becomes infinite, and is counted.
         overwrite: Whether to remove what another run wrote for these layers, and start afresh.
         dry_run: Whether to stop before the first batch and say what the run would take.
+        shard_rows: Images a file, a multiple of the batch size: a folder LAYER of files 00000.csv ... instead of one.
 
     Attributes:
         records: What LAYER.json says, by layer; in process 0, after the run.
@@ -73,6 +74,7 @@ class FeatureWriter(BasePredictionWriter):
         dtype: Literal["float32", "float16"] = "float32",
         overwrite: bool = False,
         dry_run: bool = False,
+        shard_rows: int | None = None,
     ) -> None:
         super().__init__(write_interval="batch")
         self.formats: list[Format] = [format] if isinstance(format, str) else list(dict.fromkeys(format))
@@ -91,17 +93,20 @@ class FeatureWriter(BasePredictionWriter):
         self.dtype = dtype
         self.overwrite = overwrite
         self.dry_run = dry_run
+        self.shard_rows = shard_rows
         self.records: dict[str, dict[str, Any]] = {}
         self.computed = 0  # images
         self._columns: dict[str, int] = {}
         self._states: dict[str, LayerState] = {}
-        self._parts: dict[str, Part] = {}
+        self._parts: dict[str, Part] = {}  # of the shard that is being written
+        self._shard = -1
+        self._known: dict[Path, str] = {}  # SHA-256 of the parts before, as they were written
         self._done: dict[str, dict[int, Placed]] = {}
         self._queue: queue.Queue[tuple[Batch, Mapping[str, Tensor]] | None] = queue.Queue(WAITING)
         self._thread: threading.Thread | None = None
         self.stages: dict[str, float] = defaultdict(float)  # seconds for text, disk and, where not on the CPU, network
         self._failure: BaseException | None = None
-        self._device = self._session = ""
+        self._device = self._session = self._stem = ""
         self._waits_for_device = False
         self._started = datetime.now(UTC)
         self._lock: Lock | None = None
@@ -132,6 +137,15 @@ class FeatureWriter(BasePredictionWriter):
         if (Path(self.out_dir) / HIDDEN / "lock").exists():
             self._take_lock()
 
+    def check_shards(self, batch_size: int) -> None:
+        """Raise BadValueError where ``shard_rows`` is not whole batches, which are what is dealt and resumed."""
+        rows = self.shard_rows
+        if rows is not None and (rows < 1 or rows % batch_size):
+            above = math.ceil(max(rows, 1) / batch_size) * batch_size
+            raise BadValueError(
+                f"--writer.shard_rows {rows}: expected a multiple of --data.batch_size {batch_size}, as {above}."
+            )
+
     def look(self, trainer: Trainer, model: Any, data: Any, columns: dict[str, int]) -> bool:
         """Find out what is in ``out_dir`` already, and whether there is anything to do.
 
@@ -152,9 +166,11 @@ class FeatureWriter(BasePredictionWriter):
         open_layers = []
         for layer in model.layers:
             identity = manifest.identity(trainer, model, data, layer)
-            identity |= {"names": self.names, "header": self.header, "dtype": self.dtype}
+            identity |= {"names": self.names, "header": self.header, "dtype": self.dtype, "shard_rows": self.shard_rows}
             state = LayerState(Path(self.out_dir), layer, self.formats, identity, data.images)
             self._states[layer] = state
+            if state.sharded and state.shards_folder.is_file():
+                raise BadValueError(f"{state.shards_folder}: is a file. --writer.shard_rows makes a folder there.")
             found = "fresh" if self.overwrite else state.look()
             if found == "finished":
                 self.records[layer] = manifest.read_json(state.record_path) or {}
@@ -184,11 +200,14 @@ class FeatureWriter(BasePredictionWriter):
         sizes = {"csv": text, "npy": raw + len(name) + 1, "parquet": raw + 2 * len(name)}
         needed = sum(sizes[kind] for kind in self.formats) * len(images)
         parts = [
-            path for state in self._states.values() for kind in state.rows for path in state.folder.glob(f"*.{kind}")
+            path for state in self._states.values() for kind in state.kinds for path in state.folder.glob(f"*.{kind}")
         ]
         there = sum(path.stat().st_size for path in parts)
         rows = (("csv" in self.formats) * text + (self.formats != ["csv"]) * raw) * len(images)
-        left = max(0, rows - there) + rows * (processes - 1) // processes
+        copied = rows * (processes - 1) // processes
+        if self.shard_rows:  # of each process at most a shard that it began within
+            copied = min(copied, rows * self.shard_rows * (processes - 1) // len(images))
+        left = max(0, rows - there) + copied
         left += ("parquet" in self.formats) * sizes["parquet"] * len(images)  # written when the rows are joined
         nearest = next(path for path in (Path(self.out_dir), *Path(self.out_dir).absolute().parents) if path.exists())
         free = shutil.disk_usage(nearest).free
@@ -210,6 +229,7 @@ class FeatureWriter(BasePredictionWriter):
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         model: Any = pl_module
         if not self._columns:  # a Trainer put together by hand; the command line has looked already
+            self.check_shards(data.batch_size)
             model.configure_model()
             sample = model.try_out(data.first_batch(model.preprocessing))
             self.look(trainer, model, data, {layer: rows.shape[1] for layer, rows in sample.items()})
@@ -236,8 +256,8 @@ class FeatureWriter(BasePredictionWriter):
         data.batches = np.array_split(left, trainer.world_size)[trainer.global_rank]
         self._session = f"{session:06}"
         if len(data.batches):
-            stem = f"{self._session}-{trainer.global_rank:05}"
-            self._parts = {layer: Part(state.folder, stem, self._heads(layer)) for layer, state in self._states.items()}
+            self._stem = f"{self._session}-{trainer.global_rank:05}"
+            self._turn_to(data.batches[0])
             self._thread = threading.Thread(target=self._write_all, name="featx-writer", daemon=True)
             self._thread.start()
 
@@ -324,12 +344,28 @@ class FeatureWriter(BasePredictionWriter):
             part.sync()
         self.stages["disk"] += time.monotonic() - begin
 
+    def _turn_to(self, batch: int) -> None:
+        """Begin the parts of the shard that a batch belongs to, with those before brought to disk."""
+        shard = next(iter(self._states.values())).shard_of(batch)
+        if shard == self._shard:
+            return
+        self._sync()
+        for part in self._parts.values():
+            part.close()
+            self._known |= part.digests()
+        self._shard, self._parts = shard, {}
+        for layer, state in self._states.items():
+            one = state.shards[shard]
+            heads = state.heads(one, self._columns[layer])
+            self._parts[layer] = Part(state.folder, self._stem + one.label, heads)
+
     def _write(self, batch: Batch, features: Mapping[str, Tensor]) -> None:
         names = [os.fsencode(self._name(name)) for name in batch.names]
         begin = time.monotonic()
         rows = {layer: values.cpu().numpy() for layer, values in features.items()}
         if self._waits_for_device:
             self.stages["network"] += time.monotonic() - begin
+        self._turn_to(batch.number)
         for layer, part in self._parts.items():
             columns = self._columns[layer]
             values = rows.get(layer, np.empty((0, columns), np.float32))  # (B, D)
@@ -362,10 +398,9 @@ class FeatureWriter(BasePredictionWriter):
         self._gather(None)  # everybody's rows are on disk
         if trainer.is_global_zero:
             for layer, state in self._states.items():
-                mine = journal.read_parts(state.folder, state.rows, f"{self._session}-*.journal", check=False)
-                part = self._parts.get(layer)
-                known = {path: part.sha256[format].hexdigest() for format, path in part.paths.items()} if part else {}
-                record = state.finish(self._done[layer] | mine, self._heads(layer), known, self._about(trainer))
+                mine = journal.read_parts(state.folder, state.kinds, f"{self._session}-*.journal", check=False)
+                known = self._known | (self._parts[layer].digests() if layer in self._parts else {})
+                record = state.finish(self._done[layer] | mine, self._columns[layer], known, self._about(trainer))
                 self.records[layer] = record
                 if overflowed := record["values_overflowed"]:
                     log.warning("%s: %s beyond float16 became infinite: --writer.dtype float32 keeps them",
@@ -402,18 +437,10 @@ class FeatureWriter(BasePredictionWriter):
     def _release(self) -> None:
         for part in self._parts.values():
             part.close()
-        self._parts = {}
+        self._parts, self._shard = {}, -1
         if self._lock is not None:
             self._lock.release()
             self._lock = None
-
-    def _heads(self, layer: str) -> dict[str, bytes]:
-        columns, state = self._columns[layer], self._states[layer]
-        heads = {
-            "csv": formats.csv_header(layer, columns) if self.header else b"",
-            "npy": formats.npy_head(len(state.images), columns, self.dtype),  # right, if all images can be read
-        }
-        return {kind: heads[kind] for kind in state.rows}
 
     def _name(self, path: str) -> str:
         return path if self.names == "relative" else os.path.basename(path)

@@ -47,15 +47,17 @@ def count_calls(monkeypatch, fail_at=None):
 
 
 def results(out):
-    return {path.name: path.read_bytes() for path in out.glob("2.*") if path.suffix != ".json"}
+    return {path.name: path.read_bytes() for path in (*out.glob("2.*"), *out.glob("2/*")) if path.suffix != ".json"}
 
 
-@pytest.mark.parametrize("format", ["csv", ["csv", "npy"], ["npy", "parquet"]], ids=str)
-def test_every_fault_is_told_and_the_next_run_gives_the_same_bytes(photos, tmp_path, format, monkeypatch):
+@pytest.mark.parametrize(
+    "format, shard_rows", [("csv", None), (["csv", "npy"], None), (["npy", "parquet"], None), ("npy", 16)], ids=str
+)
+def test_every_fault_is_told_and_the_next_run_gives_the_same_bytes(photos, tmp_path, format, shard_rows, monkeypatch):
     monkeypatch.setattr("featx.writer.SHARE", 1e-9)  # syncs at fixed moments, so that every run makes the same calls
     if "parquet" in format:
         pytest.importorskip("pyarrow")
-    run(photos, tmp_path / "clean", format=format)
+    run(photos, tmp_path / "clean", format=format, shard_rows=shard_rows)
     clean = results(tmp_path / "clean")
     seen = set()
     for number in itertools.count(1 if format == "csv" else 25):  # until then they do the same
@@ -63,7 +65,7 @@ def test_every_fault_is_told_and_the_next_run_gives_the_same_bytes(photos, tmp_p
         with pytest.MonkeyPatch.context() as patch:
             calls = count_calls(patch, number)
             try:
-                run(photos, out, format=format)
+                run(photos, out, format=format, shard_rows=shard_rows)
                 break  # the run has fewer calls than that
             except DiskError as err:
                 told = str(err)
@@ -73,7 +75,7 @@ def test_every_fault_is_told_and_the_next_run_gives_the_same_bytes(photos, tmp_p
         named = results(out)
         for name in named.keys() - {"2.errors.csv"}:
             assert named[name] == clean[name], f"{calls[number - 1]}, call {number}"
-        again = run(photos, out, format=format)
+        again = run(photos, out, format=format, shard_rows=shard_rows)
         assert results(out) == clean, f"{calls[number - 1]}, call {number}"
         if named.keys() - {"2.errors.csv"}:
             assert again.computed == 0, "with one file named, the others are only named too"

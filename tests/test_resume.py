@@ -12,9 +12,13 @@ import time
 from importlib.util import find_spec
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import ENV, REPO, featx, make_image, predict
+
+from featx.reader import load
+from featx.verify import check_file
 
 DDP = ("--trainer.devices", "2", "--trainer.strategy", "ddp")
 # A network that takes its time, so that there is a middle to be killed in, and whose rows are long.
@@ -126,6 +130,22 @@ def test_killed_on_some_processes_finished_on_others(place, tmp_path, first):
     wait_for_rows(process, tmp_path, 6)
     end(process, signal.SIGKILL)
     finish(place, tmp_path, *(() if first == "ddp" else DDP))
+
+
+def test_shards_are_the_same_after_a_kill_and_on_another_number_of_processes(place, tmp_path):
+    process = begin(place, tmp_path, "--writer.shard_rows", "20")
+    wait_for_rows(process, tmp_path, 13)
+    end(process, signal.SIGKILL)
+    process = begin(place, tmp_path, "--writer.shard_rows", "20", *DDP)  # who meet within a shard
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0 and out.splitlines()[-1] == str(tmp_path / "2"), err
+    for suffix in ("csv", "names.txt"):
+        shards = [path.read_bytes() for path in sorted((tmp_path / "2").glob(f"*.{suffix}"))]
+        assert len(shards) == 8 and b"".join(shards) == (place / "clean" / f"2.{suffix}").read_bytes()
+    for kind in FORMATS[1:]:
+        assert np.array_equal(load(tmp_path / "2" / f"*.{kind}")[1], load(place / "clean" / f"2.{kind}")[1])
+    for kind in FORMATS:
+        assert [check_file(path)["rows"] for path in sorted((tmp_path / "2").glob(f"*.{kind}"))] == [20] * 7 + [10]
 
 
 def test_sigterm_and_ctrl_c_end_in_words_and_go_on(place, tmp_path):

@@ -64,6 +64,24 @@ def test_what_is_wrong_is_one_line_and_exit_1(copy, words, capsys):
     assert words in told and told.count("\n") == 1
 
 
+def test_a_folder_of_shards_is_told_shard_by_shard(made, tmp_path, capsys):
+    run(made / "photos", tmp_path, shard_rows=8, format=["csv", "npy"])
+    assert main(["verify", str(tmp_path / "2"), "--images", str(made / "photos")]) == 0
+    told = capsys.readouterr().out.splitlines()
+    assert len(told) == 6 and "2/00002.npy: 5 rows of 4 values as recorded; 5 rows computed again" in told[-1]
+    assert sum("8 rows of 4" in line for line in told) == 4 and "relative difference is 0.0e+00" in told[2]
+    shard = tmp_path / "2" / "00001.csv"
+    shard.write_bytes(swap_rows(shard.read_bytes()))
+    assert main(["verify", str(shard), str(tmp_path / "2" / "00000.csv")]) == 1
+    out, err = capsys.readouterr()
+    assert "2/00001.csv: row 3 is named" in err and "2/00000.csv: " in out
+    (tmp_path / "2" / "00001.npy").unlink()
+    assert main(["verify", str(tmp_path / "2")]) == 2
+    assert "2/00001.npy: no such file" in capsys.readouterr().err
+    assert main(["verify", str(tmp_path)]) == 2
+    assert f"{tmp_path}.json: no such file" in capsys.readouterr().err
+
+
 def test_several_files_are_each_told(copy, made, capsys):
     copy.write_bytes(copy.read_bytes()[:-5])
     assert main(["verify", str(made / "plain" / "2.csv"), str(copy)]) == 1

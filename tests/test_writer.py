@@ -3,6 +3,7 @@ import json
 import os
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,8 +12,9 @@ from conftest import make_image, oracle, predict, random_network, read_csv, rela
 from lightning.pytorch import Trainer
 
 from featx import FeatureExtractor, FeatureWriter, ImageFolderDataModule
+from featx.disk import DiskError
 from featx.messages import BadValueError, ImageError, UserError
-from featx.reader import load, read
+from featx.reader import load, read, record
 
 
 class Tiny(FeatureExtractor):
@@ -329,3 +331,151 @@ def test_any_module_path_becomes_a_file(photos, tmp_path):
     writer = run(photos, tmp_path, layer=["avgpool", "layer4.1.bn2"], model=Pool, data={"crop": 64})
     assert read_csv(writer.files["avgpool"][0])[1].shape == (37, 512)
     assert read_csv(writer.files["layer4.1.bn2"][0])[1].shape == (37, 512 * 2 * 2)
+
+
+SHARDS = [f"{number:05}" for number in range(3)]
+
+
+@pytest.mark.parametrize("format", ["csv", "npy", "parquet"])
+def test_shards_hold_the_rows_of_one_file_in_their_order(photos, tmp_path, format):
+    if format == "parquet":
+        pytest.importorskip("pyarrow")
+    run(photos, tmp_path / "one", format=format, names="relative")
+    writer = run(photos, tmp_path / "many", format=format, names="relative", shard_rows=16)
+    assert sorted(os.listdir(tmp_path / "many")) == [".featx", "2", "2.json"]
+    assert [path for path in writer.files["2"] if path.suffix == f".{format}"] == [
+        tmp_path / "many" / "2" / f"{shard}.{format}" for shard in SHARDS
+    ]
+    names, values = load(tmp_path / "one" / f"2.{format}")
+    sizes = [len(load(tmp_path / "many" / "2" / f"{shard}.{format}")[0]) for shard in SHARDS]
+    found_names, found = load(tmp_path / "many" / "2")
+    assert sizes == [16, 16, 5] and found_names == names and np.array_equal(found, values)
+    assert sorted(os.listdir(tmp_path / "many" / ".featx" / "2")) == ["images.gz"]
+    for name, said in record(tmp_path / "many" / "2" / f"00001.{format}")["files"].items():
+        data = (tmp_path / "many" / name).read_bytes()
+        assert said["sha256"] == hashlib.sha256(data).hexdigest() and said["bytes"] == len(data)
+
+
+def test_a_shard_that_one_process_computed_is_written_once(photos, tmp_path, monkeypatch):
+    copied = []
+    monkeypatch.setattr("featx.disk.append_range", lambda *args: copied.append(args))
+    run(photos, tmp_path, format=["csv", "npy"], header=True, shard_rows=16)
+    assert not copied
+    assert [len(load(tmp_path / "2" / f"{shard}.csv")[0]) for shard in SHARDS] == [16, 16, 5]
+
+
+def test_a_run_that_was_ended_within_a_shard_goes_on_to_the_same_shards(photos, tmp_path, monkeypatch):
+    run(photos, tmp_path / "clean", format=["csv", "npy"], shard_rows=16)
+    compute, calls = Tiny.predict_step, []
+
+    def end(self, batch, *args):
+        calls.append(batch)
+        if len(calls) == 5:  # the first is the trial before the run
+            raise KeyError("ended")
+        return compute(self, batch, *args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Tiny, "predict_step", end)
+        with pytest.raises(KeyError, match="ended"):
+            run(photos, tmp_path / "out", format=["csv", "npy"], shard_rows=16)
+    assert sorted(os.listdir(tmp_path / "out")) == [".featx"]
+    assert run(photos, tmp_path / "out", format=["csv", "npy"], shard_rows=16).computed == 13
+    assert shards(tmp_path / "out") == shards(tmp_path / "clean")
+    assert run(photos, tmp_path / "out", format=["csv", "npy"], shard_rows=16).computed == 0
+
+
+def shards(out):
+    return {path.name: path.read_bytes() for path in (out / "2").iterdir()}
+
+
+def test_a_repair_costs_its_batch_and_leaves_the_other_shards_alone(photos, tmp_path):
+    shutil.copytree(photos, tmp_path / "photos")
+    broken = tmp_path / "photos" / "bees" / "wild" / "image-10.jpg"
+    data, out, options = broken.read_bytes(), tmp_path / "out", {"format": ["csv", "npy"], "shard_rows": 16}
+    broken.write_bytes(b"broken")
+    assert run(tmp_path / "photos", out, **options).faults == 1
+    assert [len(load(out / "2" / f"{shard}.npy")[0]) for shard in SHARDS] == [16, 15, 5]
+    others = {name: (out / "2" / name).stat().st_ino for name in ("00000.csv", "00000.npy", "00002.csv", "00002.npy")}
+    broken.write_bytes(data)
+    again = run(tmp_path / "photos", out, **options)
+    assert (again.computed, again.faults) == (8, 0)
+    assert {name: (out / "2" / name).stat().st_ino for name in others} == others
+    run(photos, tmp_path / "clean", **options)
+    assert shards(out) == shards(tmp_path / "clean")
+    assert sorted(os.listdir(out / ".featx" / "2")) == ["images.gz"]
+
+
+def test_the_number_of_rows_a_shard_is_part_of_what_made_them(photos, tmp_path):
+    run(photos, tmp_path, shard_rows=16)
+    with pytest.raises(BadValueError, match="shard_rows: 16 -> 8"):
+        run(photos, tmp_path, shard_rows=8)
+    (tmp_path / "2" / "00009.csv").write_text("of a run whose record was lost")
+    run(photos, tmp_path, shard_rows=24, overwrite=True)
+    assert sorted(shards(tmp_path)) == ["00000.csv", "00001.csv"]
+    run(photos, tmp_path, overwrite=True)
+    assert sorted(os.listdir(tmp_path)) == [".featx", "2.csv", "2.json"]
+
+
+def test_shards_need_no_room_for_a_second_copy_beside_them(photos, tmp_path, monkeypatch):
+    trainer = Trainer(accelerator="cpu", logger=False, barebones=True)
+    model, data = Tiny("2"), ImageFolderDataModule(str(photos), batch_size=8)
+    data.setup()
+    model.configure_model()
+    sample = model.try_out(data.first_batch(model.preprocessing))
+    one, many = FeatureWriter(str(tmp_path / "one")), FeatureWriter(str(tmp_path / "many"), shard_rows=8)
+    for writer in (one, many):
+        writer.look(trainer, model, data, {"2": 4})
+    free = one.check_space(data.images, sample, 1) * 5 // 4
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=free))
+    many.check_space(data.images, sample, 2)
+    with pytest.raises(DiskError, match="more are needed"):
+        one.check_space(data.images, sample, 2)
+
+
+def test_files_of_unknown_origin_where_shards_would_stand_are_refused(photos, tmp_path):
+    (tmp_path / "2").mkdir()
+    (tmp_path / "2" / "notes.csv").touch()
+    with pytest.raises(BadValueError, match=r"2/notes.csv: exists, and no record says what made it"):
+        run(photos, tmp_path, shard_rows=16)
+    (tmp_path / "file").mkdir()
+    (tmp_path / "file" / "2").touch()
+    with pytest.raises(BadValueError, match=r"file/2: is a file. --writer.shard_rows makes a folder"):
+        run(photos, tmp_path / "file", shard_rows=16, overwrite=True)
+
+
+@pytest.mark.parametrize("rows, near", [(20, 24), (0, 8), (-8, 8), (3, 8)])
+def test_shards_that_are_not_whole_batches_are_refused(photos, tmp_path, rows, near):
+    with pytest.raises(
+        BadValueError, match=rf"shard_rows {rows}: expected a multiple of --data.batch_size 8, as {near}\."
+    ):
+        run(photos, tmp_path / "out", shard_rows=rows)
+    assert not (tmp_path / "out").exists()
+
+
+def test_shards_that_load_cannot_take_as_one_are_told(photos, tmp_path):
+    run(photos, tmp_path, format=["csv", "npy"], shard_rows=16)
+    with pytest.raises(BadValueError, match=r"2: holds .csv and .npy. Expected one of them, as .*2/\*.csv"):
+        load(tmp_path / "2")
+    assert len(load(tmp_path / "2" / "*.npy")[0]) == 37
+    (tmp_path / "2" / "00001.csv").unlink()
+    with pytest.raises(BadValueError, match=r"2 shards, the last is 00002.csv. Some are missing"):
+        load(tmp_path / "2" / "*.csv")
+    with pytest.raises(FileNotFoundError, match="no shards"):
+        load(tmp_path / "3" / "*.csv")
+
+
+FOLDER_READERS = READERS | {
+    "duckdb": lambda module, path: {
+        name: list(values) for name, values in module.sql(f"from '{path}/*.parquet'").fetchnumpy().items()
+    },
+}
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_four_readers_take_a_folder_of_parquet_as_one(photos, tmp_path, reader):
+    pytest.importorskip("pyarrow")
+    module = pytest.importorskip(reader)
+    run(photos, tmp_path, format="parquet", shard_rows=16)
+    table = FOLDER_READERS[reader](module, str(tmp_path / "2"))
+    assert table["path"] == ImageFolderDataModuleNames(photos)
+    assert np.array_equal(np.array([list(row) for row in table["2"]], np.float32), load(tmp_path / "2")[1])
