@@ -163,6 +163,7 @@ def check_rows(path: Path, record: Json, folder: str) -> str:
     model, data = _rebuild(record, folder)
     data.setup()
     model.configure_model()
+    model.try_out(data.first_batch(model.preprocessing))  # which finds the memory layout
     if len(data.images) != record["inputs"]["images"]:
         raise Mismatch(f"{folder} holds {count(len(data.images), 'image')}, expected {record['inputs']['images']:,}")
     lost = _faults(path, record)
