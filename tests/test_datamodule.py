@@ -1,3 +1,5 @@
+"""Images -> batches: options, groups of equal shape, faults, and which batches are a process's."""
+
 from types import SimpleNamespace
 
 import numpy as np

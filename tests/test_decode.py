@@ -1,3 +1,5 @@
+"""One file -> pixels: PIL's very values, or a fault in words, whatever the file does."""
+
 import io
 import os
 import random

@@ -1,3 +1,5 @@
+"""Weights from a server: once, whole, checked, in time, or a message that names the way out."""
+
 import gc
 import hashlib
 import http.server

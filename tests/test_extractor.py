@@ -1,3 +1,5 @@
+"""Batches -> activations: against plain torch, on any threads, layout and precision, with one's own network."""
+
 from typing import ClassVar
 
 import antialiased_cnns

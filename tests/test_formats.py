@@ -1,3 +1,5 @@
+"""Activations -> bytes: every float32 and every name comes back."""
+
 import csv
 import io
 

@@ -1,3 +1,5 @@
+"""Folder -> images: ImageFolder's order, what is left out, lists, and what they cost in memory."""
+
 import errno
 import os
 import pickle

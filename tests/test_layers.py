@@ -1,3 +1,5 @@
+"""Names -> modules -> rows: aliases, hooks that copy, pooling, an early end."""
+
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest

@@ -1,3 +1,5 @@
+"""A name -> a network: torchvision's, timm's, any function's, with its weights' preprocessing."""
+
 import sys
 
 import numpy as np

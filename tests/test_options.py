@@ -1,3 +1,5 @@
+"""The order of options, and what is said of a wrong one."""
+
 import pytest
 
 from featx.options import configs_first, explain

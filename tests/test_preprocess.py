@@ -1,3 +1,5 @@
+"""An image -> a tensor: the weights' own transforms, to the bit."""
+
 from dataclasses import replace
 
 import numpy as np

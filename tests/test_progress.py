@@ -1,3 +1,5 @@
+"""Progress, and where the time went."""
+
 import re
 
 import pytest

@@ -1,3 +1,5 @@
+"""``featx layers``: the table, its JSON, and what it leaves out."""
+
 import json
 import os
 import re

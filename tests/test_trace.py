@@ -1,3 +1,5 @@
+"""What one pass shows of a network's modules."""
+
 import pytest
 import torch
 from conftest import random_network

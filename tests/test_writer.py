@@ -1,3 +1,5 @@
+"""Activations -> files: rows, names, records and shards, by a Trainer put together by hand."""
+
 import hashlib
 import json
 import os
