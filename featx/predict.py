@@ -189,11 +189,11 @@ class _Connect(Callback):
 
 def _last_words(writer: FeatureWriter, seconds: float | None) -> int:
     """Print rows, time and files, and return the exit status."""
-    rows = max((record["rows"] for record in writer.records.values()), default=0)
+    rows = count(max((record["rows"] for record in writer.records.values()), default=0), "row")
     if seconds is None:
-        print(f"finished before, nothing to do: {rows:,} rows")
+        print(f"finished before, nothing to do: {rows}")
     else:
-        print(f"{rows:,} rows in {seconds:.1f} s, {writer.computed / max(seconds, 1e-9):.1f} images/s")
+        print(f"{rows} in {seconds:.1f} s, {writer.computed / max(seconds, 1e-9):.1f} images/s")
     for layer in writer.records:
         print(*dict.fromkeys(path.parent if writer.shard_rows else path for path in writer.files[layer]), sep="\n")
     for layer, record in writer.records.items():
@@ -201,7 +201,7 @@ def _last_words(writer: FeatureWriter, seconds: float | None) -> int:
             what = [f"{count(record['errors'], 'image')} could not be read"] if record["errors"] else []
             what += [f"{count(record['errors_used'], 'broken image')} used as read"] if record["errors_used"] else []
             path = Path(writer.out_dir) / file_name(layer, "errors.csv")
-            print(f"{rows:,} rows, {', '.join(what)}, listed in {path}")
+            print(f"{rows}, {', '.join(what)}, listed in {path}")
     return 3 if writer.faults else 0
 
 
