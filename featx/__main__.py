@@ -1,8 +1,6 @@
 """``python -m featx``, which torchrun starts."""
 
-import sys
-
-from featx.cli import main
+from featx.cli import run
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run()

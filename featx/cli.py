@@ -3,9 +3,14 @@
 import os
 import sys
 import traceback
+from importlib import import_module
+from typing import NoReturn
 
 from featx import __version__
-from featx.stop import Stopped, is_listening, leave_at_once, listen
+from featx.lean import stand_ins
+from featx.stop import Stopped, leave_at_once, listen
+
+MODULES = {"predict": "predict", "layers": "survey", "verify": "verify", "show": "show", "completion": "completion"}
 
 HELP = """\
 usage: featx COMMAND [options]
@@ -26,6 +31,15 @@ commands:
 """
 
 
+def run() -> NoReturn:
+    """Run the process's command line and end the process."""
+    try:
+        status = main()
+    except SystemExit as end:  # of a parser that has said all
+        status = end.code if isinstance(end.code, int) else int(end.code is not None)
+    leave_at_once(status)
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run a command line and return its exit status.
 
@@ -36,19 +50,14 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     listen()
     try:
-        status = _run(argv)
+        return _run(argv)
     except Exception:
-        if not is_listening():
-            raise
         traceback.print_exc()
-        status = 1
+        return 1
     except Stopped as stop:
         if stop.by_signal and os.environ.get("LOCAL_RANK", "0") == "0":
             print("featx: interrupted. The same command goes on where this one stopped.", file=sys.stderr)
         leave_at_once(stop.exit_status)
-    if is_listening():
-        leave_at_once(status)
-    return status
 
 
 def _run(argv: list[str]) -> int:
@@ -63,29 +72,11 @@ def _run(argv: list[str]) -> int:
 
     log_to_stderr()
     try:
-        if command == "predict":
-            from featx.predict import predict
-
-            return predict(rest)
-        if command == "layers":
-            from featx.survey import survey
-
-            survey(rest)
-            return 0
-        if command == "verify":
-            from featx.verify import verify
-
-            return verify(rest)
-        if command == "show":
-            from featx.show import show
-
-            return show(rest)
-        if command == "completion":
-            from featx.completion import completion
-
-            return completion(rest)
-        near = did_you_mean(command, ["predict", "layers", "verify", "show", "completion"])
-        raise UserError(f"{command}: no such command.{near} featx --help lists them.")
+        if command not in MODULES:
+            raise UserError(f"{command}: no such command.{did_you_mean(command, MODULES)} featx --help lists them.")
+        with stand_ins():
+            module = import_module(f"featx.{MODULES[command]}")
+        return int(getattr(module, MODULES[command])(rest))
     except UserError as err:
         log.error("%s", err)
         return err.exit_status

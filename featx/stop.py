@@ -147,17 +147,18 @@ class Watch:
                 thread.join(PATIENCE)  # the other side says 0 too
 
 
-def is_listening() -> bool:
-    """Return whether a thread still waits for another process; Python's own way out would abort in it."""
-    return any(thread.name == LISTENER for thread in threading.enumerate())
-
-
 def leave_at_once(status: int) -> NoReturn:
-    """End this process and those that decode for it, without waiting for what its threads are doing."""
+    """End this process and those that decode for it, without waiting for what its threads are doing.
+
+    Python's own way out would take a second, and abort in a thread that still listens to another process.
+    """
     for child in multiprocessing.active_children():
         child.terminate()
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:  # a pipe that nobody reads any more, a full disk
+            status = status or 1
     os._exit(status)
 
 

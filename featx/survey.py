@@ -53,8 +53,8 @@ class Row:
     time: float
 
 
-def survey(argv: list[str]) -> None:
-    """Run ``featx layers`` with these options.
+def survey(argv: list[str]) -> int:
+    """Run ``featx layers`` with these options and return the exit status, 0.
 
     Raises:
         UserError: A mistake in them.
@@ -62,7 +62,7 @@ def survey(argv: list[str]) -> None:
     sys.path.append(os.getcwd())  # for --model my_module.MyExtractor
     if "-h" in argv or "--help" in argv:
         _print_help()
-        return
+        return 0
     try:
         argv = options.configs_first(argv)
         parser = _parser(argv)
@@ -75,6 +75,7 @@ def survey(argv: list[str]) -> None:
     with ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(1,)) as core:  # as predict's slices have it
         rows = core.submit(measure, model, size).result()
     _show(json.dumps([asdict(row) for row in rows], indent=1) if config.json else as_table(rows))
+    return 0
 
 
 def _print_help() -> None:

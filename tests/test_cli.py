@@ -315,3 +315,10 @@ def test_a_terminal_gets_a_bar_with_images_a_second(photos, tmp_path, alexnet_fi
         told += piece
     assert process.wait() == 0
     assert b"37/37" in told and b"images/s" in told
+
+
+def test_an_answer_that_cannot_be_written_is_no_success():
+    buffered = {name: value for name, value in ENV.items() if name != "PYTHONUNBUFFERED"}
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([sys.executable, "-m", "featx", "--version"], env=buffered, stdout=full)
+    assert done.returncode == 1
