@@ -4,13 +4,15 @@ import hashlib
 import json
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import make_image, oracle, predict, random_network, read_csv, relative_error
+from conftest import ENV, REPO, make_image, oracle, predict, random_network, read_csv, relative_error
 from lightning.pytorch import Trainer
 
 from featx import FeatureExtractor, FeatureWriter, ImageFolderDataModule
@@ -481,3 +483,48 @@ def test_four_readers_take_a_folder_of_parquet_as_one(photos, tmp_path, reader):
     table = FOLDER_READERS[reader](module, str(tmp_path / "2"))
     assert table["path"] == ImageFolderDataModuleNames(photos)
     assert np.array_equal(np.array([list(row) for row in table["2"]], np.float32), load(tmp_path / "2")[1])
+
+
+PEAK = """
+import os, resource, sys, time
+import torch
+from featx import FeatureExtractor, cli, journal
+from featx.writer import FeatureWriter
+
+class Wide(FeatureExtractor):
+    def build_network(self):
+        return torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(8), torch.nn.Flatten(), torch.nn.Linear(192, 1024))
+
+add, seen = journal.Part.add, []
+
+def add_slowly(self, *args):
+    time.sleep(0.05)  # several times what a batch takes before it
+    add(self, *args)
+    seen.append(0)
+    if len(seen) == 8:  # all is warm
+        open("/proc/self/clear_refs", "w").write("5")
+
+journal.Part.add = add_slowly
+# a row is 4 KiB
+model = "--model __main__.Wide --model.layer 2 --model.channels_last false".split()
+data = ["--data.dir", sys.argv[1], *"--data.resize 32 --data.crop 32 --data.num_workers 1".split()]
+assert cli.main(["predict", *data, *model, "--writer.out_dir", sys.argv[2]]) == 0
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), reason="the peak can be forgotten on Linux only")
+def test_memory_does_not_grow_with_the_images_even_if_the_disk_is_slow(tmp_path):
+    for i in range(50):
+        make_image(i, (32, 32)).save(tmp_path / f"{i}.jpg")
+    peaks = []
+    for images in (1000, 10000):
+        folder = tmp_path / f"{images}"
+        folder.mkdir()
+        for i in range(images):
+            os.link(tmp_path / f"{i % 50}.jpg", folder / f"{i:05}.jpg")
+        command = [sys.executable, "-c", PEAK, folder, tmp_path / f"out-{images}"]
+        done = subprocess.run(command, env=ENV | {"PYTHONPATH": str(REPO)}, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        peaks.append(int(done.stdout.split()[-1]))
+    assert (peaks[1] - peaks[0]) / 9000 < 2  # KiB an image
