@@ -19,13 +19,14 @@ from lightning.pytorch import LightningDataModule
 from torch import Tensor, stack
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
-from featx.decode import Fault, ValueRange, check_image, describe, read_or_fault
+from featx import nvjpeg
+from featx.decode import Fault, Pixels, ValueRange, check_image, describe, read_or_fault
 from featx.images import ImageTree, check_folder, check_list, is_lost
 from featx.messages import BadValueError, ImageError, LostFolderError, count, log
 from featx.preprocess import Decoder, Interpolation, Preprocessing
 
 Seconds = tuple[float, float]  # of a core, for decoding and for resizing
-Sample = tuple[int, str, Tensor | None, Fault | None, Seconds]
+Sample = tuple[int, str, Tensor | bytes | None, Fault | None, Seconds]  # bytes are still to be decoded, on the GPU
 
 
 class Batch(NamedTuple):
@@ -38,6 +39,8 @@ class Batch(NamedTuple):
         faults: What is wrong with images, in their order; such as were not used have no row.
         size: How many images these are, readable or not.
         seconds: What a core took to decode them, and to resize them.
+        on_cpu: How many images were decoded on the CPU that were to be on the GPU.
+        samples: Of a batch that is still to be decoded on the GPU, what it is made of; then all else is empty.
     """
 
     number: int
@@ -46,6 +49,8 @@ class Batch(NamedTuple):
     faults: list[Fault]
     size: int
     seconds: Seconds = (0.0, 0.0)
+    on_cpu: int = 0
+    samples: Sequence[Any] = ()
 
 
 class ImageFolderDataModule(LightningDataModule):
@@ -62,7 +67,7 @@ class ImageFolderDataModule(LightningDataModule):
         files: A file with the images to take, a path below dir a line, in the order of the rows; null: all in dir.
         on_error: What an image that cannot be read does: list: it has no row, and is listed; stop: it ends the run.
         strict: Whether an image with damaged data cannot be read; false: what PIL makes of it is used, and listed.
-        decoder: exact: PIL's values to the bit; turbo: resized faster, to values a few grey levels off.
+        decoder: exact: PIL's values to the bit; turbo: faster, to values a few grey levels off; cuda: on the GPU.
 
     Raises:
         UserError: From ``setup``: no folder, no image, or images that need a ``value_range``. ``ValueError`` and
@@ -94,9 +99,9 @@ class ImageFolderDataModule(LightningDataModule):
                 raise BadValueError(f"--data.{name} {value}: expected a whole number of at least {least}.")
         if value_range is not None and not -math.inf < value_range[0] < value_range[1] < math.inf:
             raise BadValueError(f"--data.value_range {list(value_range)}: expected [low,high] with low below high.")
-        if decoder == "turbo" and interpolation not in ("auto", "bilinear", "bicubic"):
+        if decoder != "exact" and interpolation not in ("auto", "bilinear", "bicubic"):
             raise BadValueError(
-                f"--data.interpolation {interpolation}: expected bilinear or bicubic with --data.decoder turbo.\n"
+                f"--data.interpolation {interpolation}: expected bilinear or bicubic with --data.decoder {decoder}.\n"
                 "--data.decoder exact has all of PIL's filters."
             )
         self.dir = dir
@@ -116,11 +121,13 @@ class ImageFolderDataModule(LightningDataModule):
         # A rank without a batch is no mistake: https://github.com/Lightning-AI/pytorch-lightning/issues/13580
         self.allow_zero_length_dataloader_with_multiple_devices = True
 
-    def check(self) -> None:
-        """Raise UserError for a folder or a list that is not there, without looking for images."""
+    def check(self, device: torch.device | None = None) -> None:
+        """Raise UserError for a folder or a list that is not there, or a decoder that the device does not have."""
         check_folder(self.dir)
         if self.files is not None:
             check_list(self.files)
+        if self.decoder == "cuda" and device is not None:
+            nvjpeg.check(device)
 
     def setup(self, stage: str | None = None) -> None:
         """List the images, once, and look at the first headers."""
@@ -159,7 +166,10 @@ class ImageFolderDataModule(LightningDataModule):
         if self.batches is None:  # nobody deals: all of them
             self.batches = range(math.ceil(len(self.images) / self.batch_size))
         cores = cores_per_process(self.trainer)
-        on_gpu = self.trainer.strategy.root_device.type == "cuda"
+        device = self.trainer.strategy.root_device
+        on_gpu = device.type == "cuda"
+        if self.decoder == "cuda":
+            nvjpeg.check(device)
         # As many as cores, beside as many threads of a network on the CPU: whoever has work takes a core, and none is
         # idle when images, or the network, are waited for. Fewer workers waited more, and nicer ones starved as soon as
         # another program ran.
@@ -170,11 +180,11 @@ class ImageFolderDataModule(LightningDataModule):
         log.info("cores: %d for each process, %s%s%s", cores, count(workers, "data worker"), chosen, threads)
         preset: Any = self.trainer.lightning_module.preprocessing
         return DataLoader(
-            self._dataset(preset),
+            self._dataset(preset, self.decoder),
             batch_size=self.batch_size,
             sampler=_WholeBatches(len(self.images), self.batch_size, self.batches),
             num_workers=workers,
-            collate_fn=_Collate(self.batch_size),
+            collate_fn=_Collate(self.batch_size, self.decoder == "cuda"),
             pin_memory=on_gpu,
             worker_init_fn=_leave_the_end_to_the_main_process,
         )
@@ -187,6 +197,30 @@ class ImageFolderDataModule(LightningDataModule):
                 "Where it lies on a disk or a share that was lost, bring that back and give the same command."
             )
         return batch
+
+    def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
+        """Bring a batch to the device; what is still to be decoded is decoded there."""
+        if not batch.samples:
+            moved: Batch = super().transfer_batch_to_device(batch, device, dataloader_idx)
+            return moved
+        assert self.trainer is not None
+        preset: Any = self.trainer.lightning_module.preprocessing
+        images = self._dataset(preset)
+        begin = time.perf_counter()
+        coded = [image for _, _, image, *_ in batch.samples if isinstance(image, bytes)]
+        decoded = iter(nvjpeg.decode(coded, device))
+        seconds = (sum(sample[4][0] for sample in batch.samples) + time.perf_counter() - begin, 0.0)
+        samples: list[Sample] = []
+        on_cpu = 0
+        for index, name, image, fault, _ in batch.samples:
+            pixels = next(decoded) if isinstance(image, bytes) else None
+            if pixels is not None:
+                image, fault = images.shape(name, pixels)
+            elif isinstance(image, bytes):
+                image, fault, _ = images.read(name)
+            on_cpu += pixels is None and image is not None
+            samples.append((index, name, image.to(device) if isinstance(image, Tensor) else None, fault, (0.0, 0.0)))
+        return _Collate(self.batch_size)(samples)._replace(seconds=seconds, on_cpu=on_cpu)
 
     def read_batch(self, number: int, preset: Preprocessing) -> Batch:
         """Return a batch of the run, read in this process."""
@@ -212,9 +246,11 @@ class ImageFolderDataModule(LightningDataModule):
                 seconds.append(time.thread_time() - begin)
         return median(taken["exact"]) - median(taken["turbo"]) if taken["exact"] else 0.0
 
-    def _dataset(self, preset: Preprocessing) -> "_Images":
+    def _dataset(self, preset: Preprocessing, decoder: Decoder | None = None) -> "_Images":
+        """Return the images as a decoder reads them; without one, as this process does by itself."""
         assert self.images is not None
-        return _Images(self.images, self.preprocessing(preset), self.value_range, self.strict, self.decoder)
+        decoder = decoder or ("turbo" if self.decoder == "cuda" else self.decoder)
+        return _Images(self.images, self.preprocessing(preset), self.value_range, self.strict, decoder)
 
 
 class _Images(Dataset[Sample]):
@@ -239,27 +275,34 @@ class _Images(Dataset[Sample]):
         name = self.images.names[index]
         return index, name, *self.read(name)
 
-    def read(self, name: str) -> tuple[Tensor | None, Fault | None, Seconds]:
+    def read(self, name: str) -> tuple[Tensor | bytes | None, Fault | None, Seconds]:
         """Return an image, what is wrong with it, as an exception would arrive wrapped in a worker's, and seconds."""
         root = str(self.images.root)
         begin = time.thread_time()
+        if self.decoder == "cuda" and (coded := nvjpeg.read_encoded(os.path.join(root, name))):
+            return coded, None, (time.thread_time() - begin, 0.0)
         pixels, fault = read_or_fault(root, name, self.value_range, self.strict)
         decoded = time.thread_time()
-        tensor = None
-        if pixels is not None:
-            try:
-                tensor = self.preprocessing.to_tensor(pixels, self.decoder)
-            except (ImageError, MemoryError) as err:
-                fault = describe(err, os.path.join(root, name), name)
-        return tensor, fault, (decoded - begin, time.thread_time() - decoded)
+        tensor, unfit = self.shape(name, pixels) if pixels is not None else (None, None)
+        return tensor, unfit or fault, (decoded - begin, time.thread_time() - decoded)
+
+    def shape(self, name: str, pixels: Pixels | Tensor) -> tuple[Tensor | None, Fault | None]:
+        """Return an image as the network takes it, ``(3, H, W) uint8``, or why it cannot be."""
+        try:
+            return self.preprocessing.to_tensor(pixels, self.decoder), None
+        except (ImageError, MemoryError) as err:
+            return None, describe(err, os.path.join(str(self.images.root), name), name)
 
 
 class _Collate:
-    def __init__(self, batch_size: int) -> None:
+    def __init__(self, batch_size: int, on_device: bool = False) -> None:
         self.batch_size = batch_size
+        self.on_device = on_device  # whether images are still to be decoded there
 
     def __call__(self, samples: list[Sample]) -> Batch:
-        read = [(name, image) for _, name, image, *_ in samples if image is not None]
+        if self.on_device:
+            return Batch(samples[0][0] // self.batch_size, [], [], [], len(samples), samples=samples)
+        read = [(name, image) for _, name, image, *_ in samples if isinstance(image, Tensor)]
         shapes: dict[tuple[int, ...], list[int]] = {}
         for row, (_, image) in enumerate(read):
             shapes.setdefault(tuple(image.shape), []).append(row)

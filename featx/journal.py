@@ -22,7 +22,8 @@ class Entry(NamedTuple):
         batch: Its number in the whole run.
         rows: Rows it gave.
         columns: Values in each row, or 0 without a row.
-        odd: How many rows hold nan or infinity, how many such values, and how many more float16 made infinite.
+        odd: How many rows hold nan or infinity, how many such values, how many more float16 made infinite, and how
+            many images were decoded on the CPU that were to be on the GPU.
         spans: Where the rows stand in the part of each format.
         device: What computed them.
         faults: The images that could not be read.
@@ -31,7 +32,7 @@ class Entry(NamedTuple):
     batch: int
     rows: int
     columns: int
-    odd: tuple[int, int, int]
+    odd: tuple[int, ...]
     spans: dict[str, Span]
     device: str
     faults: list[Fault]
@@ -71,7 +72,7 @@ def decode(data: bytes) -> tuple[list[str], list[Entry]]:
 
 def _entry(batch: int, rows: int, columns: int, odd: Any, spans: dict[str, Any], device: str, faults: Any) -> Entry:
     placed = {format: (start, end, crc) for format, (start, end, crc) in spans.items()}
-    return Entry(batch, rows, columns, (odd[0], odd[1], odd[2]), placed, device, [Fault(*fault) for fault in faults])
+    return Entry(batch, rows, columns, tuple(odd), placed, device, [Fault(*fault) for fault in faults])
 
 
 class Part:

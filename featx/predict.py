@@ -248,7 +248,7 @@ def prepare(trainer: Trainer, model: FeatureExtractor, data: ImageFolderDataModu
     """
     try:
         writer.check()
-        data.check()
+        data.check(trainer.strategy.root_device)
         writer.check_shards(data.batch_size)
         model.check()
         data.setup()

@@ -297,7 +297,7 @@ class FeatureWriter(BasePredictionWriter):
         dataloader_idx: int,
     ) -> None:
         """Hand a batch's rows, ``(B, D) float32`` of each layer, to the writing thread, which waits for them."""
-        item = Batch(batch.number, batch.names, [], batch.faults, batch.size), prediction
+        item = batch._replace(groups=[]), prediction
         while self._failure is None:
             try:
                 self._queue.put(item, timeout=1)
@@ -384,7 +384,7 @@ class FeatureWriter(BasePredictionWriter):
             if "npy" in part.paths:
                 texts["npy"], overflowed = formats.npy_rows(values, self.dtype)
             self.stages["text"] += time.thread_time() - begin
-            counts = (int(odd.any(axis=1).sum()), int(odd.sum()), overflowed)
+            counts = (int(odd.any(axis=1).sum()), int(odd.sum()), overflowed, batch.on_cpu)
             begin = time.monotonic()
             part.add(Entry(batch.number, len(names), columns, counts, {}, self._device, batch.faults), texts)
             self.stages["disk"] += time.monotonic() - begin
@@ -408,6 +408,8 @@ class FeatureWriter(BasePredictionWriter):
                 if record["values_not_finite"]:
                     values, rows = count(record["values_not_finite"], "value"), count(record["rows_not_finite"], "row")
                     log.warning("%s: %s nan or infinite, in %s", layer, values, rows)
+            if on_cpu := max(record["decoded_on_cpu"] for record in self.records.values()):
+                log.info("--data.decoder cuda: the CPU decoded %s that the GPU cannot", count(on_cpu, "image"))
         self._release()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
