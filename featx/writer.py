@@ -1,13 +1,10 @@
-"""Activations -> files that survive: FeatureWriter(BasePredictionWriter), a thread that writes, parts, a resume."""
+"""Activations -> files that survive: FeatureWriter(BasePredictionWriter), which shares out what is left, and joins."""
 
 import math
 import os
 import platform
-import queue
 import shutil
-import threading
-import time
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
@@ -26,13 +23,11 @@ from featx.decode import Fault
 from featx.disk import DiskError, Lock
 from featx.formats import Format
 from featx.images import ImageTree
-from featx.journal import Entry, Part, Placed
+from featx.journal import Placed
 from featx.messages import BadValueError, ImageError, UserError, count, log, rank, size_in_words
 from featx.state import HIDDEN, LayerState
+from featx.stream import RowStream
 
-WAITING = 4  # batches that may wait for the disk; then the network waits
-SHARE = 1 / 50  # of the time goes to syncs at most, as long as they are not LONGEST apart
-LONGEST = 10.0  # seconds
 GRACE = 8.0  # seconds that a run that is ended has to bring its rows to disk
 
 
@@ -95,19 +90,11 @@ class FeatureWriter(BasePredictionWriter):
         self.dry_run = dry_run
         self.shard_rows = shard_rows
         self.records: dict[str, dict[str, Any]] = {}
-        self.computed = 0  # images
         self._columns: dict[str, int] = {}
         self._states: dict[str, LayerState] = {}
-        self._parts: dict[str, Part] = {}  # of the shard that is being written
-        self._shard = -1
-        self._known: dict[Path, str] = {}  # SHA-256 of the parts before, as they were written
         self._done: dict[str, dict[int, Placed]] = {}
-        self._queue: queue.Queue[tuple[Batch, Mapping[str, Tensor]] | None] = queue.Queue(WAITING)
-        self._thread: threading.Thread | None = None
-        self.stages: dict[str, float] = defaultdict(float)  # seconds for text, disk and, where not on the CPU, network
-        self._failure: BaseException | None = None
-        self._device = self._session = self._stem = ""
-        self._waits_for_device = False
+        self._stream: RowStream | None = None  # of a process with something to do
+        self._device = self._session = ""
         self._started = datetime.now(UTC)
         self._lock: Lock | None = None
         self._group: Any = None
@@ -117,6 +104,16 @@ class FeatureWriter(BasePredictionWriter):
         """The finished files, by layer; in process 0, after the run."""
         folder = Path(self.out_dir)
         return {layer: [folder / name for name in record["files"]] for layer, record in self.records.items()}
+
+    @property
+    def computed(self) -> int:
+        """How many images this process has computed."""
+        return self._stream.computed if self._stream else 0
+
+    @property
+    def stages(self) -> dict[str, float]:
+        """Seconds for text, disk and, where not on the CPU, network."""
+        return self._stream.stages if self._stream else {}
 
     @property
     def faults(self) -> int:
@@ -233,9 +230,9 @@ class FeatureWriter(BasePredictionWriter):
             model.configure_model()
             sample = model.try_out(data.first_batch(model.preprocessing))
             self.look(trainer, model, data, {layer: rows.shape[1] for layer, rows in sample.items()})
-        self._device = manifest.device_name(trainer.strategy.root_device)
-        self._waits_for_device = trainer.strategy.root_device.type != "cpu"
-        self._started = datetime.now(UTC)
+        device = trainer.strategy.root_device
+        self._device = manifest.device_name(device)
+        self._started, self._stream = datetime.now(UTC), None
         if trainer.world_size > 1:
             # Processes may reach the end hours apart, and NCCL and Lightning wait for half an hour at most.
             self._group = dist.new_group(backend="gloo", timeout=timedelta(days=365))
@@ -256,10 +253,9 @@ class FeatureWriter(BasePredictionWriter):
         data.batches = np.array_split(left, trainer.world_size)[trainer.global_rank]
         self._session = f"{session:06}"
         if len(data.batches):
-            self._stem = f"{self._session}-{trainer.global_rank:05}"
-            self._turn_to(data.batches[0])
-            self._thread = threading.Thread(target=self._write_all, name="featx-writer", daemon=True)
-            self._thread.start()
+            stem = f"{self._session}-{trainer.global_rank:05}"
+            on_gpu, first = device.type != "cpu", int(data.batches[0])
+            self._stream = RowStream(self._states, self._columns, stem, self._device, on_gpu, first, self._name)
 
     def _begin(self, data: Any, preset: Any) -> tuple[int, Any]:
         """Return the session's number and the batches that are not on disk yet, in order."""
@@ -297,15 +293,8 @@ class FeatureWriter(BasePredictionWriter):
         dataloader_idx: int,
     ) -> None:
         """Hand a batch's rows, ``(B, D) float32`` of each layer, to the writing thread, which waits for them."""
-        item = batch._replace(groups=[]), prediction
-        while self._failure is None:
-            try:
-                self._queue.put(item, timeout=1)
-                break
-            except queue.Full:
-                continue
-        if self._failure is not None:
-            raise self._failure
+        assert self._stream is not None
+        self._stream.put(batch._replace(groups=[]), prediction)
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         lost = [fault for fault in batch.faults if not fault.used]
         if lost and data.on_error == "stop":  # its batch is in the journal, so that the image may be mended
@@ -314,92 +303,15 @@ class FeatureWriter(BasePredictionWriter):
                 "--data.on_error list goes on with the other images, and lists those that cannot be read."
             )
 
-    def _write_all(self) -> None:
-        """Write what comes, and sync as often as it costs little; the writing thread's whole life."""
-        try:
-            last, cost, waiting = time.monotonic(), 0.0, False
-            while True:
-                due = last + min(cost / SHARE, LONGEST)
-                try:
-                    item = self._queue.get(timeout=max(0.0, due - time.monotonic()) if waiting else None)
-                except queue.Empty:
-                    pass
-                else:
-                    if item is None:
-                        break
-                    self._write(*item)
-                    waiting = True
-                if time.monotonic() >= due:
-                    begin = time.monotonic()
-                    self._sync()
-                    last = time.monotonic()
-                    cost, waiting = last - begin, False
-            self._sync()
-        except BaseException as err:  # the main thread raises it
-            self._failure = err
-
-    def _sync(self) -> None:
-        begin = time.monotonic()
-        for part in self._parts.values():
-            part.sync()
-        self.stages["disk"] += time.monotonic() - begin
-
-    def _turn_to(self, batch: int) -> None:
-        """Begin the parts of the shard that a batch belongs to, with those before brought to disk."""
-        shard = next(iter(self._states.values())).shard_of(batch)
-        if shard == self._shard:
-            return
-        self._sync()
-        for part in self._parts.values():
-            part.close()
-            self._known |= part.digests()
-        self._shard, self._parts = shard, {}
-        for layer, state in self._states.items():
-            one = state.shards[shard]
-            heads = state.heads(one, self._columns[layer])
-            self._parts[layer] = Part(state.folder, self._stem + one.label, heads)
-
-    def _write(self, batch: Batch, features: Mapping[str, Tensor]) -> None:
-        names = [os.fsencode(self._name(name)) for name in batch.names]
-        begin = time.monotonic()
-        rows = {layer: values.cpu().numpy() for layer, values in features.items()}
-        if self._waits_for_device:
-            self.stages["network"] += time.monotonic() - begin
-        self._turn_to(batch.number)
-        for layer, part in self._parts.items():
-            columns = self._columns[layer]
-            values = rows.get(layer, np.empty((0, columns), np.float32))  # (B, D)
-            assert len(values) == len(names), f"{layer}: {len(values)} rows for {len(names)} images"
-            if len(names) and values.shape[1] != columns:
-                raise UserError(
-                    f"--model.layer {layer}: from {batch.names[0]} on {values.shape[1]} columns, expected {columns} as "
-                    "before. Rows differ with the images' shapes.\nGive them one shape with --data.crop, or take a "
-                    "layer behind the pooling."
-                )
-            begin = time.thread_time()
-            odd = ~np.isfinite(values)
-            texts, overflowed = {}, 0
-            if "csv" in part.paths:
-                texts["csv"] = formats.csv_rows(names, values)
-            if "npy" in part.paths:
-                texts["npy"], overflowed = formats.npy_rows(values, self.dtype)
-            self.stages["text"] += time.thread_time() - begin
-            counts = (int(odd.any(axis=1).sum()), int(odd.sum()), overflowed, batch.on_cpu)
-            begin = time.monotonic()
-            part.add(Entry(batch.number, len(names), columns, counts, {}, self._device, batch.faults), texts)
-            self.stages["disk"] += time.monotonic() - begin
-        self.computed += batch.size
-
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Wait until all is on disk; in process 0, join the parts of all processes, and tell what is odd about them."""
-        self._end_thread(None)
-        if self._failure is not None:
-            raise self._failure
+        if self._stream is not None:
+            self._stream.finish()
         self._gather(None)  # everybody's rows are on disk
         if trainer.is_global_zero:
+            known = self._stream.digests() if self._stream else {}
             for layer, state in self._states.items():
                 mine = journal.read_parts(state.folder, state.kinds, f"{self._session}-*.journal", check=False)
-                known = self._known | (self._parts[layer].digests() if layer in self._parts else {})
                 record = state.finish(self._done[layer] | mine, self._columns[layer], known, self._about(trainer))
                 self.records[layer] = record
                 if overflowed := record["values_overflowed"]:
@@ -414,20 +326,14 @@ class FeatureWriter(BasePredictionWriter):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Bring to disk what was computed, and leave it for the next run."""
-        self._end_thread(GRACE)
+        if self._stream is not None:
+            self._stream.end(GRACE)
         with suppress(DiskError):  # what ended the run is told, not what follows from it
             self._release()
 
     def wait(self) -> None:
         """Return when process 0 has joined the parts, in each of several processes."""
         self._gather(None)
-
-    def _end_thread(self, seconds: float | None) -> None:
-        if self._thread is not None and self._thread.is_alive():
-            with suppress(queue.Full):
-                self._queue.put(None, timeout=seconds)
-            self._thread.join(seconds)
-        self._thread = None
 
     def _take_lock(self) -> None:
         if self._lock is None and rank() == 0:
@@ -437,9 +343,8 @@ class FeatureWriter(BasePredictionWriter):
             self._lock = Lock(folder / "lock", f"--writer.out_dir {self.out_dir}")
 
     def _release(self) -> None:
-        for part in self._parts.values():
-            part.close()
-        self._parts, self._shard = {}, -1
+        if self._stream is not None:
+            self._stream.close()
         if self._lock is not None:
             self._lock.release()
             self._lock = None

@@ -72,10 +72,10 @@ def featx(photos: str, weights: str, out: str, *options: str) -> None:
 
 def unsynced(photos: str, weights: str, out: str) -> None:
     """The command, but that it neither syncs nor writes its journal before the end: what the two cost."""
-    from featx import disk, writer
+    from featx import disk, stream
 
     disk.sync = lambda file, path: None
-    writer.SHARE, writer.LONGEST = 1e-12, float("inf")
+    stream.SHARE, stream.LONGEST = 1e-12, float("inf")
     featx(photos, weights, out)
 
 

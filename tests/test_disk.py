@@ -54,7 +54,7 @@ def results(out):
     "format, shard_rows", [("csv", None), (["csv", "npy"], None), (["npy", "parquet"], None), ("npy", 16)], ids=str
 )
 def test_every_fault_is_told_and_the_next_run_gives_the_same_bytes(photos, tmp_path, format, shard_rows, monkeypatch):
-    monkeypatch.setattr("featx.writer.SHARE", 1e-9)  # syncs at fixed moments, so that every run makes the same calls
+    monkeypatch.setattr("featx.stream.SHARE", 1e-9)  # syncs at fixed moments, so that every run makes the same calls
     if "parquet" in format:
         pytest.importorskip("pyarrow")
     run(photos, tmp_path / "clean", format=format, shard_rows=shard_rows)
