@@ -155,6 +155,7 @@ class FeatureExtractor(LightningModule):
         self._compiled: Callable[[Tensor], dict[str, Tensor]] | None = None
         self._pool: ThreadPoolExecutor | None = None
         self._running: deque[Future[Part]] = deque()
+        self._copies: Any = None  # the CUDA stream on which rows come back
         self._named_network_built = False
 
     @property
@@ -376,13 +377,31 @@ class FeatureExtractor(LightningModule):
                   for rows, images in batch.groups for i in range(0, len(rows), self._slice)]  # fmt: skip
         order = torch.tensor([row for rows, _ in slices for row in rows])
         if self.device.type != "cpu":
-            return self._join([self.forward(images) for _, images in slices], order)
+            rows = self._join([self.forward(images) for _, images in slices], order)
+            return self._copied(rows) if self.device.type == "cuda" else rows
         threads = self._threads()
         futures = [threads.submit(self._timed, images) for _, images in slices]
         self._running.extend(futures)
         while len(self._running) > 2 * self._cores:  # all cores have work until the next batch is here
             self._running.popleft().result()
         return Rows(self.layers, lambda: self._finish(futures, order))
+
+    def _copied(self, rows: dict[str, Tensor]) -> Rows:
+        """Copy rows from the GPU beside what it computes next, on a stream of their own."""
+        if self._copies is None:
+            self._copies = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
+        self._copies.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(self._copies):
+            copies = {layer: values.to("cpu", non_blocking=True) for layer, values in rows.items()}  # in pinned memory
+        for values in rows.values():
+            values.record_stream(self._copies)  # else its memory is given to the next batch while it is copied
+        arrived = self._copies.record_event()
+
+        def finish() -> dict[str, Tensor]:
+            arrived.synchronize()
+            return copies
+
+        return Rows(self.layers, finish)
 
     def _timed(self, images: Tensor) -> Part:
         begin = time.thread_time()
