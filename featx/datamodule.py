@@ -306,7 +306,9 @@ class _Collate:
         shapes: dict[tuple[int, ...], list[int]] = {}
         for row, (_, image) in enumerate(read):
             shapes.setdefault(tuple(image.shape), []).append(row)
-        groups = [(rows, stack([read[row][1] for row in rows])) for rows in shapes.values()]  # (G, 3, H, W) each
+        # (G, 3, H, W) each, in memory as channels_last, which is how decoders write an image
+        groups = [(rows, stack([read[row][1].permute(1, 2, 0) for row in rows]).permute(0, 3, 1, 2))
+                  for rows in shapes.values()]  # fmt: skip
         faults = [fault for _, _, _, fault, _ in samples if fault is not None]
         decode, resize = (sum(stage) for stage in zip(*(seconds for *_, seconds in samples), strict=True))
         number, names = samples[0][0] // self.batch_size, [name for name, _ in read]

@@ -345,8 +345,7 @@ class FeatureExtractor(LightningModule):
         """
         layout = torch.channels_last if self.memory_layout == "channels_last" else torch.contiguous_format
         with torch.inference_mode(), self._precision():
-            images = images.contiguous(memory_format=layout)  # while it is a byte a value
-            pixels = self.preprocessing.normalize(images).to(self._network_dtype())
+            pixels = self.preprocessing.normalize(images).to(self._network_dtype()).contiguous(memory_format=layout)
             try:
                 return network(pixels)
             except (torch.OutOfMemoryError, UserError):
