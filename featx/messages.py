@@ -6,6 +6,7 @@ import os
 import sys
 import warnings
 from collections.abc import Iterable
+from typing import TextIO
 
 log = logging.getLogger("featx")
 
@@ -82,7 +83,7 @@ def rank() -> int:
 
 def log_to_stderr() -> None:
     """Send notes and warnings to stderr, one line each: all of them from rank 0, only errors from the others."""
-    handler = logging.StreamHandler(sys.stderr)
+    handler = _Stderr()
     handler.setFormatter(_Line())
     log.handlers = [handler]
     log.propagate = False
@@ -90,6 +91,14 @@ def log_to_stderr() -> None:
     for category in (DeprecationWarning, FutureWarning):  # between libraries
         warnings.filterwarnings("ignore", category=category)
     warnings.showwarning = lambda message, *_, **__: log.warning("%s", str(message).strip().split("\n")[0])
+
+
+class _Stderr(logging.StreamHandler[TextIO]):
+    """Writes to what stderr is by then: whoever put another in its place may have closed the one before."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.stream = sys.stderr
+        super().emit(record)
 
 
 class _Line(logging.Formatter):

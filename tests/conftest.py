@@ -17,6 +17,7 @@ from torchvision import models, transforms
 from torchvision.datasets import ImageFolder
 
 from featx.datamodule import ImageFolderDataModule
+from featx.messages import log
 from featx.preprocess import Preprocessing
 
 REPO = Path(__file__).parent.parent
@@ -50,6 +51,13 @@ def three_photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for i in range(3):
         make_image(100 + i, (260, 240)).save(root / f"{i}.png")
     return root
+
+
+@pytest.fixture(autouse=True)
+def log_of_its_own() -> None:
+    """Begin with the log as Python has it: a command, run in this process before, set it up as for its own."""
+    log.handlers, log.propagate = [], True
+    log.setLevel("NOTSET")
 
 
 def random_network(name: str, seed: int = 1, **options: object) -> nn.Module:

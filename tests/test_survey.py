@@ -15,7 +15,6 @@ from featx.cli import main
 from featx.extractor import SLICE
 from featx.formats import csv_row
 from featx.layers import Taps
-from featx.messages import log
 from featx.survey import Row, _show, as_table
 
 
@@ -46,15 +45,12 @@ def layers(capsys, monkeypatch, tmp_path):
     """Run ``featx layers ARGS`` in this process, in an empty folder, and return its status, stdout and stderr."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [*sys.path])
-    handlers, propagate, level = log.handlers, log.propagate, log.level
 
     def run(*args):
         status = main(["layers", *map(str, args)])
         return status, *capsys.readouterr()
 
-    yield run
-    log.handlers, log.propagate = handlers, propagate
-    log.setLevel(level)
+    return run
 
 
 TINY = ("--model", "test_survey.Tiny", "--data.crop", "12")
