@@ -113,6 +113,16 @@ def save_inputs(path: Path, images: ImageTree) -> None:
     disk.replace(path, gzip.compress(b"".join(lines), 1))
 
 
+def read_inputs(path: Path, some: slice = slice(None)) -> list[tuple[str, int, int]]:
+    """Return names, sizes and times of some of the images that ``save_inputs`` kept.
+
+    Raises:
+        OSError: There is no such list; or EOFError or ValueError: it is damaged.
+    """
+    lines = (line.split(b" ", 2) for line in gzip.decompress(path.read_bytes()).splitlines()[some])
+    return [(json.loads(name), int(size), int(mtime)) for size, mtime, name in lines]
+
+
 def changed_inputs(path: Path, images: ImageTree, excused: Sequence[str]) -> str:
     """Say how many images were added, removed or changed since ``save_inputs``, or return nothing.
 
@@ -122,8 +132,7 @@ def changed_inputs(path: Path, images: ImageTree, excused: Sequence[str]) -> str
         excused: Images that could not be read then: they may have changed.
     """
     try:
-        then = [line.split(b" ", 2) for line in gzip.decompress(path.read_bytes()).splitlines()]
-        before = {json.loads(name): (int(size), int(mtime)) for size, mtime, name in then}
+        before = {name: (size, mtime) for name, size, mtime in read_inputs(path)}
     except (OSError, EOFError, ValueError):
         return "the list of images is another"
     free = set(excused)

@@ -1,5 +1,6 @@
 """How options are ordered, shown and refused: jsonargparse's parser, in featx's words."""
 
+import argparse
 import inspect
 import re
 import textwrap
@@ -83,6 +84,17 @@ class Parser(LightningArgumentParser):
         from featx.extractor import FeatureExtractor
 
         return own + [f"--model.{name}" for name in inspect.signature(FeatureExtractor).parameters]
+
+
+class PlainParser(argparse.ArgumentParser):
+    """A parser of few options, whose errors are UserErrors."""
+
+    def __init__(self, prog: str, description: str) -> None:
+        super().__init__(prog, description=description, allow_abbrev=False)
+
+    def error(self, message: str) -> NoReturn:
+        """Raise UserError with argparse's words."""
+        raise UserError(f"{message}.\n{self.prog} --help lists the options.")
 
 
 def explain(message: str, known: Iterable[str]) -> str:

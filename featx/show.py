@@ -1,8 +1,6 @@
 """``featx show``: a finished file as a map of its images, one HTML page that opens from disk."""
 
-import argparse
 import base64
-import csv
 import gzip
 import html
 import io
@@ -13,7 +11,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 from urllib.parse import quote
 
 import numpy as np
@@ -21,13 +19,14 @@ from numpy.typing import NDArray
 from PIL import Image
 from tqdm import tqdm
 
-from featx import disk, manifest
+from featx import disk, reader
 from featx.decode import ValueRange, read_or_fault
+from featx.finished import Finished, find
 from featx.manifest import Json
-from featx.messages import BadValueError, MissingPathError, UserError, count, did_you_mean, log, size_in_words
+from featx.messages import BadValueError, MissingPathError, UserError, count, log, size_in_words
+from featx.options import PlainParser
 from featx.points import NEAREST, Floats, choose, find_twins, flatten, nearest, usual_distance
-from featx.reader import load
-from featx.state import ERRORS_HEADER, HIDDEN, USED, file_name
+from featx.state import error_row
 
 PAGE_BYTES = 12 * 2**20  # what opens at once, and what mail takes
 SIDES = (256, 192, 128, 96)  # of a thumbnail, in pixels: the largest that leaves room for all
@@ -35,45 +34,31 @@ MOST_POINTS = 100_000
 TWINS = 0.1  # images nearer than this part of the usual distance are near-duplicates
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}.\nfeatx show --help lists the options.")
-
-
 def show(argv: list[str]) -> int:
     """Run ``featx show FILE [--images DIR] [--map pca|tsne]`` and print the page's path."""
-    parser = _Parser("featx show", description="Write a page on which a file's images are seen.", allow_abbrev=False)
-    parser.add_argument("file", metavar="FILE", help="such as features/fc7.csv; the page is fc7.html beside it")
+    parser = PlainParser("featx show", description="Write a page on which a file's images are seen.")
+    parser.add_argument("file", metavar="FILE", help="features/fc7.csv, or a folder of shards; makes features/fc7.html")
     parser.add_argument("--images", metavar="DIR", help="their folder, if it is no longer where they were read")
     parser.add_argument(
         "--map", choices=("pca", "tsne"), default="pca", help="pca: at once (default); tsne: groups stand apart, slower"
     )
     options = parser.parse_args(argv)
-    path = Path(options.file)
-    record = _record(path)
+    file = find(Path(options.file))
+    if not file.is_known:
+        raise BadValueError(
+            f"{file.path}: no record {file.record_path.name} beside it that knows it.\n"
+            "Expected what featx predict wrote, with its record."
+        )
     script = _bokeh()
     if options.images is not None and not Path(options.images).is_dir():
         raise MissingPathError(f"--images {options.images}: no such folder. Expected the one that featx predict read.")
-    page = path.with_suffix(".html")
-    folder = options.images or record["run"]["options"]["data"]["dir"]
-    disk.replace(page, make_page(path, record, folder, options.map, script))
+    shard = f"-{file.path.stem}" if file.is_shard else ""  # beside the folder: in it, it would be read as one
+    page = file.record_path.with_name(f"{file.record_path.stem}{shard}.html")
+    folder = options.images or file.record["run"]["options"]["data"]["dir"]
+    disk.replace(page, make_page(file, folder, options.map, script))
     log.info("%s", size_in_words(page.stat().st_size))
     print(page)
     return 0
-
-
-def _record(path: Path) -> Json:
-    """Return the record of a file, or raise a UserError where there is no such file, or none of featx's."""
-    if not path.is_file():
-        near = did_you_mean(path.name, [other.name for other in path.parent.glob("*.csv")])
-        raise MissingPathError(f"{path}: no such file.{near} Expected what featx predict wrote, as features/fc7.csv")
-    record = manifest.read_json(path.with_suffix(".json"))
-    if record is None or path.name not in record.get("files", ()):
-        raise BadValueError(
-            f"{path}: no record {path.with_suffix('.json').name} beside it that knows it.\n"
-            "Expected what featx predict wrote, with its record."
-        )
-    return record
 
 
 def _bokeh() -> str:
@@ -89,36 +74,27 @@ def _bokeh() -> str:
     return "\n".join(parts).replace("</script", r"<\/script")
 
 
-def make_page(path: Path, record: Json, folder: str, kind: str, script: str) -> bytes:
+def make_page(file: Finished, folder: str, kind: str, script: str) -> bytes:
     """Return the page of a finished file, below ``PAGE_BYTES``.
 
     Args:
-        path: The file.
-        record: Its record.
+        file: The file, or a folder of shards.
         folder: The folder of its images; those that are not there have no thumbnail.
         kind: How rows become points: ``pca`` or ``tsne``.
         script: Bokeh's.
     """
-    names, values = load(path)
-    if len(names) != record["rows"]:
-        raise BadValueError(f"{path}: {count(len(names), 'row')}, expected {record['rows']:,}. It was changed.")
-    faults = _faults(path, record)
-    paths = _paths(path, record, {fault[0] for fault in faults if not fault[1].startswith(USED)})
-    names = paths if len(paths) == len(names) else names
+    names, values = _some_rows(file)
     notes = []
+    if len(names) < file.record["rows"]:
+        notes.append(f"The page shows {MOST_POINTS:,} of {file.record['rows']:,} rows, evenly chosen.")
     finite = np.isfinite(values).all(axis=1)
     if not finite.all():
         lost = [names[row] for row in np.flatnonzero(~finite)]
-        notes.append(
-            f"Without {count(len(lost), 'row')} with nan or infinity: {', '.join(lost[:5])}{', …' * (len(lost) > 5)}"
-        )
-    kept = np.flatnonzero(finite)
-    if len(kept) > MOST_POINTS:
-        notes.append(f"The page shows {MOST_POINTS:,} of {len(kept):,} rows, evenly chosen.")
-        kept = kept[np.linspace(0, len(kept) - 1, MOST_POINTS).astype(int)]
-    if not len(kept):
-        raise BadValueError(f"{path}: no row of finite values. Expected at least one image to show.")
-    names, values = [names[i] for i in kept], values[kept]
+        more = ", …" if len(lost) > 5 else ""
+        notes.append(f"Without {count(len(lost), 'row')} with nan or infinity: {', '.join(lost[:5])}{more}")
+        names, values = [names[row] for row in np.flatnonzero(finite)], values[finite]
+    if not names:
+        raise BadValueError(f"{file.path}: no row of finite values. Expected at least one image to show.")
 
     near, distances = nearest(values)
     points, parts, told = flatten(values, kind)
@@ -127,7 +103,6 @@ def make_page(path: Path, record: Json, folder: str, kind: str, script: str) -> 
     twins = find_twins(near, distances, TWINS * usual)
     classes, labels = np.unique([os.path.dirname(name).split("/")[0] for name in names], return_inverse=True)
     page = {
-        "layer": record["layer"],
         "names": names,
         "classes": classes.tolist(),
         "colours": _colours(len(classes)),
@@ -142,37 +117,43 @@ def make_page(path: Path, record: Json, folder: str, kind: str, script: str) -> 
         "twins": twins[:100],
         "twins_all": len(twins),
         "nearer": TWINS,
-        "faults": faults,
+        "faults": list(map(error_row, file.faults)),
         "notes": notes,
-        "record": record,
-        "folder": quote(os.fsencode(os.path.relpath(folder, path.parent))) + "/",
+        "record": file.record,
+        "folder": quote(os.fsencode(os.path.relpath(folder, file.record_path.parent))) + "/",
         "thumbnails": {},
     }
     wanted = dict.fromkeys([*map(int, alone), *(i for pair in twins[:100] for i in pair)])
-    room = (PAGE_BYTES - len(_html(page, script))) * 72 // 100  # base64 takes the rest
-    page["thumbnails"], said = _thumbnails(folder, names, record["identity"]["value_range"], list(wanted), parts, room)
+    title = f"{file.record['layer']}{'/' + file.path.stem if file.is_shard else ''}: {count(len(names), 'image')}"
+    room = (PAGE_BYTES - len(_html(title, page, script))) * 72 // 100  # base64 takes the rest
+    value_range = file.record["identity"]["value_range"]
+    page["thumbnails"], said = _thumbnails(folder, names, value_range, list(wanted), parts, room)
     notes += said
     for line in notes:
         log.info("%s", line)
-    return _html(page, script)
+    return _html(title, page, script)
 
 
-def _faults(path: Path, record: Json) -> list[list[str]]:
-    """Return path, reason and exception of each image that could not be read, or is damaged."""
-    listed = path.with_name(file_name(record["layer"], "errors.csv"))
-    if not listed.exists():
-        return []
-    with listed.open(newline="", encoding="utf-8", errors="surrogateescape") as file:
-        return [row for row in csv.reader(file) if tuple(row) != ERRORS_HEADER]
-
-
-def _paths(path: Path, record: Json, lost: set[str]) -> list[str]:
-    """Return the path below the data folder of each row's image, where the list of images is still there."""
-    kept = path.parent / HIDDEN / file_name(record["layer"]) / "images.gz"
-    if not kept.exists():
-        return []
-    listed = [json.loads(line.split(b" ", 2)[2]) for line in gzip.decompress(kept.read_bytes()).splitlines()]
-    return [name for name in listed if name not in lost]
+def _some_rows(file: Finished) -> tuple[list[str], Floats]:
+    """Return paths, or where they are not known names, and values, ``(N, D)``, of at most ``MOST_POINTS`` rows."""
+    total, path, at = file.record["rows"], file.path, 0
+    if path.is_dir():  # of several formats the one that is read first
+        kinds = {Path(name).suffix for name in file.record["files"]}
+        path /= next(f"*{kind}" for kind in (".npy", ".parquet", ".csv") if kind in kinds)
+    wanted = np.zeros(total, bool)
+    wanted[np.linspace(0, total - 1, min(total, MOST_POINTS)).astype(int)] = True
+    names, chunks = list[str](), list[Floats]()
+    for some, values in reader.read(path):
+        rows = np.flatnonzero(wanted[at : at + len(some)])
+        at += len(some)
+        if rows.size:  # CSV comes row by row, and a million empty arrays are large
+            names += [some[row] for row in rows]
+            chunks.append(values[rows].astype(np.float32))
+    if at != total:
+        raise BadValueError(f"{file.path}: {count(at, 'row')}, expected {total:,}. It was changed.")
+    if file.rows is not None and len(file.rows) == total:
+        names = [file.rows[row] for row in np.flatnonzero(wanted)]
+    return names, reader.stack(chunks)
 
 
 def _thumbnails(
@@ -234,12 +215,12 @@ def _packed(values: NDArray[Any]) -> str:
     return base64.b64encode(np.ascontiguousarray(values).data).decode()
 
 
-def _html(page: Json, script: str) -> bytes:
+def _html(title: str, page: Json, script: str) -> bytes:
     """Return the page: what users named stands in its data only, where no browser takes it for HTML."""
     data = gzip.compress(json.dumps(page).encode(), 9, mtime=0)
     own = files("featx")
     parts = {
-        "title": html.escape(f"{page['layer']}: {count(len(page['names']), 'image')}"),
+        "title": html.escape(title),
         "data": base64.b64encode(data).decode(),
         "bokeh": script,
         "show": (own / "show.js").read_text("utf-8"),

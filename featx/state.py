@@ -348,5 +348,19 @@ def _errors_csv(faults: list[Fault]) -> bytes:
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(ERRORS_HEADER)
     for fault in faults:
-        writer.writerow([fault.path, (USED if fault.used else "") + fault.reason, fault.exception])
+        writer.writerow(error_row(fault))
     return text.getvalue().encode("utf-8", "surrogateescape")
+
+
+def error_row(fault: Fault) -> list[str]:
+    """Return what the list of errors says of an image: its path, what is wrong with it, what the decoder said."""
+    return [fault.path, (USED if fault.used else "") + fault.reason, fault.exception]
+
+
+def read_errors(path: Path) -> list[Fault]:
+    """Return the images that a finished run could not read, or that were used as read: none without a list."""
+    if not path.exists():
+        return []
+    with path.open(newline="", encoding="utf-8", errors="surrogateescape") as file:
+        _, *rows = csv.reader(file)
+    return [Fault(name, reason.removeprefix(USED), said, reason.startswith(USED)) for name, reason, said in rows]

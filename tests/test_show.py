@@ -50,10 +50,10 @@ def copy(made, tmp_path):
     return tmp_path / "features" / "2.csv"
 
 
-def shown(path, *options):
+def shown(path, *options, page=None):
     """Run the command and return what stands in the page's data."""
     assert main(["show", str(path), *options]) == 0
-    text = path.with_suffix(".html").read_text("utf-8")
+    text = (page or path.with_suffix(".html")).read_text("utf-8")
     packed = re.search(r'id="data">([^<]*)<', text)[1]
     return json.loads(gzip.decompress(base64.b64decode(packed)))
 
@@ -167,6 +167,30 @@ def test_without_the_list_of_images_rows_go_by_their_names(copy):
     assert page["names"][0] == "image-00.png" and page["thumbnails"] == {} and page["classes"] == [""]
 
 
+@pytest.mark.parametrize("format", ["csv", "npy", ["csv", "npy"], ["parquet", "csv"]])
+def test_a_folder_of_shards_has_the_page_of_one_file(made, copy, tmp_path, format, capsys):
+    if "parquet" in format:
+        pytest.importorskip("pyarrow")
+    run(made / "photos", tmp_path / "out", shard_rows=8, format=format)
+    page, whole = shown(tmp_path / "out" / "2"), shown(copy)
+    assert capsys.readouterr().out.startswith(f"{tmp_path / 'out' / '2.html'}\n")
+    assert page["names"] == whole["names"] and page["faults"] == whole["faults"]
+    for key in ("near", "distances", "points", "thumbnails", "twins", "alone"):
+        assert page[key] == whole[key]
+
+
+def test_one_shard_has_a_page_of_its_own_images_beside_the_folder(made, copy, tmp_path):
+    run(made / "photos", tmp_path / "out", shard_rows=8)
+    shards = sorted((tmp_path / "out" / "2").iterdir())
+    pages = [shown(shard, page=tmp_path / "out" / f"2-{shard.stem}.html") for shard in shards]
+    assert [len(page["names"]) for page in pages] == [8, 8, 7, 4]  # of 28 images one cannot be read
+    assert [name for page in pages for name in page["names"]] == shown(copy)["names"]
+    assert [len(page["faults"]) for page in pages] == [0, 0, 1, 0]
+    assert all(len(page["thumbnails"]) == len(page["names"]) for page in pages)
+    assert "<title>2/00003: 4 images<" in (tmp_path / "out" / "2-00003.html").read_text()
+    assert sorted((tmp_path / "out" / "2").iterdir()) == shards  # where a page would be read as one of them
+
+
 @pytest.mark.parametrize("total", [1, 2, 3])
 def test_few_images_have_a_page_too(tmp_path, total):
     (tmp_path / "photos").mkdir()
@@ -206,6 +230,20 @@ def test_mistakes_are_told_in_words(copy, tmp_path, capsys, monkeypatch):
     assert "4 values, expected 5" in said(capsys, copy)
     monkeypatch.setitem(sys.modules, "bokeh.resources", None)
     assert "pip install 'featx[show]'" in said(capsys, copy)
+
+
+def test_a_path_that_is_no_set_of_shards_is_told_in_words(made, tmp_path, capsys):
+    out = tmp_path / "out"
+    run(made / "photos", out, shard_rows=8)
+    assert "out/fc7.csv: no such file. Expected what featx predict wrote" in said(capsys, out / "fc7.csv")
+    assert "out: no record out.json beside it that knows it.\nExpected what featx predict" in said(capsys, out)
+    assert "2/00004.csv: no such file. Did you mean 00003.csv" in said(capsys, out / "2" / "00004.csv")
+    assert "2/00003.npy: no such file" in said(capsys, out / "2" / "00003.npy")
+    (out / "2" / "00001.csv").write_bytes(b"".join((out / "2" / "00001.csv").read_bytes().splitlines(True)[1:]))
+    assert "out/2: 26 rows, expected 27. It was changed." in said(capsys, out / "2")
+    assert "2/00001.csv: 7 rows, expected 8. It was changed." in said(capsys, out / "2" / "00001.csv")
+    (out / "2" / "00001.csv").unlink()
+    assert "3 shards, the last is 00003.csv. Some are missing." in said(capsys, out / "2")
 
 
 def test_help_is_short(capsys):
