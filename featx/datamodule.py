@@ -158,7 +158,7 @@ class ImageFolderDataModule(LightningDataModule):
         samples = (images[index] for index in range(min(len(images), 64)))
         grey = self.preprocessing(preset).to_tensor(np.full((256, 256, 3), 128, np.uint8), self.decoder)
         sample = next((sample for sample in samples if sample[2] is not None), (0, "", grey, None, (0.0, 0.0)))
-        return _Collate(self.batch_size)([sample])
+        return Collate(self.batch_size)([sample])
 
     def predict_dataloader(self) -> DataLoader[Any]:
         """Return the loader of this process's batches, a contiguous run of the whole."""
@@ -184,7 +184,7 @@ class ImageFolderDataModule(LightningDataModule):
             batch_size=self.batch_size,
             sampler=_WholeBatches(len(self.images), self.batch_size, self.batches),
             num_workers=workers,
-            collate_fn=_Collate(self.batch_size, self.decoder == "cuda"),
+            collate_fn=Collate(self.batch_size, self.decoder == "cuda"),
             pin_memory=on_gpu,
             worker_init_fn=_leave_the_end_to_the_main_process,
         )
@@ -220,13 +220,13 @@ class ImageFolderDataModule(LightningDataModule):
                 image, fault, _ = images.read(name)
             on_cpu += pixels is None and image is not None
             samples.append((index, name, image.to(device) if isinstance(image, Tensor) else None, fault, (0.0, 0.0)))
-        return _Collate(self.batch_size)(samples)._replace(seconds=seconds, on_cpu=on_cpu)
+        return Collate(self.batch_size)(samples)._replace(seconds=seconds, on_cpu=on_cpu)
 
     def read_batch(self, number: int, preset: Preprocessing) -> Batch:
         """Return a batch of the run, read in this process."""
         images = self._dataset(preset)
         first = number * self.batch_size
-        return _Collate(self.batch_size)([images[i] for i in range(first, min(first + self.batch_size, len(images)))])
+        return Collate(self.batch_size)([images[i] for i in range(first, min(first + self.batch_size, len(images)))])
 
     def fault(self, name: str, preset: Preprocessing) -> Fault | None:
         """Return what is wrong with an image now."""
@@ -294,12 +294,20 @@ class _Images(Dataset[Sample]):
             return None, describe(err, os.path.join(str(self.images.root), name), name)
 
 
-class _Collate:
+class Collate:
+    """Samples in the order of the rows -> the batch that they are.
+
+    Args:
+        batch_size: Images a batch.
+        on_device: Whether images are still to be decoded there.
+    """
+
     def __init__(self, batch_size: int, on_device: bool = False) -> None:
         self.batch_size = batch_size
-        self.on_device = on_device  # whether images are still to be decoded there
+        self.on_device = on_device
 
     def __call__(self, samples: list[Sample]) -> Batch:
+        """Return a batch; its number goes by its first sample's index."""
         if self.on_device:
             return Batch(samples[0][0] // self.batch_size, [], [], [], len(samples), samples=samples)
         read = [(name, image) for _, name, image, *_ in samples if isinstance(image, Tensor)]

@@ -2,13 +2,13 @@
 
 import sys
 import time
+import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
-from tqdm import tqdm
 
 from featx.messages import count, log
 
@@ -18,16 +18,20 @@ STAGES = ("decode", "resize", "network", "text", "wait", "disk")
 class Progress(Callback):
     """Show how far process 0 is; its share stands for the whole, since all have equally many batches, but for one.
 
+    Args:
+        total: Images, where the loader does not know it; 0: nobody does.
+
     Attributes:
         error: What ended the run early.
         stages: Seconds that cores took to decode and to resize, and that process 0 waited for images.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, total: int = 0) -> None:
         self.error: BaseException | None = None
         self.stages: dict[str, float] = defaultdict(float)
         self._bar: Any = None
-        self._total = self._done = 0
+        self._total = total
+        self._done = 0
         self._start = self._next = self._asked = 0.0
 
     @property
@@ -45,10 +49,15 @@ class Progress(Callback):
             return
         self._start = self._asked = time.monotonic()
         self._next = self._start + 5
-        self._total = len(trainer.predict_dataloaders.sampler)  # type: ignore[union-attr]
-        if sys.stderr.isatty():
+        if sampler := getattr(trainer.predict_dataloaders, "sampler", None):
+            self._total = len(sampler)
+        if sys.stderr.isatty() or "ipykernel" in sys.modules:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # where ipywidgets are missing, a notebook's bar is one of text
+                from tqdm.auto import tqdm
             share = f"rank 0 of {trainer.world_size}" if trainer.world_size > 1 else None
-            self._bar = tqdm(total=self._total, unit=" images", desc=share, dynamic_ncols=True, smoothing=0.1)
+            total = self._total or None
+            self._bar = tqdm(total=total, unit=" images", desc=share, dynamic_ncols=True, smoothing=0.1)
 
     def on_predict_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
@@ -72,7 +81,7 @@ class Progress(Callback):
         now = time.monotonic()
         if self._bar is not None:
             self._bar.update(batch.size)
-        elif trainer.is_global_zero and now >= self._next:
+        elif trainer.is_global_zero and self._total and now >= self._next:
             elapsed = now - self._start
             rate = self._done / elapsed
             self._next = now + min(60, elapsed)
