@@ -1,5 +1,7 @@
 """Rows as points: which are nearest to which, and how they lie in a plane."""
 
+from collections.abc import Sequence
+
 import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
@@ -55,11 +57,11 @@ def usual_distance(values: Floats) -> float:
     return float(np.sqrt(np.median(np.maximum(squared, 0)))) if len(some) > 1 else 0.0
 
 
-def find_twins(near: Indices, distances: Floats, limit: float) -> list[tuple[int, int]]:
-    """Return the pairs of rows that are nearer than a limit, the nearest first."""
+def find_twins(near: Indices, distances: Floats, limit: float) -> dict[tuple[int, ...], float]:
+    """Return the pairs of rows that are nearer than a limit with their distances, the nearest first."""
     found = zip(*np.nonzero(distances <= limit), strict=True)
     pairs = {tuple(sorted((int(row), int(near[row, at])))): float(distances[row, at]) for row, at in found}
-    return sorted(pairs, key=lambda pair: (pairs[pair], pair))  # type: ignore[arg-type]
+    return dict(sorted(pairs.items(), key=lambda pair: (pair[1], pair[0])))
 
 
 def flatten(values: Floats, kind: str) -> tuple[Floats, Floats, str]:
@@ -95,7 +97,7 @@ def flatten(values: Floats, kind: str) -> tuple[Floats, Floats, str]:
     return model.fit_transform(parts), parts, words
 
 
-def choose(parts: Floats, wanted: list[int], most: int) -> list[int]:
+def choose(parts: Floats, wanted: set[int], most: int) -> Sequence[int]:
     """Return the wanted rows, and for each of as many clusters as there is room for the one nearest to its middle."""
     from sklearn.cluster import MiniBatchKMeans
 

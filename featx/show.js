@@ -12,6 +12,8 @@ function el(tag, properties = {}, ...children) {
   return element;
 }
 
+const faint = (words) => el("p", { className: "faint", textContent: words });
+
 async function main() {
   Bokeh.logger.set_level("error");
   const packed = new Blob([bytes($("data").textContent)]).stream();
@@ -59,24 +61,15 @@ async function main() {
   figure.axis.visible = false;
   const field = (name) => ({ field: name });
   figure.scatter(field("x"), field("y"), { source, size, fill_color: field("colour"), line_color: null, fill_alpha: 0.85 });
-  await Bokeh.Plotting.show(figure, $("drawn"));
+  const { x_scale, y_scale } = (await Bokeh.Plotting.show(figure, $("drawn"))).frame;
 
   /** Where a row stands in the map's element, in pixels. */
-  function place(row) {
-    const { x_range, y_range, inner_width, inner_height } = figure;
-    return [
-      ((x[row] - x_range.start) / (x_range.end - x_range.start)) * inner_width,
-      ((y_range.end - y[row]) / (y_range.end - y_range.start)) * inner_height,
-    ];
-  }
+  const place = (row) => [x_scale.compute(x[row]), y_scale.compute(y[row])];
 
   /** The row nearest to a place in the map's element, if it is nearer than some pixels. */
   function rowAt(left, top, pixels = 14) {
-    const { x_range, y_range, inner_width, inner_height } = figure;
-    const perPixel = (x_range.end - x_range.start) / inner_width;
-    const atX = x_range.start + left * perPixel;
-    const atY = y_range.end - (top / inner_height) * (y_range.end - y_range.start);
-    let best = -1, least = (pixels * perPixel) ** 2;
+    const atX = x_scale.invert(left), atY = y_scale.invert(top);
+    let best = -1, least = (x_scale.invert(left + pixels) - atX) ** 2;
     for (let row = 0; row < total; row++) {
       const squared = (x[row] - atX) ** 2 + (y[row] - atY) ** 2;
       if (squared < least) [best, least] = [row, squared];
@@ -110,11 +103,9 @@ async function main() {
     const tip = $("tip");
     tip.hidden = row < 0;
     if (row < 0) return;
-    const other = page.thumbnails[row] ? undefined : nearest(row).find((at) => page.thumbnails[at]);
-    tip.replaceChildren(
-      other === undefined ? picture(row) : picture(other), named(row),
-      other === undefined ? "" : el("div", { className: "faint" }, "no thumbnail; shown is one near it, ", named(other)),
-    );
+    const shown = [row, ...nearest(row)].find((at) => page.thumbnails[at]) ?? row;
+    const other = el("div", { className: "faint" }, "no thumbnail; shown is one near it, ", named(shown));
+    tip.replaceChildren(picture(shown), named(row), shown === row ? "" : other);
     const box = $("map").getBoundingClientRect(), [left, top] = place(row);
     const right = box.left + left + tip.offsetWidth + 16 > document.documentElement.clientWidth;
     const below = box.top + top - tip.offsetHeight - 12 < 0;
@@ -129,9 +120,9 @@ async function main() {
   }
 
   function reveal(row) {
-    const [left, top] = place(row), { x_range, y_range } = figure;
-    if (left > 0 && top > 0 && left < figure.inner_width && top < figure.inner_height) return;
-    moveBy(x[row] - (x_range.start + x_range.end) / 2, y[row] - (y_range.start + y_range.end) / 2);
+    const [left, top] = place(row), { inner_width, inner_height } = figure;
+    if (left > 0 && top > 0 && left < inner_width && top < inner_height) return;
+    moveBy(x[row] - x_scale.invert(inner_width / 2), y[row] - y_scale.invert(inner_height / 2));
   }
 
   // A drag moves the drawn map as it is, and draws anew at its end: 100,000 points at each move are too many for a
@@ -151,10 +142,9 @@ async function main() {
   });
   function drop(event) {
     if (grip && dragged) {
-      const { x_range, y_range, inner_width, inner_height } = figure;
       moveBy(
-        ((grip[0] - event.clientX) / inner_width) * (x_range.end - x_range.start),
-        ((event.clientY - grip[1]) / inner_height) * (y_range.end - y_range.start),
+        x_scale.invert(grip[0]) - x_scale.invert(event.clientX),
+        y_scale.invert(grip[1]) - y_scale.invert(event.clientY),
       );
       requestAnimationFrame(() => ($("moved").style.transform = "")); // behind Bokeh's own, which draws in this frame
     }
@@ -200,9 +190,8 @@ async function main() {
       $("one").replaceChildren(
         el("p", { textContent: "Point at the map to see an image; click for the ones nearest to it. Drag to move, scroll to zoom." }),
         el("p", { textContent: "By keyboard: the arrows go from image to image, Enter shows one, Escape leaves it." }),
-        el("p", { className: "faint", textContent: `${page.map}. Colours are class folders.` }),
-        el("p", { className: "faint", textContent: "Distances are Euclidean, of the whole rows, not on the map: what DEMUD's reconstruction error and t-SNE measure too. "
-          + `Two images of this file are usually ${digits(page.usual)} apart (median).` }),
+        faint(`${page.map}. Colours are class folders.`),
+        faint(`Distances are Euclidean, of whole rows, not on the map. Two images are usually ${digits(page.usual)} apart (median).`),
         ...page.notes.map((note) => el("p", { textContent: note })),
       );
     } else {
@@ -228,13 +217,11 @@ async function main() {
   const folded = page.names.map((name) => name.normalize("NFC").toLowerCase());
   function search() {
     const words = input.value.normalize("NFC").toLowerCase().trim();
-    const rows = [];
-    let all = 0;
-    if (words) folded.forEach((name, row) => { if (name.includes(words) && ++all <= 20) rows.push(row); });
+    const rows = words ? [...folded.keys()].filter((row) => folded[row].includes(words)) : [];
     $("found").hidden = !words;
     $("found").replaceChildren(
-      ...rows.map((row) => el("button", { type: "button", onclick: () => { leaveSearch(); select(row); } }, picture(row), named(row))),
-      el("p", { className: "faint", textContent: all ? `${all.toLocaleString("en")} found` : "No name holds that." }),
+      ...rows.slice(0, 20).map((row) => el("button", { type: "button", onclick: () => { leaveSearch(); select(row); } }, picture(row), named(row))),
+      faint(rows.length ? `${rows.length.toLocaleString("en")} found` : "No name holds that."),
     );
   }
   function leaveSearch() {
@@ -262,11 +249,10 @@ async function main() {
 
   // -- the rest of the page -------------------------------------------------------------------------------------
 
-  const identity = page.record.identity;
-  $("what").textContent = `${identity.network}, ${page.record.columns.toLocaleString("en")} values an image`;
+  $("what").textContent = `${page.record.identity.network}, ${page.record.columns.toLocaleString("en")} values an image`;
 
-  const counts = new Map();
-  labels.forEach((label) => counts.set(label, (counts.get(label) ?? 0) + 1));
+  const counts = page.classes.map(() => 0);
+  labels.forEach((label) => counts[label]++);
   let only = -1;
   function paint(label) {
     only = only === label ? -1 : label;
@@ -277,14 +263,14 @@ async function main() {
     ...page.classes.slice(0, 40).map((name, at) =>
       el("button", { type: "button", ariaPressed: false, onclick: () => paint(at) },
         el("i", { style: `background: ${page.colours[at % page.colours.length]}` }),
-        el("span", { dir: "auto", textContent: name || "no folder" }), ` ${counts.get(at).toLocaleString("en")}`)),
+        el("span", { dir: "auto", textContent: name || "no folder" }), ` ${counts[at].toLocaleString("en")}`)),
     page.classes.length > 40 ? `and ${page.classes.length - 40} more` : "",
     el("button", { className: "whole", type: "button", textContent: "whole map", onclick: () => figure.reset.emit() }),
   );
 
   $("alone").append(
     el("h2", { textContent: `The ${page.alone.length} farthest from all others` }),
-    el("p", { className: "faint", textContent: "Every other image is at least this far away: what a search for novelties looks for." }),
+    faint("Every other image is at least this far away: what a search for novelties looks for."),
     el("div", { className: "cards" }, ...page.alone.map((row) => card(row, distances[row * page.columns]))),
   );
 
@@ -292,12 +278,9 @@ async function main() {
   const more = page.twins_all > page.twins.length ? `; the nearest ${page.twins.length} are shown` : "";
   $("twins").append(
     el("h2", { textContent: "Near-duplicates" }),
-    el("p", { className: "faint", textContent: page.twins_all ? `${page.twins_all.toLocaleString("en")} pairs ${limit}${more}.` : `No two images are ${limit}.` }),
-    el("div", { className: "pairs" }, ...page.twins.map(([one, other]) => {
-      const at = nearest(one).indexOf(other);
-      const distance = at < 0 ? distances[other * page.columns + nearest(other).indexOf(one)] : distances[one * page.columns + at];
-      return el("div", { className: "pair" }, el("b", { textContent: digits(distance) }), card(one), card(other));
-    })),
+    faint(page.twins_all ? `${page.twins_all.toLocaleString("en")} pairs ${limit}${more}.` : `No two images are ${limit}.`),
+    el("div", { className: "pairs" }, ...page.twins.map(([one, other], at) =>
+      el("div", { className: "pair" }, el("b", { textContent: digits(page.apart[at]) }), card(one), card(other)))),
   );
 
   $("faults").append(
@@ -305,7 +288,7 @@ async function main() {
     page.faults.length
       ? el("table", {}, ...page.faults.map(([path, reason, exception]) =>
           el("tr", {}, el("td", { dir: "auto", textContent: path }), el("td", {}, reason, el("br"), el("small", { className: "faint", textContent: exception })))))
-      : el("p", { className: "faint", textContent: "Every image could be read." }),
+      : faint("Every image could be read."),
   );
 
   const words = (value) => (Array.isArray(value) ? value.map(words).join(", ") : value === null ? "none" : String(value));
@@ -315,7 +298,7 @@ async function main() {
       return el("div", { className: nested ? "nested" : "" },
         el("dt", { textContent: key.replaceAll("_", " ") }), el("dd", nested ? {} : { textContent: words(value) }, ...(nested ? [list(value)] : [])));
     }));
-  $("record").append(el("h2", { textContent: "Record" }), el("p", { className: "faint", textContent: "What made these rows." }), list(page.record));
+  $("record").append(el("h2", { textContent: "Record" }), faint("What made these rows."), list(page.record));
 
   // fc7.html#cats/felix.jpg begins with that image, its path encoded as in the link to its file.
   select(location.hash ? page.names.findIndex((_, row) => link(row) === page.folder + location.hash.slice(1)) : -1);

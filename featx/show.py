@@ -10,6 +10,7 @@ import re
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from importlib.resources import files
+from itertools import chain
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -102,7 +103,7 @@ def make_page(file: Finished, folder: str, kind: str, script: str) -> bytes:
     alone = np.argsort(-distances[:, 0], kind="stable")[:NEAREST] if near.size else np.arange(0)
     twins = find_twins(near, distances, TWINS * usual)
     classes, labels = np.unique([os.path.dirname(name).split("/")[0] for name in names], return_inverse=True)
-    page = {
+    page: Json = {
         "names": names,
         "classes": classes.tolist(),
         "colours": _colours(len(classes)),
@@ -114,7 +115,8 @@ def make_page(file: Finished, folder: str, kind: str, script: str) -> bytes:
         "map": told,
         "usual": usual,
         "alone": alone.tolist(),
-        "twins": twins[:100],
+        "twins": list(twins)[:100],
+        "apart": list(twins.values())[:100],
         "twins_all": len(twins),
         "nearer": TWINS,
         "faults": list(map(error_row, file.faults)),
@@ -123,11 +125,11 @@ def make_page(file: Finished, folder: str, kind: str, script: str) -> bytes:
         "folder": quote(os.fsencode(os.path.relpath(folder, file.record_path.parent))) + "/",
         "thumbnails": {},
     }
-    wanted = dict.fromkeys([*map(int, alone), *(i for pair in twins[:100] for i in pair)])
+    wanted = {*page["alone"], *chain.from_iterable(page["twins"])}
     title = f"{file.record['layer']}{'/' + file.path.stem if file.is_shard else ''}: {count(len(names), 'image')}"
     room = (PAGE_BYTES - len(_html(title, page, script))) * 72 // 100  # base64 takes the rest
     value_range = file.record["identity"]["value_range"]
-    page["thumbnails"], said = _thumbnails(folder, names, value_range, list(wanted), parts, room)
+    page["thumbnails"], said = _thumbnails(folder, names, value_range, wanted, parts, room)
     notes += said
     for line in notes:
         log.info("%s", line)
@@ -157,7 +159,7 @@ def _some_rows(file: Finished) -> tuple[list[str], Floats]:
 
 
 def _thumbnails(
-    folder: str, names: Sequence[str], value_range: ValueRange | None, wanted: list[int], parts: Floats, room: int
+    folder: str, names: Sequence[str], value_range: ValueRange | None, wanted: set[int], parts: Floats, room: int
 ) -> tuple[dict[int, str], list[str]]:
     """Return thumbnails in base64 by row, of all images or of those chosen, and what is to be said of them."""
 
@@ -175,12 +177,10 @@ def _thumbnails(
         some = range(0, len(names), -(-len(names) // 50))
         for side in SIDES:
             sizes = [len(data) for data in pool.map(lambda i, side=side: make(i, side), some) if data]
-            each = 1.1 * float(np.mean(sizes or [1]))
-            if each * len(names) <= room:
+            fit = int(room / (1.1 * float(np.mean(sizes or [1]))))
+            if fit >= len(names):
                 break
-        chosen: Sequence[int] = range(len(names))
-        if each * len(names) > room:
-            chosen = choose(parts, wanted, int(room / each))
+        chosen = range(len(names)) if fit >= len(names) else choose(parts, wanted, fit)
         made, missing = {}, 0
         bar = tqdm(chosen, "thumbnails", leave=False, disable=None if len(chosen) > 500 else True)
         for index, data in zip(bar, pool.map(lambda i: make(i, side), chosen), strict=True):
@@ -190,8 +190,8 @@ def _thumbnails(
                 made[index] = base64.b64encode(data).decode()
     if len(chosen) < len(names):
         said.append(
-            f"Thumbnails of {len(made):,} of {len(names):,} images: the rows were put into as many clusters as the "
-            "page has room for (k-means), and each cluster shows the image nearest to its middle."
+            f"Thumbnails of {len(made):,} of {len(names):,} images: the rows were put into clusters (k-means), and "
+            "each cluster shows the image nearest to its middle."
         )
     if missing:
         lost = count(missing, "image")
