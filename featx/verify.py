@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from featx import formats, journal, reader
+from featx.datamodule import ImageFolderDataModule
 from featx.finished import Finished, find
 from featx.manifest import Json
 from featx.messages import BadValueError, MissingPathError, UserError, count
@@ -135,19 +136,18 @@ def check_rows(path: Path, folder: str) -> str:
         start = number * data.batch_size
         first = sum(data.images.names[i] not in lost for i in range(own.start, start))
         if batch.names:
-            rows = model.predict_step(batch)[record["layer"]].numpy()
-            wanted |= {first + i: pair for i, pair in enumerate(zip(batch.names, rows, strict=True))}
+            computed = model.predict_step(batch)[record["layer"]].numpy()
+            wanted |= dict(enumerate(zip(batch.names, computed, strict=True), first))
     worst = 0.0
-    index = 0
-    for names, values in reader.read(path):
-        for i in wanted.keys() & range(index, index + len(names)):
-            written, (name, row) = names[i - index], wanted[i]
+    rows = (pair for names, values in reader.read(path) for pair in zip(names, values, strict=True))
+    for i, (written, values) in enumerate(rows):
+        if i in wanted:
+            name, expected = wanted[i]
             if os.path.basename(os.fsencode(written)) != os.path.basename(_name(file, name)):
                 raise Mismatch(f"row {i + 1} is {written!r}, in {folder} it is {name!r}")
-            row = row.astype(values.dtype).astype(np.float32)
-            difference = np.linalg.norm(values[i - index].astype(np.float32) - row)
-            worst = max(worst, float(difference / (np.linalg.norm(row) or 1)))
-        index += len(names)
+            expected = expected.astype(values.dtype).astype(np.float32)
+            difference = np.linalg.norm(values.astype(np.float32) - expected)
+            worst = max(worst, float(difference / (np.linalg.norm(expected) or 1)))
     told = f"{count(len(wanted), 'row')} computed again, the largest relative difference is {worst:.1e}"
     if worst > CLOSE:
         raise Mismatch(told)
@@ -159,6 +159,4 @@ def _rebuild(record: Json, folder: str) -> tuple[Any, Any]:
     options = record["run"]["options"]
     module, _, name = options["model_class"].rpartition(".")
     model = getattr(import_module(module), name)(**options["model"])
-    from featx.datamodule import ImageFolderDataModule
-
     return model, ImageFolderDataModule(**options["data"] | {"dir": folder})
