@@ -120,8 +120,9 @@ def check_rows(path: Path, folder: str) -> str:
     """
     file = _find(path)
     record, own = file.record, file.own
-    if (precision := record["identity"]["precision"]) != "32-true":
-        raise UserError(f"--images: rows of --trainer.precision {precision} are not computed again.")
+    for option, able in (("trainer.precision", ["32-true"]), ("data.decoder", ["exact", "turbo"])):
+        if (used := record["identity"][option.split(".")[1]]) not in able:
+            raise UserError(f"--images: rows of --{option} {used} are not computed again.")
     model, data = _rebuild(record, folder)
     data.setup()
     model.configure_model()

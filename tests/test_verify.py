@@ -101,3 +101,15 @@ def test_what_is_no_result_is_exit_2(tmp_path, capsys):
     assert main(["verify", str(tmp_path / "x.csv")]) == 2
     assert "x.json: no such file" in capsys.readouterr().err
     assert main(["verify"]) == 2
+
+
+@pytest.mark.parametrize(("old", "new", "words"), [
+    ('"precision": "32-true"', '"precision": "bf16-mixed"', "--trainer.precision bf16-mixed are not computed again"),
+    ('"decoder": "exact"', '"decoder": "cuda"', "--data.decoder cuda are not computed again"),
+])  # fmt: skip
+def test_rows_that_this_machine_would_compute_otherwise_are_not_compared(made, copy, old, new, words, capsys, caplog):
+    record = copy.with_suffix(".json")
+    assert old in record.read_text()
+    record.write_text(record.read_text().replace(old, new))
+    assert main(["verify", str(copy), "--images", str(made / "photos")]) == 2
+    assert words in capsys.readouterr().err + caplog.text
