@@ -23,12 +23,16 @@ browser:
 	{ apt-get update -qq && apt-get install -qq -y chromium chromium-driver; } >/dev/null 2>&1 || \
 	echo "no browser: it could not be installed (Debian's chromium and chromium-driver), its tests are skipped"
 
-# The picture in README: the page of the demo, one image shown.
-picture: demo browser
-	mkdir -p docs
+# The picture in README: the page of a demo made anew, one image shown, in 256 colours.
+picture: browser
+	rm -rf demo
+	$(MAKE) demo
 	chromium --headless --no-sandbox --disable-gpu --no-first-run --disable-background-networking \
-	--hide-scrollbars --window-size=1280,800 --virtual-time-budget=10000 --screenshot=docs/show.png \
-	"file://$$(ls -t $(CURDIR)/demo/features/*.html | head -1)#living/cat.png"
+	--hide-scrollbars --window-size=1280,1080 --virtual-time-budget=10000 --screenshot=demo/show.png \
+	"file://$$(ls -t $(CURDIR)/demo/features/*.html | head -1)#things/motorcycle-left.png" 2>demo/chromium.log || \
+	{ cat demo/chromium.log; exit 1; }
+	$(BIN)/python -c "from PIL import Image; Image.open('demo/show.png').convert('RGB').quantize(256, 2) \
+	.save('docs/show.png', optimize=True)"
 
 torture: $(VENV)/installed
 	$(BIN)/python -m pytest -m torture
