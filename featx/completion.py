@@ -39,11 +39,7 @@ def _parser(file: Any) -> argparse.ArgumentParser:
     for command in ("predict", "layers"):
         options = {
             f"{group}.{name}": _choices(hint)
-            for group, owner in (
-                ("data", ImageFolderDataModule),
-                ("model", FeatureExtractor),
-                ("writer", FeatureWriter),
-            )
+            for group, owner in GROUPS.items()
             for name, hint in get_type_hints(owner.__init__).items()
             if name != "return"
         }

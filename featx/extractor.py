@@ -27,10 +27,13 @@ from featx.trace import Pool
 
 # Images that one core computes at a time. On a CPU the last bits of a result depend on how many images and threads
 # compute it, so both are fixed: one thread a slice, and as many slices at once as there are cores. Of 8, 16 and 32,
-# 16 was the best or within 10 % of it for AlexNet, VGG16, ResNet-50, MobileNetV3-small (in channels_last) and ViT-B/16.
+# 16 was the best or within 4 % of it for VGG16, ResNet-50, MobileNetV3-small (in channels_last) and ViT-B/16.
 SLICE = 16
+LONG_SLICE = 32  # for AlexNet, which reads 150 MB of fc6's weights for each: 7 % faster than by 16
 MANY_COLUMNS = 16384
 SAME = 1e-5  # relative (L2): the memory layout may change last bits only
+
+SLICES_A_CORE = 2  # begun or waiting, so that all cores have work until the next batch is here
 
 T = TypeVar("T")
 Part = tuple[dict[str, Tensor], float]  # of a slice the rows, and the seconds that a core took for them
@@ -64,6 +67,17 @@ class Rows(Mapping[str, Tensor]):
     def to(self, *device: Any, **how: Any) -> dict[str, Tensor]:
         """Return the rows on a device: so Lightning takes them where it is to return them all at the end."""
         return {layer: rows.to(*device, **how) for layer, rows in self.items()}
+
+
+def choose_slice(network: nn.Module) -> int:
+    """Return how many images one core computes at a time: more where nearly all weights are of Linear layers.
+
+    These are read anew for each slice; but not where a LayerNorm tells that they are used for many tokens an image.
+    """
+    modules = list(network.modules())
+    linear = sum(module.weight.numel() for module in modules if isinstance(module, nn.Linear))
+    most = linear > 0.95 * sum(parameter.numel() for parameter in network.parameters())
+    return LONG_SLICE if most and not any(isinstance(module, nn.LayerNorm) for module in modules) else SLICE
 
 
 class FeatureExtractor(LightningModule):
@@ -103,6 +117,7 @@ class FeatureExtractor(LightningModule):
         weights_used: What the network's weights are, in words.
         weights_digest: SHA-256 of the weights as they were loaded.
         weights_told: What is not plainly so: a fitted classifier, tensors that stayed random.
+        images_a_slice: How many images a core computes at a time, on a CPU.
         memory_layout: contiguous or channels_last; from ``try_out`` on.
         stages: Seconds that cores took for the network.
 
@@ -148,6 +163,7 @@ class FeatureExtractor(LightningModule):
         self.channels_last = channels_last
         self.compile = compile  # type: ignore[assignment, method-assign]  # the option's name, over nn.Module's method
         self._compiles = compile
+        self.images_a_slice = SLICE
         self.memory_layout = "contiguous"
         self.stages: dict[str, float] = defaultdict(float)
         self._state: dict[str, Tensor] | None = None  # of the file, while the network is built
@@ -233,6 +249,7 @@ class FeatureExtractor(LightningModule):
         elif as_built or networks.is_function(self.arch):
             self.weights_told = self._random_tensors(network)
         self.network = network.eval().requires_grad_(False)
+        self.images_a_slice = choose_slice(network)
         self.weights_digest = digest(network)
         self._taps = Taps(network, self.layers, self.pool)
 
@@ -333,7 +350,7 @@ class FeatureExtractor(LightningModule):
         if self._compiled is None:
             return self.run(images, self._taps)
         # Each number of images would be compiled anew, to other last bits where it is left open: on a CPU it is one.
-        more = max(0, SLICE - len(images)) if self.device.type == "cpu" else 0
+        more = max(0, self.images_a_slice - len(images)) if self.device.type == "cpu" else 0
         rows = self.run(torch.cat([images, images.new_zeros(more, *images.shape[1:])]), self._compiled)
         return {layer: values[: len(images)] for layer, values in rows.items()}
 
@@ -381,7 +398,7 @@ class FeatureExtractor(LightningModule):
         threads = self._threads()
         futures = [threads.submit(self._timed, images) for _, images in slices]
         self._running.extend(futures)
-        while len(self._running) > 2 * self._cores:  # all cores have work until the next batch is here
+        while len(self._running) > SLICES_A_CORE * self._cores:
             self._running.popleft().result()
         return Rows(self.layers, lambda: self._finish(futures, order))
 
@@ -433,9 +450,13 @@ class FeatureExtractor(LightningModule):
             way_out = ": --model.pool avg takes one a channel instead" if pooled else ""
             log.warning("%s%s", told, way_out)
 
+    def batches_at_once(self, batch_size: int) -> int:
+        """Return how many batches may be computed at the same time."""
+        return math.ceil(SLICES_A_CORE * self._cores * self._slice / batch_size) if self.device.type == "cpu" else 1
+
     @property
     def _slice(self) -> int:
-        return SLICE if self.device.type == "cpu" else 1 << 30
+        return self.images_a_slice if self.device.type == "cpu" else 1 << 30
 
     @property
     def _cores(self) -> int:

@@ -236,7 +236,7 @@ def _estimate(trainer: Trainer, model: FeatureExtractor, data: ImageFolderDataMo
     shared = device.type == "cpu"  # by both stages; beside a GPU the slower of the two is the wall
     seconds = reading[-1] / cores + computing[-1] if shared else max(reading[-1] / cores, computing[-1])
     seconds *= len(data.images) / trainer.world_size
-    print(f"time: about {timedelta(seconds=math.ceil(seconds))} h on {device}, by two batches of {data.batch_size}")
+    print(f"time: about {timedelta(seconds=math.ceil(seconds))} on {device}, by two batches of {data.batch_size}")
     print("dry run: nothing was written")
 
 

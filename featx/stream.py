@@ -17,7 +17,7 @@ from featx.journal import Entry, Part
 from featx.messages import UserError
 from featx.state import LayerState
 
-WAITING = 4  # batches that may wait for the disk; then the network waits
+WAITING = 4  # batches that may wait for the disk, besides those that are computed; then the network waits
 SHARE = 1 / 50  # of the time goes to syncs at most, as long as they are not LONGEST apart
 LONGEST = 10.0  # seconds
 
@@ -32,6 +32,7 @@ class RowStream:
         device: What computes the rows, as the journal calls it.
         on_gpu: Whether it is a GPU, for which the thread waits.
         first: The first batch's number.
+        computing: Batches that may still be computed while they wait here.
         name: An image's path -> its row's name.
 
     Attributes:
@@ -47,6 +48,7 @@ class RowStream:
         device: str,
         on_gpu: bool,
         first: int,
+        computing: int,
         name: Callable[[str], str],
     ) -> None:
         self.computed = 0
@@ -61,7 +63,7 @@ class RowStream:
         self._shard = -1
         self._finished: dict[Path, str] = {}  # SHA-256 of the parts before
         self._failure: BaseException | None = None
-        self._queue: queue.Queue[tuple[Batch, Mapping[str, Tensor]] | None] = queue.Queue(WAITING)
+        self._queue: queue.Queue[tuple[Batch, Mapping[str, Tensor]] | None] = queue.Queue(WAITING + computing)
         self._turn_to(first)
         self._thread = threading.Thread(target=self._write_all, name="featx-writer", daemon=True)
         self._thread.start()

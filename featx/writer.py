@@ -255,7 +255,10 @@ class FeatureWriter(BasePredictionWriter):
         if len(data.batches):
             stem = f"{self._session}-{trainer.global_rank:05}"
             on_gpu, first = device.type != "cpu", int(data.batches[0])
-            self._stream = RowStream(self._states, self._columns, stem, self._device, on_gpu, first, self._name)
+            computing = model.batches_at_once(data.batch_size)
+            self._stream = RowStream(
+                self._states, self._columns, stem, self._device, on_gpu, first, computing, self._name
+            )
 
     def _begin(self, data: Any, preset: Any) -> tuple[int, Any]:
         """Return the session's number and the batches that are not on disk yet, in order."""

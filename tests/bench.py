@@ -251,6 +251,7 @@ def run(scratch: Path, job: str, *args: Any) -> Ended:
     """Run a job as a process, to its end; a child's peak counts from its parent's, so this one imports nothing big."""
     report, told = scratch / "report.json", scratch / "told.txt"
     command = [sys.executable, str(JOBS), json.dumps([job, str(report), *args], default=str)]
+    os.sync()  # what others have written must not be waited for by this one
     with told.open("wb") as log:
         begin = time.monotonic()
         process = subprocess.Popen(command, cwd=scratch, env=ENV, stdout=log, stderr=log, start_new_session=True)

@@ -81,11 +81,12 @@ def main(folder: Path) -> int:
 
 
 def write_photos(root: Path) -> None:
-    """Write the photographs, a folder a class, as PNG."""
+    """Write the photographs that are missing, a folder a class, as PNG; others would be changed images to featx."""
     for label, photos in PHOTOS.items():
         (root / label).mkdir(parents=True, exist_ok=True)
         for name, pixels in photos.items():
-            Image.fromarray(pixels()).save(root / label / f"{name}.png", compress_level=1)
+            if not (path := root / label / f"{name}.png").exists():
+                Image.fromarray(pixels()).save(path, compress_level=1)
 
 
 def run(command: list[str]) -> tuple[int, bytes]:

@@ -26,6 +26,7 @@ NOT_RUN = {
     r"pip install ": "it installs",
     r"make (demo|test)\b": "it installs; test_demo.py runs what make demo runs, and make test runs this",
     r"make bench\b": "it installs, and measures for minutes; test_bench.py runs its parts",
+    r".*--data.decoder cuda": "there is no GPU here; test_nvjpeg.py runs its parts",
     r"srun ": "there is no SLURM here; test_cli.py starts two tasks with the variables that srun sets",
 }
 # What a test has to put in the place of what a reader has: machines, GPUs, and weights that only a server has.
@@ -201,7 +202,7 @@ def do(store, forkserver, tmp_path_factory):
 
     def do(command):
         reads = re.search(r"features/fc7|--data.resize 300", command) and "out_dir=" not in command
-        shards = "features/fc7/" in command or command.endswith("features/fc7")
+        shards = re.search(r"features/fc7(/|\s|$)", command)
         of_shards = "--data.batch_size 4 --writer.shard_rows 4 --writer.format [csv,npy,parquet]"
         of_files = "--writer.format [csv,npy,parquet]"
         return run(command, finished(of_shards if shards else of_files) if reads else None)[1]
