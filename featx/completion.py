@@ -9,7 +9,7 @@ from featx.messages import BadValueError, did_you_mean
 from featx.options import TRAINER
 from featx.writer import FeatureWriter
 
-GROUPS = {"data": ImageFolderDataModule, "model": FeatureExtractor, "writer": FeatureWriter}
+GROUPS: dict[str, Any] = {"data": ImageFolderDataModule, "model": FeatureExtractor, "writer": FeatureWriter}
 SHELLS = ("bash", "zsh", "tcsh")
 PATHS = {"data.dir", "data.files", "model.weights", "writer.out_dir", "config"}
 

@@ -27,9 +27,9 @@ from featx.trace import Pool
 
 # Images that one core computes at a time. On a CPU the last bits of a result depend on how many images and threads
 # compute it, so both are fixed: one thread a slice, and as many slices at once as there are cores. Of 8, 16 and 32,
-# 16 was the best or within 4 % of it for VGG16, ResNet-50, MobileNetV3-small (in channels_last) and ViT-B/16.
+# 16 was the best or within 10 % of it for AlexNet, VGG16, ResNet-50, MobileNetV3-small (in channels_last) and ViT-B/16.
+# 32 makes a run of AlexNet 3 to 5 % shorter, but its memory then grows by tens of MiB, by chance.
 SLICE = 16
-LONG_SLICE = 32  # for AlexNet, which reads 150 MB of fc6's weights for each: 7 % faster than by 16
 MANY_COLUMNS = 16384
 SAME = 1e-5  # relative (L2): the memory layout may change last bits only
 
@@ -69,17 +69,6 @@ class Rows(Mapping[str, Tensor]):
         return {layer: rows.to(*device, **how) for layer, rows in self.items()}
 
 
-def choose_slice(network: nn.Module) -> int:
-    """Return how many images one core computes at a time: more where nearly all weights are of Linear layers.
-
-    These are read anew for each slice; but not where a LayerNorm tells that they are used for many tokens an image.
-    """
-    modules = list(network.modules())
-    linear = sum(module.weight.numel() for module in modules if isinstance(module, nn.Linear))
-    most = linear > 0.95 * sum(parameter.numel() for parameter in network.parameters())
-    return LONG_SLICE if most and not any(isinstance(module, nn.LayerNorm) for module in modules) else SLICE
-
-
 class FeatureExtractor(LightningModule):
     """Which network, with which weights, and which of its layers.
 
@@ -117,7 +106,6 @@ class FeatureExtractor(LightningModule):
         weights_used: What the network's weights are, in words.
         weights_digest: SHA-256 of the weights as they were loaded.
         weights_told: What is not plainly so: a fitted classifier, tensors that stayed random.
-        images_a_slice: How many images a core computes at a time, on a CPU.
         memory_layout: contiguous or channels_last; from ``try_out`` on.
         stages: Seconds that cores took for the network.
 
@@ -163,7 +151,6 @@ class FeatureExtractor(LightningModule):
         self.channels_last = channels_last
         self.compile = compile  # type: ignore[assignment, method-assign]  # the option's name, over nn.Module's method
         self._compiles = compile
-        self.images_a_slice = SLICE
         self.memory_layout = "contiguous"
         self.stages: dict[str, float] = defaultdict(float)
         self._state: dict[str, Tensor] | None = None  # of the file, while the network is built
@@ -249,7 +236,6 @@ class FeatureExtractor(LightningModule):
         elif as_built or networks.is_function(self.arch):
             self.weights_told = self._random_tensors(network)
         self.network = network.eval().requires_grad_(False)
-        self.images_a_slice = choose_slice(network)
         self.weights_digest = digest(network)
         self._taps = Taps(network, self.layers, self.pool)
 
@@ -350,7 +336,7 @@ class FeatureExtractor(LightningModule):
         if self._compiled is None:
             return self.run(images, self._taps)
         # Each number of images would be compiled anew, to other last bits where it is left open: on a CPU it is one.
-        more = max(0, self.images_a_slice - len(images)) if self.device.type == "cpu" else 0
+        more = max(0, SLICE - len(images)) if self.device.type == "cpu" else 0
         rows = self.run(torch.cat([images, images.new_zeros(more, *images.shape[1:])]), self._compiled)
         return {layer: values[: len(images)] for layer, values in rows.items()}
 
@@ -456,7 +442,7 @@ class FeatureExtractor(LightningModule):
 
     @property
     def _slice(self) -> int:
-        return self.images_a_slice if self.device.type == "cpu" else 1 << 30
+        return SLICE if self.device.type == "cpu" else 1 << 30
 
     @property
     def _cores(self) -> int:

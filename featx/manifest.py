@@ -19,7 +19,7 @@ import torchvision
 import featx
 from featx import disk
 from featx.datamodule import ImageFolderDataModule
-from featx.extractor import FeatureExtractor
+from featx.extractor import SLICE, FeatureExtractor
 from featx.images import ImageTree
 from featx.messages import count
 
@@ -44,7 +44,7 @@ def identity(trainer: Any, model: FeatureExtractor, data: ImageFolderDataModule,
         "precision": str(trainer.precision),
         "memory_layout": model.memory_layout,
         "compiled": model.compile,
-        "images_a_slice": model.images_a_slice,
+        "images_a_slice": SLICE,
         "threads_a_slice": 1,
         "versions": {
             "featx": featx.__version__,

@@ -18,7 +18,7 @@ from featx.messages import UserError
 from featx.state import LayerState
 
 WAITING = 4  # batches that may wait for the disk, besides those that are computed; then the network waits
-SHARE = 1 / 50  # of the time goes to syncs at most, as long as they are not LONGEST apart
+SHARE = 1 / 10  # of the time goes to syncs at most, as long as they are not LONGEST apart
 LONGEST = 10.0  # seconds
 
 

@@ -161,7 +161,7 @@ def stages(photos: str, weights: str, images: int) -> dict[str, float]:
     from torch import nn
 
     from featx.decode import read_image
-    from featx.extractor import choose_slice
+    from featx.extractor import SLICE
     from featx.formats import csv_row
     from featx.preprocess import Preprocessing
 
@@ -172,9 +172,8 @@ def stages(photos: str, weights: str, images: int) -> dict[str, float]:
     tensors, resize = timed(preprocessing.to_tensor, decoded)
     alexnet, _ = hooked_alexnet(weights)
     network = nn.Sequential(alexnet.features, alexnet.avgpool, nn.Flatten(), alexnet.classifier[:5])  # ends at fc7
-    size = choose_slice(alexnet)
-    slices = [preprocessing.normalize(torch.stack(tensors[i : i + size])) for i in range(0, len(tensors), size)]
-    slices = [pixels for pixels in slices if len(pixels) == size]  # (size, 3, 224, 224) float32
+    slices = [preprocessing.normalize(torch.stack(tensors[i : i + SLICE])) for i in range(0, len(tensors), SLICE)]
+    slices = [pixels for pixels in slices if len(pixels) == SLICE]  # (SLICE, 3, 224, 224) float32
     prices = {"decode": decode, "resize + crop": resize}
     with torch.inference_mode():
         for layout, memory_format in (("NCHW", torch.contiguous_format), ("channels_last", torch.channels_last)):
@@ -182,7 +181,7 @@ def stages(photos: str, weights: str, images: int) -> dict[str, float]:
             slices = [pixels.contiguous(memory_format=memory_format) for pixels in slices]
             network(slices[0])
             rows, price = timed(network, slices)
-            prices[f"network, slices of {size}, {layout}"] = price / size
+            prices[f"network, slices of {SLICE}, {layout}"] = price / SLICE
     _, prices["text"] = timed(lambda row: csv_row(b"photo-000000.jpg", row), list(torch.cat(rows).numpy()))
     return prices
 

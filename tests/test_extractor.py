@@ -16,9 +16,7 @@ from torch import nn
 from torchvision import models
 
 from featx import FeatureExtractor, ImageFolderDataModule, Preprocessing
-from featx.extractor import choose_slice
 from featx.messages import BadValueError, UserError
-from featx.network import build_empty
 from featx.options import Parser
 from featx.predict import FeatxCLI
 
@@ -387,14 +385,7 @@ def test_rows_are_float32_in_every_precision_and_no_other_dtype_stays_the_defaul
         assert relative_error(rows["fc"].numpy(), exact.numpy()) < (1e-5 if "64" in precision else 2e-2)
 
 
-@pytest.mark.parametrize(("arch", "images"), [
-    ("alexnet", 32), ("vgg16", 16), ("resnet50", 16), ("mobilenet_v3_small", 16), ("vit_b_16", 16),
-])  # fmt: skip
-def test_a_network_of_mostly_linear_weights_is_computed_in_longer_slices(arch, images):
-    assert choose_slice(build_empty(arch)) == images
-
-
 def test_as_many_batches_are_computed_at_once_as_cores_have_slices_of(monkeypatch):
     monkeypatch.setattr("featx.extractor.usable_cores", lambda: 24)
     model = FeatureExtractor()
-    assert model.images_a_slice == 16 and model.batches_at_once(64) == 12 and model.batches_at_once(10000) == 1
+    assert model.batches_at_once(64) == 12 and model.batches_at_once(10000) == 1
