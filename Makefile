@@ -46,7 +46,7 @@ $(VENV)/installed-bench: $(VENV)/installed
 	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[bench]'
 	touch $@
 
-# About 20 minutes of a machine with nothing else to do. BENCH="--keep docs/bench.md" keeps the table, BENCH=--quick
+# About 12 minutes of a machine with nothing else to do. BENCH="--keep docs/bench.md" keeps the table, BENCH=--quick
 # shows in a minute that it works.
 bench: $(VENV)/installed-bench
 	$(BIN)/python tests/bench.py bench $(BENCH)
