@@ -164,10 +164,12 @@ def _in_memory(
     data: ImageFolderDataModule = made.data
     made.model.check()
     if pictures := _pictures(source, data):
+        if data.decoder == "cuda":
+            raise BadValueError("decoder='cuda': PIL images are decoded already. Expected exact or turbo.")
         made.model.configure_model()
         _predict(trainer, made.model, dataloaders=_batches(pictures, data, made.model.preprocessing))
     else:
-        data.check()
+        data.check(trainer.strategy.root_device)
         data.setup()
         made.model.configure_model()
         _predict(trainer, made.model, datamodule=data)

@@ -3,11 +3,10 @@
 import os
 import sys
 import traceback
-from importlib import import_module
 from typing import NoReturn
 
 from featx import __version__
-from featx.lean import stand_ins
+from featx.lean import import_lean
 from featx.stop import Stopped, leave_at_once, listen
 
 MODULES = {"predict": "predict", "layers": "survey", "verify": "verify", "show": "show", "completion": "completion"}
@@ -74,8 +73,7 @@ def _run(argv: list[str]) -> int:
     try:
         if command not in MODULES:
             raise UserError(f"{command}: no such command.{did_you_mean(command, MODULES)} featx --help lists them.")
-        with stand_ins():
-            module = import_module(f"featx.{MODULES[command]}")
+        module = import_lean(f"featx.{MODULES[command]}")
         return int(getattr(module, MODULES[command])(rest))
     except UserError as err:
         log.error("%s", err)

@@ -57,6 +57,15 @@ def stand_ins() -> Iterator[None]:
         _remove()
 
 
+def import_lean(name: str) -> ModuleType:
+    """Import a module, with stand-ins where they serve its own imports, else, as in another version, without them."""
+    try:
+        with stand_ins():
+            return import_module(name)
+    except ImportError:  # of a part of torch._dynamo's that has none; what is really missing is missing again
+        return import_module(name)
+
+
 def _remove() -> None:
     for name in STAND_INS:
         if isinstance(sys.modules.get(name), _StandIn):

@@ -134,6 +134,8 @@ MISTAKES = [
     ({"source": []}, "source: nothing in it. Expected a folder, paths of images, or PIL images"),
     ({"source": [1]}, "source: number 0 is a int. Expected PIL images"),
     ({"source": ["a.jpg"], "out_dir": "x"}, "out_dir='x': expected a folder as source"),
+    ({"decoder": "cuda", "accelerator": "cpu"}, "--data.decoder cuda: this run is on cpu. Expected an NVIDIA GPU"),
+    ({"source": [make_image(0, (9, 9))], "decoder": "cuda"}, "decoder='cuda': PIL images are decoded already"),
 ]
 
 

@@ -59,3 +59,17 @@ with stand_ins():
 print(before is within, before is torch._dynamo)
 """
     assert python(code) == ["True True"]
+
+
+def test_a_module_that_wants_more_of_them_than_stand_ins_have_is_imported_without(tmp_path):
+    (tmp_path / "wants_more.py").write_text("from torch._dynamo import OptimizedModule\nimport torch._dynamo.config\n")
+    (tmp_path / "lacks.py").write_text("import nothing_of_this_name\n")
+    code = """
+from featx.lean import import_lean
+print(import_lean("wants_more").OptimizedModule.__module__)
+try:
+    import_lean("lacks")
+except ImportError as err:
+    print(err)
+"""
+    assert python(code, cwd=tmp_path) == ["torch._dynamo.eval_frame", "No module named 'nothing_of_this_name'"]
