@@ -18,7 +18,7 @@ class Finished:
     Attributes:
         path: The file, or the folder.
         record_path: Where its record is, or would be.
-        record: What LAYER.json says, of one shard with its own ``rows``; empty where it is missing, or cannot be read.
+        record: What LAYER.json says, of one shard with its own ``rows``; empty where it is missing.
     """
 
     path: Path
@@ -72,12 +72,14 @@ def find(path: Path) -> Finished:
 
     Raises:
         MissingPathError: It is not there.
+        BadValueError: Its record is none of featx's, or one of a newer featx.
     """
     if not path.exists():
         beside = path.parent.glob("[!.]*")
         near = did_you_mean(path.name, [other.name for other in beside if other.suffix not in (".json", ".html")])
         raise MissingPathError(f"{path}: no such file.{near} Expected what featx predict wrote, as features/fc7.csv")
+    path = reader.named(path)
     place = reader.record_path(path)
-    record = manifest.read_json(place) or {}
+    record = reader.read_record(place) or {}
     said = {Path(name).name: said for name, said in record.get("files", {}).items()}.get(path.name, {})
     return Finished(path, place, record | {"rows": said["rows"]} if "rows" in said else record)

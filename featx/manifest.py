@@ -22,6 +22,8 @@ from featx.datamodule import ImageFolderDataModule
 from featx.extractor import SLICE, FeatureExtractor
 from featx.images import ImageTree
 from featx.messages import count
+from featx.reader import is_result_name as is_result_name
+from featx.reader import read_record as read_record
 
 Json = dict[str, Any]
 

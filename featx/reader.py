@@ -2,11 +2,12 @@
 
 import json
 import os
+import re
 from collections.abc import Callable, Collection, Iterator
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import orjson
@@ -17,6 +18,31 @@ from featx.messages import BadValueError, MissingPathError, count
 
 Rows = tuple[list[str], Floats]  # names and values, (R, D)
 PathLike = str | os.PathLike[str]
+
+NEWEST = 2  # format of a record that this version reads; one that does not say has format 1
+NOTHING = type(None)
+SHAPE: dict[str, tuple[type, ...]] = {  # what a record is read for; whatever else it says is left as it is
+    "layer": (str,),
+    "files": (dict,),
+    "rows": (int,),
+    "columns": (int,),
+    "errors": (int,),
+    "errors_used": (int,),
+    "decoded_on_cpu": (int,),
+    "inputs.images": (int,),
+    "inputs.digest": (str,),
+    "identity.weights": (str,),
+    "identity.value_range": (list, NOTHING),
+    "identity.decoder": (str,),
+    "identity.precision": (str,),
+    "identity.names": (str,),
+    "identity.header": (bool,),
+    "identity.shard_rows": (int, NOTHING),
+    "run.options.model_class": (str,),
+    "run.options.model": (dict,),
+    "run.options.data.dir": (str,),
+}
+IN_WORDS = {str: "text", int: "a number", dict: "an object", list: "a list", bool: "true or false", NOTHING: "null"}
 
 
 def load(path: PathLike, mmap: bool = False) -> tuple[list[str], Floats]:
@@ -50,20 +76,89 @@ def record(path: PathLike) -> dict[str, Any]:
         path: The file, the folder of shards, one of them, or LAYER.json itself.
 
     Raises:
-        FileNotFoundError: There is no record beside it that can be read.
+        FileNotFoundError: There is no record beside it.
+        ValueError: What is there is no record of featx, or one of a newer featx.
     """
     beside = record_path(Path(path))
-    try:
-        found: dict[str, Any] = json.loads(beside.read_bytes().decode("utf-8", "surrogateescape"))
-    except (OSError, ValueError) as err:
-        raise MissingPathError(f"{beside}: no record that can be read. Expected what featx predict wrote.") from err
+    found = read_record(beside)
+    if found is None:
+        raise MissingPathError(f"{beside}: no record. Expected what featx predict wrote.")
     return found
+
+
+def read_record(path: Path, layer: str | None = None) -> dict[str, Any] | None:
+    """Return what LAYER.json says, or None where there is no such file.
+
+    Args:
+        path: LAYER.json.
+        layer: The layer that it must be of, where its files are to be replaced; without it, it may have been renamed.
+
+    Raises:
+        BadValueError: It is no record of featx, or one of a newer featx.
+    """
+    try:
+        found = json.loads(path.read_bytes().decode("utf-8", "surrogateescape"))
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, ValueError, RecursionError) as err:
+        wrong = getattr(err, "strerror", None) or f"it is not JSON ({type(err).__name__}: {err})"
+    else:
+        version = found.get("format", 1) if isinstance(found, dict) else 1
+        if type(version) is int and version > NEWEST:
+            raise BadValueError(f"{path}: made by a newer featx (format {version}); this one reads up to {NEWEST}.")
+        wrong = _wrong(found, layer)
+        if not wrong:
+            return dict(found)
+    raise BadValueError(f"{path}: not a record of featx: {wrong}.\nExpected what featx predict wrote with its files.")
+
+
+def is_result_name(layer: str, name: str) -> bool:
+    """Return whether a layer's file may have this name in its record, as ``fc7.csv`` or ``fc7/00000.csv``."""
+    stem, kinds = layer.replace("/", "%2F"), "|".join(["names.txt", *get_args(formats.Format)])
+    allowed = rf"{re.escape(stem)}(/[0-9]{{5,}})?\.({kinds})"
+    return stem not in ("", ".", "..") and re.fullmatch(allowed, name) is not None
+
+
+def _wrong(record: Any, layer: str | None) -> str:
+    """Say what of a record is not as featx writes it, or return nothing."""
+    for key, kinds in SHAPE.items():
+        value = record
+        for word in key.split("."):
+            if not isinstance(value, dict) or word not in value:
+                return f"it has no {key}"
+            value = value[word]
+        if type(value) not in kinds or (type(value) is int and value < 0):
+            return f"{key} is {_short(value)}, expected {' or '.join(IN_WORDS[kind] for kind in kinds)}"
+    if layer is not None and record["layer"] != layer:
+        return f"layer is {_short(record['layer'])}, expected {_short(layer)}"
+    bounds = record["identity"]["value_range"] or [0, 1]
+    if len(bounds) != 2 or not all(type(bound) in (int, float) for bound in bounds):
+        return f"identity.value_range is {_short(bounds)}, expected two numbers"
+    for name, said in record["files"].items():
+        if not is_result_name(record["layer"], name):
+            return f"files names {_short(name)}, which is no file of layer {_short(record['layer'])}"
+        known = said if isinstance(said, dict) else {}
+        counts = [known.get("bytes"), known.get("rows", 0)]
+        sha256 = known.get("sha256")
+        if not all(type(number) is int and number >= 0 for number in counts) or not isinstance(sha256, str):
+            return f"files says {_short(said)} of {name}, expected sha256 and bytes"
+    return "" if record["files"] else "files names none"
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 60 else f"{text[:57]}…"
+
+
+def named(path: Path) -> Path:
+    """Return a path that ends in a name: the folder ``.`` of ``features/fc7`` as ``../fc7``."""
+    return path if path.name not in ("", "..") else path / ".." / path.resolve().name
 
 
 def record_path(path: Path) -> Path:
     """Return where a file's record is: beside it or, of a shard or the folder of all, beside that folder."""
     if path.is_dir():
-        return Path(f"{path}.json")
+        return Path(f"{named(path)}.json")
     beside, above = path.with_suffix(".json"), Path(f"{path.absolute().parent}.json")
     return above if path.stem.isdigit() and not beside.exists() and above.exists() else beside
 

@@ -51,7 +51,8 @@ def _files(path: Path) -> list[Path]:
     """Return a file or, of a folder of shards, all that its record knows but the names beside an npy."""
     if not path.is_dir():
         return [path]
-    return [path.parent / name for name in _find(path).record["files"] if not name.endswith(".names.txt")]
+    file = _find(path)
+    return [file.path.parent / name for name in file.record["files"] if not name.endswith(".names.txt")]
 
 
 def _find(path: Path) -> Finished:
