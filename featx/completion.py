@@ -51,7 +51,7 @@ def _parser(file: Any) -> argparse.ArgumentParser:
                 action.complete = file
         for name in ("print_config", "help_all") if command == "predict" else ("json",):
             sub.add_argument(f"--{name}", action="store_true")
-    for command, options_of in (("verify", ["--images"]), ("show", ["--images", "--map"])):
+    for command, options_of in (("verify", ["--images", "--model", "--model.arch"]), ("show", ["--images", "--map"])):
         sub = commands.add_parser(command, help=command)  # shtab hides those without
         for option in options_of:
             one: Any = sub.add_argument(option, choices=["pca", "tsne"] if option == "--map" else None)

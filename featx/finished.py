@@ -1,5 +1,6 @@
 """A finished file and what stands beside it: its record, the images of its rows, and those that have none."""
 
+import zlib
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -45,11 +46,13 @@ class Finished:
 
     @cached_property
     def images(self) -> list[str] | None:
-        """The images' paths below the data folder, or None where the list of them is no longer there."""
+        """The images' paths below the data folder, or None where the list of them is no longer there, or damaged."""
         kept = self.record_path.parent / HIDDEN / file_name(self.record["layer"]) / "images.gz"
-        if not kept.exists():
+        try:
+            names = [name for name, _, _ in manifest.read_inputs(kept, slice(self.own.start, self.own.stop))]
+        except (OSError, EOFError, ValueError, zlib.error):
             return None
-        return [name for name, _, _ in manifest.read_inputs(kept, slice(self.own.start, self.own.stop))]
+        return names if len(names) == len(self.own) else None
 
     @cached_property
     def faults(self) -> list[Fault]:

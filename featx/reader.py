@@ -127,15 +127,17 @@ def _wrong(record: Any, layer: str | None) -> str:
             if not isinstance(value, dict) or word not in value:
                 return f"it has no {key}"
             value = value[word]
-        if type(value) not in kinds or (type(value) is int and value < 0):
+        if type(value) not in kinds or value == "" or (type(value) is int and value < 0):
             return f"{key} is {_short(value)}, expected {' or '.join(IN_WORDS[kind] for kind in kinds)}"
     if layer is not None and record["layer"] != layer:
         return f"layer is {_short(record['layer'])}, expected {_short(layer)}"
-    bounds = record["identity"]["value_range"] or [0, 1]
-    if len(bounds) != 2 or not all(type(bound) in (int, float) for bound in bounds):
-        return f"identity.value_range is {_short(bounds)}, expected two numbers"
+    bounds, size = record["identity"]["value_range"] or [0, 1], record["identity"]["shard_rows"]
+    if len(bounds) != 2 or not all(type(bound) in (int, float) for bound in bounds) or not bounds[0] < bounds[1]:
+        return f"identity.value_range is {_short(bounds)}, expected two numbers, the lower first"
     for name, said in record["files"].items():
-        if not is_result_name(record["layer"], name):
+        of_shards = name.partition("/")[2].partition(".")[0]
+        right = is_result_name(record["layer"], name) and bool(of_shards) == (size is not None)
+        if not right or (size is not None and int(of_shards) * size >= record["inputs"]["images"]):
             return f"files names {_short(name)}, which is no file of layer {_short(record['layer'])}"
         known = said if isinstance(said, dict) else {}
         counts = [known.get("bytes"), known.get("rows", 0)]

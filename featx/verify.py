@@ -1,23 +1,29 @@
 """``featx verify``: a finished file against its record, and some of its rows against their images."""
 
 import os
+import shlex
 import sys
 import textwrap
+from argparse import Namespace
 from collections.abc import Iterator
-from importlib import import_module
 from itertools import chain, zip_longest
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import numpy as np
 
 from featx import formats, journal, reader
 from featx.datamodule import ImageFolderDataModule
+from featx.extractor import FeatureExtractor
 from featx.finished import Finished, find
 from featx.manifest import Json
 from featx.messages import BadValueError, MissingPathError, UserError, count
-from featx.options import PlainParser
+from featx.network import is_function
+from featx.options import Parser, PlainParser
 
+OWN = "featx.FeatureExtractor"
+OWN_BEFORE = "featx.extractor.FeatureExtractor"  # as 0.1.0 recorded it
+LEFT_OUT = {"unsafe_pickle": False}  # options that are gone or never come from a record, with the value to ignore
 CLOSE = 1e-4  # relative (L2); another kind of processor stays far below, other weights or pixels far above
 
 
@@ -28,18 +34,24 @@ class Mismatch(UserError):
 
 
 def verify(argv: list[str]) -> int:
-    """Run ``featx verify FILE… [--images DIR]``: 0 where all is as recorded, else 1 and a line a file that is not."""
+    """Run ``featx verify FILE… [--images DIR]``: 0 where all is as recorded, else 1 and a line for each that is not."""
     parser = PlainParser("featx verify", description="Hold finished files against their records.")
     parser.add_argument("files", nargs="+", metavar="FILE", help="such as features/fc7.csv, or a folder of shards")
     parser.add_argument("--images", metavar="DIR", help="also compute some rows again, from the images in this folder")
+    parser.add_argument("--model", metavar="CLASS", help="the class that made the rows, where it is one of your own")
+    parser.add_argument(
+        "--model.arch", dest="arch", metavar="FUNCTION", help="the function that made their network, likewise"
+    )
     options = parser.parse_args(argv)
+    if not options.images and (named := options.model or options.arch):
+        raise BadValueError(f"{named}: it is for computing rows again. Expected --images DIR with it.")
     wrong = 0
     for path in chain.from_iterable(map(_files, map(Path, options.files))):
         try:
             record = check_file(path)
             said = f"{count(record['rows'], 'row')} of {count(record['columns'], 'value')} as recorded"
             if options.images:
-                said += f"; {check_rows(path, options.images)}"
+                said += f"; {check_rows(path, options)}"
             print(f"{path}: {said}")
         except Mismatch as err:
             print(f"{path}: {err}", file=sys.stderr)
@@ -113,21 +125,35 @@ def _name(file: Finished, image: str) -> bytes:
     return name.decode(errors="backslashreplace").encode() if file.path.suffix == ".parquet" else name
 
 
-def check_rows(path: Path, folder: str) -> str:
+def check_rows(path: Path, options: Namespace) -> str:
     """Compute the first, a middle and the last batch again, and say by how much they differ from the file.
+
+    Args:
+        path: The file.
+        options: The folder of its images, and whose code may run: ``images``, ``model`` and ``arch``.
 
     Raises:
         Mismatch: By more than another processor would explain, or the folder holds other images.
+        UserError: The record wants code run that ``options`` do not name, or cannot be used.
     """
-    file = _find(path)
+    file, folder = _find(path), options.images
     record, own = file.record, file.own
     for option, able in (("trainer.precision", ["32-true"]), ("data.decoder", ["exact", "turbo"])):
         if (used := record["identity"][option.split(".")[1]]) not in able:
             raise UserError(f"--images: rows of --{option} {used} are not computed again.")
-    model, data = _rebuild(record, folder)
+    model, data = _rebuild(file, options)
     data.setup()
     model.configure_model()
-    model.try_out(data.first_batch(model.preprocessing))  # which finds the memory layout
+    if model.weights_digest != (expected := record["identity"]["weights"]):
+        raise Mismatch(
+            f"weights of {model.weights_used} are not those of the record: "
+            f"SHA-256 {expected[:8]}… -> {model.weights_digest[:8]}…"
+        )
+    sample = model.try_out(data.first_batch(model.preprocessing))  # which finds the memory layout
+    if record["layer"] not in sample:
+        raise _unusable(file, f"its layer is {record['layer']}, but --model.layer {model.layer}")
+    if (columns := sample[record["layer"]].shape[1]) != record["columns"]:
+        raise Mismatch(f"rows computed again have {count(columns, 'value')}, expected {record['columns']:,}")
     if len(data.images) != record["inputs"]["images"]:
         raise Mismatch(f"{folder} holds {count(len(data.images), 'image')}, expected {record['inputs']['images']:,}")
     lost = {fault.path for fault in file.faults if not fault.used}
@@ -156,9 +182,54 @@ def check_rows(path: Path, folder: str) -> str:
     return told
 
 
-def _rebuild(record: Json, folder: str) -> tuple[Any, Any]:
-    sys.path.append(os.getcwd())
-    options = record["run"]["options"]
-    module, _, name = options["model_class"].rpartition(".")
-    model = getattr(import_module(module), name)(**options["model"])
-    return model, ImageFolderDataModule(**options["data"] | {"dir": folder})
+def _rebuild(file: Finished, options: Namespace) -> tuple[Any, Any]:
+    """Make the model and the data that a record describes."""
+    recorded = file.record["run"]["options"]
+    made_by = OWN if recorded["model_class"] == OWN_BEFORE else recorded["model_class"]
+    _check_trust(file, options, made_by, recorded["model"].get("arch"))
+    groups = {"model": {}, "data": recorded["data"] | {"dir": options.images}}
+    for name, value in recorded["model"].items():
+        if name not in LEFT_OUT:
+            groups["model"][name] = value
+        elif value != LEFT_OUT[name]:
+            raise BadValueError(f"{file.record_path}: --model.{name} {str(value).lower()} is not taken from a record.")
+    parser = Parser(default_env=False)
+    parser.add_subclass_arguments(FeatureExtractor, "model")
+    parser.add_class_arguments(ImageFolderDataModule, "data")
+    try:
+        for group, owner in (("model", FeatureExtractor), ("data", ImageFolderDataModule)):
+            hints = get_type_hints(owner.__init__)
+            for name, value in groups[group].items():  # of which the parser takes null for any type
+                if value is None and name in hints and type(None) not in get_args(hints[name]):
+                    raise BadValueError(f"--{group}.{name} null: expected a value.")
+        model = {"class_path": made_by, "init_args": groups["model"]}
+        made = parser.instantiate_classes(parser.parse_object({"model": model, "data": groups["data"]}))
+    except BadValueError as err:
+        if str(err).startswith(f"--model {options.model}: "):
+            raise
+        raise _unusable(file, str(err)) from err
+    return made.model, made.data
+
+
+def _check_trust(file: Finished, options: Namespace, made_by: str, arch: Any) -> None:
+    """Raise UserError where making the model would run code that is not featx's and that the user did not name."""
+    named = {"--model": options.model, "--model.arch": options.arch}
+    known = {"--model": made_by, "--model.arch": arch}
+    for option, word in named.items():
+        if word is not None and word != known[option]:
+            raise BadValueError(f"{option} {word}: {file.record_path} says {known[option]}.")
+    foreign = {"--model": made_by != OWN, "--model.arch": isinstance(arch, str) and is_function(arch)}
+    needed = [option for option in named if foreign[option]]
+    if any(named[option] is None for option in needed):
+        words = chain.from_iterable((option, known[option]) for option in needed)
+        command = shlex.join(["featx", "verify", str(file.path), "--images", options.images, *words])
+        raise UserError(
+            f"{file.record_path}: its rows were made by code that is not featx's, and a record alone does not run it.\n"
+            f"If you trust that code: {command}"
+        )
+    if needed:
+        sys.path.append(os.getcwd())
+
+
+def _unusable(file: Finished, why: str) -> BadValueError:
+    return BadValueError(f"{file.record_path}: not a record that featx can use: {why}")

@@ -1,13 +1,19 @@
 """LAYER.json is data: what is no record of featx is refused in words, and nothing in one is run."""
 
 import json
+import os
+import shlex
 import shutil
+import sys
+from functools import partial
 
 import pytest
+import torch
 from conftest import make_image
 from test_writer import run
 
 import featx
+from featx import FeatureExtractor, verify
 from featx.cli import main
 from featx.messages import BadValueError
 from featx.reader import is_result_name, read_record
@@ -60,14 +66,18 @@ STRANGE = {
     "it has no identity.weights": ("identity", 7),
     "it has no run.options.data.dir": ("run.options.data", []),
     "run.options.data.dir is 7, expected text": ("run.options.data.dir", 7),
+    'run.options.data.dir is "", expected text': ("run.options.data.dir", ""),
     'identity.shard_rows is "8", expected a number or null': ("identity.shard_rows", "8"),
-    "identity.value_range is [0], expected two numbers": ("identity.value_range", [0]),
+    "identity.value_range is [0], expected two numbers, the lower first": ("identity.value_range", [0]),
     'identity.value_range is [0, "x"], expected two numbers': ("identity.value_range", [0, "x"]),
+    "identity.value_range is [9, 9], expected two numbers, the lower first": ("identity.value_range", [9, 9]),
     "files is [], expected an object": ("files", []),
     "files names none": ("files", {}),
     'files names "../victim/thesis.txt", which is no file of layer "2"': ("files", {"../victim/thesis.txt": SAID}),
     'files names "2/notes.csv", which is no file of layer "2"': ("files", {"2/notes.csv": SAID}),
     'files names "2.csv", which is no file of layer "fc7"': ("layer", "fc7"),
+    'files names "2.csv", which is no file of layer "2"': ("identity.shard_rows", 8),
+    'files names "2/00000.csv", which is no file of layer "2"': ("files", {"2/00000.csv": SAID}),
     "files says 7 of 2.csv": ("files", {"2.csv": 7}),
     'files says {"bytes": 7} of 2.csv': ("files", {"2.csv": {"bytes": 7}}),
     'files says {"sha256": "0", "bytes": "7"} of 2.csv': ("files", {"2.csv": {"sha256": "0", "bytes": "7"}}),
@@ -168,3 +178,130 @@ def test_the_folder_of_shards_is_found_from_inside_it(made, tmp_path, monkeypatc
     (shards / "below").mkdir()
     monkeypatch.chdir(shards / "below")
     assert featx.record("..")["layer"] == "2"
+
+
+# -- rows computed again, from what a record says --------------------------------------------------------------------
+
+BUILD = """
+open("was_run", "w").close()
+def build():
+    import torch
+    return torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(2), torch.nn.Flatten(), torch.nn.Linear(12, 4))
+"""
+
+
+@pytest.fixture
+def network_made(tmp_path, monkeypatch):
+    """A file of FeatureExtractor's own, with the network that a function of the user's makes and weights in a file."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "own_build", raising=False)
+    (tmp_path / "photos").mkdir()
+    make_image(0, (30, 30)).save(tmp_path / "photos" / "0.png")
+    (tmp_path / "own_build.py").write_text(BUILD)
+    import own_build
+
+    torch.save(own_build.build().state_dict(), "first.pth")
+    torch.save(own_build.build().state_dict(), "second.pth")
+    run("photos", "out", model=partial(FeatureExtractor, arch="own_build.build", weights="first.pth"))
+    sys.modules.pop("own_build")
+    (tmp_path / "was_run").unlink()
+    return tmp_path / "out" / "2.csv"
+
+
+def told_by(capsys, status, *argv):
+    assert main(["verify", *map(str, argv)]) == status
+    told = "".join(capsys.readouterr())
+    assert "Traceback" not in told and told.count("\n") <= 5
+    return told
+
+
+def change(path, key, value):
+    beside = path.with_suffix(".json")
+    beside.write_text(json.dumps(put(json.loads(beside.read_text()), key, value)))
+
+
+def test_a_class_of_a_record_is_made_where_the_user_names_it_only(made, copy, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    again = (copy, "--images", made / "photos")
+    told = told_by(capsys, 2, *again)
+    assert "2.json: its rows were made by code that is not featx's, and a record alone does not run it.\n" in told
+    command = told.split("If you trust that code: featx verify ")[1]
+    assert "11 rows computed again" in told_by(capsys, 0, *shlex.split(command))
+    told = told_by(capsys, 2, *again, "--model", "other.Class")
+    assert "--model other.Class: " in told and "2.json says test_writer.Tiny." in told
+    change(copy, "run.options.model_class", "os.system")
+    change(copy, "run.options.model", {"command": "touch was_run"})
+    assert "--model os.system" in told_by(capsys, 2, *again)
+    assert "--model test_writer.Tiny: " in told_by(capsys, 2, *again, "--model", "test_writer.Tiny")
+    assert "expected module.Class, a subclass of featx.FeatureExtractor" in told_by(
+        capsys, 2, *again, "--model", "os.system"
+    )
+    assert not (tmp_path / "was_run").exists()
+    assert "os.system: it is for computing rows again. Expected --images" in told_by(
+        capsys, 2, copy, "--model", "os.system"
+    )
+
+
+def test_a_function_of_a_record_is_called_where_the_user_names_it_only(network_made, capsys):
+    again = (network_made, "--images", "photos")
+    for model_class in ("featx.extractor.FeatureExtractor", "featx.FeatureExtractor"):
+        change(network_made, "run.options.model_class", model_class)
+        told = told_by(capsys, 2, *again)
+        assert (
+            f"If you trust that code: featx verify {network_made} --images photos --model.arch own_build.build" in told
+        )
+        told = told_by(capsys, 2, *again, "--model.arch", "own_build.other")
+        assert "--model.arch own_build.other: " in told and "2.json says own_build.build." in told
+        assert not os.path.exists("was_run") and "own_build" not in sys.modules
+    assert "1 row computed again" in told_by(capsys, 0, *again, "--model.arch", "own_build.build")
+
+
+def test_weights_are_held_against_the_record_before_rows_are(network_made, capsys):
+    shutil.copy("second.pth", "first.pth")
+    told = told_by(capsys, 1, network_made, "--images", "photos", "--model.arch", "own_build.build")
+    digest = featx.record(network_made)["identity"]["weights"]
+    assert f"weights of first.pth are not those of the record: SHA-256 {digest[:8]}… -> " in told
+
+
+UNUSABLE = {
+    "--data.batch_size x: expected a whole number.": ("data.batch_size", "x"),
+    "--data.batch_size 0: expected a whole number of at least 1.": ("data.batch_size", 0),
+    "--data.batch_size null: expected a value.": ("data.batch_size", None),
+    "--data.files 7: expected text": ("data.files", 7),
+    "--data.gone: no such option.": ("data.gone", 1),
+    "--model.gone: no such option.": ("model.gone", 1),
+    "--model.layer 7: expected text or list.": ("model.layer", 7),
+    "--model.arch {'class_path': 'os.system'}: expected text.": ("model.arch", {"class_path": "os.system"}),
+    "its layer is 2, but --model.layer 1": ("model.layer", "1"),
+}
+
+
+@pytest.mark.parametrize("words", UNUSABLE)
+def test_options_of_a_record_are_checked_as_those_of_the_command_line(made, copy, words, capsys):
+    key, value = UNUSABLE[words]
+    change(copy, f"run.options.{key}", value)
+    told = told_by(capsys, 2, copy, "--images", made / "photos", "--model", "test_writer.Tiny")
+    assert f"2.json: not a record that featx can use: {words}" in told
+
+
+def test_an_option_that_is_gone_is_ignored_where_it_changes_nothing(made, copy, capsys, monkeypatch):
+    again = (copy, "--images", made / "photos", "--model", "test_writer.Tiny")
+    monkeypatch.setitem(verify.LEFT_OUT, "gone", 5)
+    change(copy, "run.options.model.gone", 5)
+    told_by(capsys, 0, *again)
+    change(copy, "run.options.model.gone", 6)
+    assert "2.json: --model.gone 6 is not taken from a record." in told_by(capsys, 2, *again)
+
+
+def test_whether_weights_may_run_code_is_never_taken_from_a_record(network_made, capsys):
+    again = (network_made, "--images", "photos", "--model.arch", "own_build.build")
+    change(network_made, "run.options.model.unsafe_pickle", True)
+    assert "2.json: --model.unsafe_pickle true is not taken from a record." in told_by(capsys, 2, *again)
+
+
+def test_a_list_of_images_that_is_damaged_is_as_one_that_is_gone(copy, capsys):
+    kept = copy.parent / ".featx" / "2" / "images.gz"
+    for data in (b"", b"stray", kept.read_bytes()[:-9], kept.read_bytes()[:12] + b"\0" * 30):
+        kept.write_bytes(data)
+        assert "11 rows of 4 values as recorded" in told_by(capsys, 0, copy)

@@ -8,6 +8,7 @@ from test_writer import run
 
 from featx.cli import main
 
+TINY = ("--model", "test_writer.Tiny")  # whose code a record alone does not run
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
 
@@ -32,7 +33,7 @@ def copy(made, tmp_path):
 
 @pytest.mark.parametrize("name", ["plain", "header"])
 def test_a_file_as_it_was_written_is_right(made, name, capsys):
-    assert main(["verify", str(made / name / "2.csv"), "--images", str(made / "photos")]) == 0
+    assert main(["verify", str(made / name / "2.csv"), "--images", str(made / "photos"), *TINY]) == 0
     assert "21 rows of 4 values as recorded; 21 rows computed again, the largest relative difference is 0.0e+00" in (
         capsys.readouterr().out
     )
@@ -66,7 +67,7 @@ def test_what_is_wrong_is_one_line_and_exit_1(copy, words, capsys):
 
 def test_a_folder_of_shards_is_told_shard_by_shard(made, tmp_path, capsys):
     run(made / "photos", tmp_path, shard_rows=8, format=["csv", "npy"])
-    assert main(["verify", str(tmp_path / "2"), "--images", str(made / "photos")]) == 0
+    assert main(["verify", str(tmp_path / "2"), "--images", str(made / "photos"), *TINY]) == 0
     told = capsys.readouterr().out.splitlines()
     assert len(told) == 6 and "2/00002.npy: 5 rows of 4 values as recorded; 5 rows computed again" in told[-1]
     assert sum("8 rows of 4" in line for line in told) == 4 and "relative difference is 0.0e+00" in told[2]
@@ -92,7 +93,7 @@ def test_several_files_are_each_told(copy, made, capsys):
 def test_other_images_give_other_rows(made, tmp_path, capsys):
     shutil.copytree(made / "photos", tmp_path / "photos")
     make_image(99, (30, 30)).save(tmp_path / "photos" / "00.png")
-    assert main(["verify", str(made / "plain" / "2.csv"), "--images", str(tmp_path / "photos")]) == 1
+    assert main(["verify", str(made / "plain" / "2.csv"), "--images", str(tmp_path / "photos"), *TINY]) == 1
     assert "the largest relative difference is" in capsys.readouterr().err
 
 
@@ -111,5 +112,5 @@ def test_rows_that_this_machine_would_compute_otherwise_are_not_compared(made, c
     record = copy.with_suffix(".json")
     assert old in record.read_text()
     record.write_text(record.read_text().replace(old, new))
-    assert main(["verify", str(copy), "--images", str(made / "photos")]) == 2
+    assert main(["verify", str(copy), "--images", str(made / "photos"), *TINY]) == 2
     assert words in capsys.readouterr().err + caplog.text
