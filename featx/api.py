@@ -8,7 +8,7 @@ import warnings
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sized
 from contextlib import contextmanager
-from itertools import chain, islice, starmap
+from itertools import chain, islice, starmap, tee
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,8 +25,7 @@ from featx.extractor import FeatureExtractor
 from featx.formats import Floats
 from featx.images import ImageTree
 from featx.messages import BadValueError, ImageError, did_you_mean
-from featx.predict import prepare, refusal
-from featx.preprocess import Preprocessing
+from featx.predict import prepare, refusal, set_up
 from featx.progress import Progress
 from featx.reader import load, stack
 from featx.state import file_name, read_errors
@@ -162,16 +161,16 @@ def _in_memory(
             "With out_dir= they write one file, of which all return the rows."
         )
     data: ImageFolderDataModule = made.data
-    made.model.check()
     if pictures := _pictures(source, data):
         if data.decoder == "cuda":
             raise BadValueError("decoder='cuda': PIL images are decoded already. Expected exact or turbo.")
-        made.model.configure_model()
-        _predict(trainer, made.model, dataloaders=_batches(pictures, data, made.model.preprocessing))
+        samples, ahead = tee(_samples(pictures, data, made.model))
+        set_up(made.model, data, ahead)
+        del ahead  # else all that is taken is kept for it
+        _predict(trainer, made.model, dataloaders=_batches(samples, data.batch_size))
     else:
         data.check(trainer.strategy.root_device)
-        data.setup()
-        made.model.configure_model()
+        set_up(made.model, data)
         _predict(trainer, made.model, datamodule=data)
     names = rows.names if made.writer.names == "relative" else [os.path.basename(name) for name in rows.names]
     return names, {layer: stack(rows.chunks[layer]) for layer in made.model.layers}, rows.faults
@@ -193,9 +192,9 @@ def _pictures(source: Any, data: ImageFolderDataModule) -> Iterator[Image.Image]
     return None
 
 
-def _batches(pictures: Iterator[Image.Image], data: ImageFolderDataModule, preset: Preprocessing) -> Iterator[Batch]:
-    """Yield PIL images as they come, in batches."""
-    preprocessing, collate = data.preprocessing(preset), Collate(data.batch_size)
+def _samples(pictures: Iterator[Image.Image], data: ImageFolderDataModule, model: FeatureExtractor) -> Iterator[Sample]:
+    """Yield PIL images as they come, as the data module would read them; the model is configured by then."""
+    preprocessing = data.preprocessing(model.preprocessing)
 
     def read(index: int, picture: Any) -> Sample:
         name, no_time = str(index), (0.0, 0.0)
@@ -210,8 +209,12 @@ def _batches(pictures: Iterator[Image.Image], data: ImageFolderDataModule, prese
         except Exception as err:  # it may still have to be decoded
             return index, name, None, describe(err, name, name), no_time
 
-    samples = starmap(read, enumerate(pictures))
-    while some := list(islice(samples, data.batch_size)):
+    yield from starmap(read, enumerate(pictures))
+
+
+def _batches(samples: Iterator[Sample], batch_size: int) -> Iterator[Batch]:
+    collate = Collate(batch_size)
+    while some := list(islice(samples, batch_size)):
         yield collate(some)
 
 

@@ -5,9 +5,10 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from statistics import median
 from types import TracebackType
@@ -149,15 +150,22 @@ class ImageFolderDataModule(LightningDataModule):
         given: dict[str, Any] = {name: value for name, value in options.items() if value != "auto"}
         return replace(preset, **given, source=preset.source + ", with your options") if given else preset
 
-    def first_batch(self, preset: Preprocessing) -> Batch:
+    def first_batch(self, preset: Preprocessing, samples: Iterable[Sample] | None = None) -> Batch:
         """Return the first image that can be read as a batch, read in this process, to try a network with.
 
         Where none of the first 64 can, it is a grey one.
+
+        Args:
+            preset: The preprocessing that the network was trained with.
+            samples: Images that are not in the folder.
         """
-        images = self._dataset(preset)
-        samples = (images[index] for index in range(min(len(images), 64)))
+        if samples is None:
+            images = self._dataset(preset)
+            samples = (images[index] for index in range(len(images)))
         grey = self.preprocessing(preset).to_tensor(np.full((256, 256, 3), 128, np.uint8), self.decoder)
-        sample = next((sample for sample in samples if sample[2] is not None), (0, "", grey, None, (0.0, 0.0)))
+        sample = next(
+            (sample for sample in islice(samples, 64) if sample[2] is not None), (0, "", grey, None, (0.0, 0.0))
+        )
         return Collate(self.batch_size)([sample])
 
     def predict_dataloader(self) -> DataLoader[Any]:

@@ -8,6 +8,7 @@ import sys
 import textwrap
 import time
 import warnings
+from collections.abc import Iterable
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -20,9 +21,10 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.strategies.launchers import subprocess_script
+from torch import Tensor
 
 from featx import options
-from featx.datamodule import ImageFolderDataModule, cores_per_process
+from featx.datamodule import ImageFolderDataModule, Sample, cores_per_process
 from featx.disk import GOES_ON
 from featx.extractor import FeatureExtractor
 from featx.messages import BadValueError, UserError, count, log, rank, size_in_words
@@ -248,17 +250,10 @@ def prepare(trainer: Trainer, model: FeatureExtractor, data: ImageFolderDataModu
     """
     try:
         writer.check()
-        data.check(trainer.strategy.root_device)
         writer.check_shards(data.batch_size)
-        model.check()
-        data.setup()
-        model.configure_model()
-        log.info("preprocessing: %s", data.preprocessing(model.preprocessing))
-        sample = model.try_out(data.first_batch(model.preprocessing))
+        data.check(trainer.strategy.root_device)
+        sample = set_up(model, data)
         columns = {layer: rows.shape[1] for layer, rows in sample.items()}
-        layers = [f"{layer}{f' = {path}' if path != layer else ''}, {count(columns[layer], 'column')}"
-                  for layer, path in model.layers.items()]  # fmt: skip
-        log.info("%s: %s", "layers" if len(layers) > 1 else "layer", "; ".join(layers))
         work = writer.look(trainer, model, data, columns)
         if work and rank() == 0 and data.images is not None:
             needed = writer.check_space(data.images, sample, trainer.world_size)
@@ -271,3 +266,28 @@ def prepare(trainer: Trainer, model: FeatureExtractor, data: ImageFolderDataModu
         if rank() and {"TORCHELASTIC_RUN_ID", "SLURM_PROCID"} & os.environ.keys():
             sys.exit(err.exit_status)  # rank 0 makes the same checks and says it
         raise
+
+
+def set_up(
+    model: FeatureExtractor, data: ImageFolderDataModule, samples: Iterable[Sample] | None = None
+) -> dict[str, Tensor]:
+    """Build the network, try it out on an image, and return the image's rows, ``(1, D) float32`` of each layer.
+
+    Args:
+        model: The network.
+        data: The images.
+        samples: Images that are not in a folder; the first of them are taken.
+
+    Raises:
+        UserError: A mistake in what was asked; the cheap ones are found first, a download comes last.
+    """
+    model.check()
+    if samples is None:
+        data.setup()
+    model.configure_model()
+    log.info("preprocessing: %s", data.preprocessing(model.preprocessing))
+    sample = model.try_out(data.first_batch(model.preprocessing, samples))
+    layers = [f"{layer}{f' = {path}' if path != layer else ''}, {count(sample[layer].shape[1], 'column')}"
+              for layer, path in model.layers.items()]  # fmt: skip
+    log.info("%s: %s", "layers" if len(layers) > 1 else "layer", "; ".join(layers))
+    return sample

@@ -4,15 +4,18 @@ import json
 import os
 import subprocess
 import sys
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from conftest import ENV, REPO, make_image, oracle, relative_error
 from PIL import Image
 from test_writer import Tiny, run
 
 import featx
+from featx.cli import main
 from featx.disk import BusyError, DiskError
 from featx.formats import csv_header, csv_rows
 from featx.messages import LostFolderError
@@ -83,6 +86,42 @@ def test_pil_images_are_taken_as_they_come(photos, expected):
 
     names, values = extract(pictures())
     assert names == [str(i) for i in range(37)] and np.array_equal(values, expected["2"][1]) and taken == paths
+
+
+class Exact(torch.nn.Module):
+    def forward(self, x):  # of which a memory layout changes the last bits, wherever this runs
+        return x * (1 + 2**-20) if x.is_contiguous(memory_format=torch.channels_last) else x
+
+
+class Convs(featx.FeatureExtractor):
+    """A network whose rows differ in their last bits from one memory layout to the other."""
+
+    def build_network(self):
+        steps = torch.nn.Conv2d(3, 8, 5), Exact(), torch.nn.Conv2d(8, 16, 3), torch.nn.AdaptiveAvgPool2d(2)
+        return torch.nn.Sequential(*steps, torch.nn.Flatten())
+
+
+def test_memory_files_and_the_command_line_give_the_same_bits(photos, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(REPO / "tests")
+    options = {"--data.dir": photos, "--model": "test_api.Convs", "--model.layer": "4", "--data.batch_size": "8"}
+    options |= {"--data.num_workers": "0", "--trainer.devices": "1", "--writer.out_dir": tmp_path / "command"}
+    assert main(["predict", *map(str, chain.from_iterable(options.items()))]) == 0
+    names, expected = featx.load(tmp_path / "command" / "4.csv")
+    paths = [next(photos.rglob(name)) for name in names]
+    pictures = (Image.open(path) for path in paths)
+    for source, out in ((photos, tmp_path / "out"), (photos, None), (paths, None), (pictures, None)):
+        _, values = extract(source, "4", model=Convs, **({"out_dir": out} if out else {}))
+        assert np.array_equal(values, expected)
+    _, others = extract(photos, "4", model=Convs, channels_last=False)
+    assert relative_error(others, expected) < 1e-5 and not np.array_equal(others, expected)
+
+
+def test_compile_is_not_ignored_in_memory(photos, monkeypatch):
+    asked = []
+    monkeypatch.setattr(torch, "compile", lambda take, **how: asked.append(how) or take)
+    extract(photos, compile=True)
+    extract([make_image(0, (9, 9))], compile=True)
+    assert len(asked) == 2
 
 
 def test_pil_images_of_16_bits_are_scaled_and_broken_ones_are_listed(tmp_path):
