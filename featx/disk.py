@@ -1,12 +1,13 @@
 """The one door to the disk: every byte that a run writes goes through here, and every failure is told in its words."""
 
 import errno
-import fcntl
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
+
+from filelock import FileLock, Timeout
 
 from featx.messages import UserError
 
@@ -28,7 +29,7 @@ def told(path: Path) -> Iterator[None]:
     """Turn the system's refusal into a DiskError with the path, the system's own words and what to do."""
     try:
         yield
-    except DiskError:  # told already
+    except UserError:  # reported already
         raise
     except OSError as err:
         full = err.errno in (errno.ENOSPC, errno.EDQUOT)
@@ -37,9 +38,11 @@ def told(path: Path) -> Iterator[None]:
 
 
 def open_to_write(path: Path, at: int = 0) -> BinaryIO:
-    """Open a file to write from a position on, made if missing, cut off there if longer."""
+    """Open a file to write from a position on, made if missing, cut off there if longer; a link is not followed."""
+    if path.is_symlink():
+        raise DiskError(f"{path}: is a link, and featx writes only to files of its own. Remove it.\n{GOES_ON}")
     with told(path):
-        file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b", buffering=0)
+        file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666), "r+b", buffering=0)
         file.truncate(at)
         file.seek(at)
         return file
@@ -118,22 +121,29 @@ def append_range(file: BinaryIO, path: Path, source: Path, start: int, end: int)
 
 
 class Lock:
-    """A folder's lock, which the system releases when the process ends, however it ends.
+    """A folder's lock, which excludes other processes and this one's other runs.
 
-    Of the process, not of the open file as ``flock``'s: the workers that decode do not inherit it.
+    The system releases it when the process ends, however it ends: a forked worker drops its copy at once, as of
+    filelock 3.30, https://github.com/tox-dev/filelock/issues/634.
+
+    Args:
+        path: The file that is locked, made if missing.
+        what: What is locked, for the message.
+
+    Raises:
+        BusyError: Another run has it.
+        DiskError: The file system has no locks, or refuses.
     """
 
     def __init__(self, path: Path, what: str) -> None:
+        # A soft lock would outlive a killed process.
+        self._lock = FileLock(path, thread_local=False, fallback_to_soft=False)
         with told(path):
-            self._file = path.open("a+b")
-        try:
-            fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as err:
-            self._file.close()
-            if err.errno not in (errno.EACCES, errno.EAGAIN):  # a file system without locks
-                raise DiskError(f"{path}: cannot be locked: {err.strerror}.") from err
-            raise BusyError(f"{what}: another run is writing there. Wait for it, or give another folder.") from err
+            try:
+                self._lock.acquire(blocking=False)
+            except Timeout as err:
+                raise BusyError(f"{what}: another run is writing there. Wait for it, or give another folder.") from err
 
     def release(self) -> None:
         """Let other runs in."""
-        self._file.close()
+        self._lock.release()

@@ -3,6 +3,10 @@
 import errno
 import itertools
 import os
+import signal
+import subprocess
+import sys
+import time
 
 import pytest
 from conftest import make_image
@@ -114,15 +118,39 @@ def test_ranges_are_appended_with_and_without_the_kernels_help(tmp_path, monkeyp
     assert (tmp_path / "b").read_bytes() == b"23478" + b"789"
 
 
-def test_a_lock_holds_while_its_process_lives(tmp_path):
+def test_a_lock_excludes_other_processes_and_other_runs_of_this_one(tmp_path):
     lock = Lock(tmp_path / "lock", "--writer.out_dir out")
-    child = os.fork()
-    if not child:
-        try:
+    line = f"from featx.disk import Lock; from pathlib import Path; Lock(Path({str(tmp_path / 'lock')!r}), 'out')"
+    for _ in range(2):  # a refusal frees nothing
+        with pytest.raises(BusyError, match=r"--writer.out_dir out: another run is writing there"):
             Lock(tmp_path / "lock", "--writer.out_dir out")
-        except BusyError:
-            os._exit(7)
-        os._exit(0)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+        other = subprocess.run([sys.executable, "-c", line], capture_output=True, text=True)
+        assert "BusyError" in other.stderr
     lock.release()
     Lock(tmp_path / "lock", "--writer.out_dir out").release()
+
+
+def test_a_killed_process_frees_its_folder_though_a_worker_of_it_lives(tmp_path):
+    reading, writing = os.pipe()
+    parent = os.fork()
+    if not parent:
+        lock = Lock(tmp_path / "lock", "out")  # noqa: F841, what nobody holds is released
+        worker = os.fork()
+        if worker:
+            os.write(writing, b"%d" % worker)
+        time.sleep(60)
+        os._exit(0)
+    worker = int(os.read(reading, 20))
+    with pytest.raises(BusyError):
+        Lock(tmp_path / "lock", "out")
+    os.kill(parent, signal.SIGKILL)
+    os.waitpid(parent, 0)
+    Lock(tmp_path / "lock", "out").release()
+    os.kill(worker, signal.SIGKILL)  # it was alive
+
+
+def test_a_link_in_the_place_of_the_lock_is_refused(tmp_path):
+    (tmp_path / "lock").symlink_to("elsewhere")
+    with pytest.raises(DiskError, match="lock"):
+        Lock(tmp_path / "lock", "out")
+    assert not (tmp_path / "elsewhere").exists()
