@@ -205,9 +205,9 @@ def _samples(pictures: Iterator[Image.Image], data: ImageFolderDataModule, model
             )
         try:
             pixels = to_rgb(picture, data.value_range)
-            return index, name, preprocessing.to_tensor(pixels, data.decoder), None, no_time
+            return index, name, preprocessing.to_tensor(pixels, data.decoder), None, no_time, ""
         except Exception as err:  # it may still have to be decoded
-            return index, name, None, describe(err, name, name), no_time
+            return index, name, None, describe(err, name, name), no_time, ""
 
     yield from starmap(read, enumerate(pictures))
 

@@ -27,7 +27,7 @@ from featx.messages import BadValueError, ImageError, LostFolderError, count, lo
 from featx.preprocess import Decoder, Interpolation, Preprocessing
 
 Seconds = tuple[float, float]  # of a core, for decoding and for resizing
-Sample = tuple[int, str, Tensor | bytes | None, Fault | None, Seconds]  # bytes are still to be decoded, on the GPU
+Sample = tuple[int, str, Tensor | bytes | None, Fault | None, Seconds, str]  # bytes are still to be decoded, on the GPU
 
 
 class Batch(NamedTuple):
@@ -40,6 +40,7 @@ class Batch(NamedTuple):
         faults: What is wrong with images, in their order; such as were not used have no row.
         size: How many images these are, readable or not.
         seconds: What a core took to decode them, and to resize them.
+        kinds: The kinds of files that were decoded, as Pillow names them.
         on_cpu: How many images were decoded on the CPU that were to be on the GPU.
         samples: Of a batch that is still to be decoded on the GPU, what it is made of; then all else is empty.
     """
@@ -50,6 +51,7 @@ class Batch(NamedTuple):
     faults: list[Fault]
     size: int
     seconds: Seconds = (0.0, 0.0)
+    kinds: Sequence[str] = ()
     on_cpu: int = 0
     samples: Sequence[Any] = ()
 
@@ -119,6 +121,7 @@ class ImageFolderDataModule(LightningDataModule):
         self.images: ImageTree | None = None
         self.batches: Sequence[int] | None = None  # those of this process; None: all
         self.workers = 0
+        self._used = False  # the list of images, by a run
         # A rank without a batch is no mistake: https://github.com/Lightning-AI/pytorch-lightning/issues/13580
         self.allow_zero_length_dataloader_with_multiple_devices = True
 
@@ -131,9 +134,11 @@ class ImageFolderDataModule(LightningDataModule):
             nvjpeg.check(device)
 
     def setup(self, stage: str | None = None) -> None:
-        """List the images, once, and look at the first headers."""
-        if self.images is not None:
+        """List the images, once for each run, and look at the first headers."""
+        self.batches = None
+        if self.images is not None and not self._used:
             return
+        self._used = False
         images = ImageTree(self.dir, self.files)
         for index in range(min(len(images), 64)):
             check_image(images.path(index), self.value_range)
@@ -163,14 +168,14 @@ class ImageFolderDataModule(LightningDataModule):
             images = self._dataset(preset)
             samples = (images[index] for index in range(len(images)))
         grey = self.preprocessing(preset).to_tensor(np.full((256, 256, 3), 128, np.uint8), self.decoder)
-        sample = next(
-            (sample for sample in islice(samples, 64) if sample[2] is not None), (0, "", grey, None, (0.0, 0.0))
-        )
+        none = (0, "", grey, None, (0.0, 0.0), "")
+        sample = next((sample for sample in islice(samples, 64) if sample[2] is not None), none)
         return Collate(self.batch_size)([sample])
 
     def predict_dataloader(self) -> DataLoader[Any]:
         """Return the loader of this process's batches, a contiguous run of the whole."""
         assert self.images is not None and self.trainer is not None
+        self._used = True
         if self.batches is None:  # nobody deals: all of them
             self.batches = range(math.ceil(len(self.images) / self.batch_size))
         cores = cores_per_process(self.trainer)
@@ -220,14 +225,15 @@ class ImageFolderDataModule(LightningDataModule):
         seconds = (sum(sample[4][0] for sample in batch.samples) + time.perf_counter() - begin, 0.0)
         samples: list[Sample] = []
         on_cpu = 0
-        for index, name, image, fault, _ in batch.samples:
+        for index, name, image, fault, _, kind in batch.samples:
             pixels = next(decoded) if isinstance(image, bytes) else None
             if pixels is not None:
                 image, fault = images.shape(name, pixels)
             elif isinstance(image, bytes):
-                image, fault, _ = images.read(name)
+                image, fault, _, kind = images.read(name)
             on_cpu += pixels is None and image is not None
-            samples.append((index, name, image.to(device) if isinstance(image, Tensor) else None, fault, (0.0, 0.0)))
+            moved_image = image.to(device) if isinstance(image, Tensor) else None
+            samples.append((index, name, moved_image, fault, (0.0, 0.0), kind))
         return Collate(self.batch_size)(samples)._replace(seconds=seconds, on_cpu=on_cpu)
 
     def read_batch(self, number: int, preset: Preprocessing) -> Batch:
@@ -283,16 +289,16 @@ class _Images(Dataset[Sample]):
         name = self.images.names[index]
         return index, name, *self.read(name)
 
-    def read(self, name: str) -> tuple[Tensor | bytes | None, Fault | None, Seconds]:
-        """Return an image, what is wrong with it, as an exception would arrive wrapped in a worker's, and seconds."""
+    def read(self, name: str) -> tuple[Tensor | bytes | None, Fault | None, Seconds, str]:
+        """Return an image, what is wrong with it (raised, it would arrive wrapped), seconds, and the file's kind."""
         root = str(self.images.root)
         begin = time.thread_time()
         if self.decoder == "cuda" and (coded := nvjpeg.read_encoded(os.path.join(root, name))):
-            return coded, None, (time.thread_time() - begin, 0.0)
-        pixels, fault = read_or_fault(root, name, self.value_range, self.strict)
+            return coded, None, (time.thread_time() - begin, 0.0), "JPEG"
+        pixels, fault, kind = read_or_fault(root, name, self.value_range, self.strict)
         decoded = time.thread_time()
         tensor, unfit = self.shape(name, pixels) if pixels is not None else (None, None)
-        return tensor, unfit or fault, (decoded - begin, time.thread_time() - decoded)
+        return tensor, unfit or fault, (decoded - begin, time.thread_time() - decoded), kind
 
     def shape(self, name: str, pixels: Pixels | Tensor) -> tuple[Tensor | None, Fault | None]:
         """Return an image as the network takes it, ``(3, H, W) uint8``, or why it cannot be."""
@@ -325,10 +331,11 @@ class Collate:
         # (G, 3, H, W) each, in memory as channels_last, which is how decoders write an image
         groups = [(rows, stack([read[row][1].permute(1, 2, 0) for row in rows]).permute(0, 3, 1, 2))
                   for rows in shapes.values()]  # fmt: skip
-        faults = [fault for _, _, _, fault, _ in samples if fault is not None]
-        decode, resize = (sum(stage) for stage in zip(*(seconds for *_, seconds in samples), strict=True))
+        faults = [fault for _, _, _, fault, *_ in samples if fault is not None]
+        decode, resize = (sum(stage) for stage in zip(*(seconds for *_, seconds, _ in samples), strict=True))
         number, names = samples[0][0] // self.batch_size, [name for name, _ in read]
-        return Batch(number, names, groups, faults, len(samples), (decode, resize))
+        kinds = sorted({kind for _, _, image, _, _, kind in samples if image is not None})
+        return Batch(number, names, groups, faults, len(samples), (decode, resize), kinds)
 
 
 class _WholeBatches(DistributedSampler[Any]):

@@ -13,6 +13,11 @@ from PIL import Image, ImageFile, UnidentifiedImageError, features
 
 from featx.messages import BadValueError, ImageError
 
+# By Pillow's name of a kind of file, the number of its reader, which goes up whenever that gives other values than
+# before. A run takes no rows from one whose files of this kind a reader of another number read.
+READERS = {"BMP": 1, "GIF": 1, "JPEG": 1, "PNG": 1, "PPM": 1, "TIFF": 1, "WEBP": 1}
+OTHER_READERS = 1  # of all other kinds that Pillow opens
+
 ValueRange = tuple[float, float]
 Pixels = NDArray[np.uint8]
 
@@ -51,7 +56,7 @@ class Fault(NamedTuple):
 
 def read_or_fault(
     root: str, name: str, value_range: ValueRange | None = None, strict: bool = True
-) -> tuple[Pixels | None, Fault | None]:
+) -> tuple[Pixels | None, Fault | None, str]:
     """Decode the image ``name`` below ``root``, whatever the file does: what is wrong with it is returned, not raised.
 
     Args:
@@ -61,17 +66,24 @@ def read_or_fault(
         strict: Give no image for a file whose data is damaged; else give what PIL makes of it, and the fault beside.
 
     Returns:
-        The image, ``(H, W, 3) uint8``, or None; what is wrong with it, or None.
+        The image, ``(H, W, 3) uint8``, or None; what is wrong with it, or None; of an image the kind of its file.
     """
     path = os.path.join(root, name)
     try:
-        return read_image(path, value_range), None
+        pixels, kind = _read(path, value_range, strict=True)
+        return pixels, None, kind
     except Exception as err:  # PIL raises OSError, SyntaxError, struct.error, MemoryError ... for broken files
         fault = describe(err, path, name)
     if not strict:
         with suppress(Exception):  # the fault says it already
-            return read_image(path, value_range, strict=False), fault._replace(used=True)
-    return None, fault
+            pixels, kind = _read(path, value_range, strict=False)
+            return pixels, fault._replace(used=True), kind
+    return None, fault, ""
+
+
+def reader(kind: str) -> int:
+    """Return the number of the reader of a kind of file, as Pillow names it."""
+    return READERS.get(kind, OTHER_READERS)
 
 
 def read_image(path: str, value_range: ValueRange | None = None, strict: bool = True) -> Pixels:
@@ -98,6 +110,10 @@ def read_image(path: str, value_range: ValueRange | None = None, strict: bool = 
         ImageError: What PIL has no error for.
         Exception: Whatever PIL raises.
     """
+    return _read(path, value_range, strict)[0]
+
+
+def _read(path: str, value_range: ValueRange | None, strict: bool) -> tuple[Pixels, str]:
     ImageFile.LOAD_TRUNCATED_IMAGES, Image.MAX_IMAGE_PIXELS = False, MOST_PIXELS // 2  # whatever others set
     found = os.stat(path)
     if not stat.S_ISREG(found.st_mode):  # a pipe would be waited for, and /dev/zero has no end
@@ -108,17 +124,18 @@ def read_image(path: str, value_range: ValueRange | None = None, strict: bool = 
         warnings.simplefilter("ignore")  # remarks on palettes and broken EXIF change no pixel
         with open(path, "rb") as file, Image.open(file) as image:
             _check_depth(image, value_range)
-            if strict and image.format == "PNG":
+            kind = "JPEG" if image.format == "MPO" else str(image.format)  # several JPEGs, of which the first is taken
+            if strict and kind == "PNG":
                 with Image.open(path) as twin:  # which cannot be decoded after it
                     twin.verify()
             if _is_deep(image):
-                return _scale(image, value_range or SIXTEEN_BITS)
-            if strict and image.format in ("JPEG", "MPO"):
+                return _scale(image, value_range or SIXTEEN_BITS), kind
+            if strict and kind == "JPEG":
                 file.seek(0)
                 pixels = _decode_jpeg(file.read(), image)
                 if pixels is not None and PIL_HAS_TURBO:
-                    return pixels
-            return np.array(image.convert("RGB"))
+                    return pixels, kind
+            return np.array(image.convert("RGB")), kind
 
 
 def to_rgb(image: Image.Image, value_range: ValueRange | None = None) -> Pixels:

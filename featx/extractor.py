@@ -30,6 +30,7 @@ from featx.trace import Pool
 # 16 was the best or within 10 % of it for AlexNet, VGG16, ResNet-50, MobileNetV3-small (in channels_last) and ViT-B/16.
 # 32 makes a run of AlexNet 3 to 5 % shorter, but its memory then grows by tens of MiB, by chance.
 SLICE = 16
+REVISION = 1  # goes up whenever the pass gives other values than before: no run then takes rows of before
 MANY_COLUMNS = 16384
 SAME = 1e-5  # relative (L2): the memory layout may change last bits only
 
@@ -104,7 +105,8 @@ class FeatureExtractor(LightningModule):
         preprocessing: What the images have to go through for these weights.
         layers: Each layer with the path of its module.
         weights_used: What the network's weights are, in words.
-        weights_digest: SHA-256 of the weights as they were loaded.
+        weights_digest: SHA-256 of the weights; from ``try_out`` on.
+        packages: Versions of the installed packages that the network's code comes from, besides torch and torchvision.
         weights_told: What is not plainly so: a fitted classifier, tensors that stayed random.
         memory_layout: contiguous or channels_last; from ``try_out`` on.
         stages: Seconds that cores took for the network.
@@ -120,6 +122,7 @@ class FeatureExtractor(LightningModule):
     weights_used: str
     weights_digest: str
     weights_told: list[str]
+    packages: dict[str, str]
 
     layer_aliases: dict[str, str] = {}  # noqa: RUF012, a ClassVar could not be set on one extractor
     preset: Preprocessing | None = None
@@ -158,6 +161,7 @@ class FeatureExtractor(LightningModule):
         self._compiled: Callable[[Tensor], dict[str, Tensor]] | None = None
         self._pool: ThreadPoolExecutor | None = None
         self._running: deque[Future[Part]] = deque()
+        self._dtype_built = torch.float32
         self._copies: Any = None  # the CUDA stream on which rows come back
         self._named_network_built = False
 
@@ -206,8 +210,17 @@ class FeatureExtractor(LightningModule):
                 )
 
     def configure_model(self) -> None:
-        """Build the network, load its weights and hook its layers, once."""
+        """Build the network, load its weights and hook its layers, once.
+
+        Raises:
+            UserError: Something in them cannot be used, or the Trainer of an earlier run converted the network.
+        """
         if self._taps is not None:
+            if (dtype := self._network_dtype()) != self._dtype_built:
+                raise UserError(
+                    f"{self.title}: an earlier Trainer's precision converted its network from {self._dtype_built} to "
+                    f"{dtype}.\nMake a new FeatureExtractor for another run."
+                )
             return
         self.check()
         # cuDNN would compute convolutions of float32 with ten bits of mantissa: TF32.
@@ -236,7 +249,8 @@ class FeatureExtractor(LightningModule):
         elif as_built or networks.is_function(self.arch):
             self.weights_told = self._random_tensors(network)
         self.network = network.eval().requires_grad_(False)
-        self.weights_digest = digest(network)
+        self._dtype_built = self._network_dtype()
+        self.packages = networks.packages(network, type(self), self.arch if self._named_network_built else "")
         self._taps = Taps(network, self.layers, self.pool)
 
     def _build(self, seed: int) -> nn.Module:
@@ -282,6 +296,10 @@ class FeatureExtractor(LightningModule):
         Raises:
             UserError: The images do not go through the network, or a layer cannot be taken.
         """
+        self._running.clear()  # what an earlier run left
+        self._copies = None
+        self.stages.clear()
+        self.weights_digest = digest(self.network)
         rows = dict(self.predict_step(batch))
         self.memory_layout = self._threads().submit(self._choose_layout, batch.groups[0][1].shape[1:]).result()
         if self._compiles:
@@ -300,6 +318,7 @@ class FeatureExtractor(LightningModule):
         In all processes and in every run it comes to the same, since nothing decides but the network, before it goes
         to a device or another precision, and one random image of the shape ``(3, H, W)``.
         """
+        self.network.to(memory_format=torch.contiguous_format)  # an earlier run may have left it in the other one
         wanted = self.channels_last
         if wanted == "auto" and not any(isinstance(module, nn.Conv2d) for module in self.network.modules()):
             wanted = False

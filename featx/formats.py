@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import orjson
 
+REVISION = 1  # goes up whenever the text of a value, or the bytes of an npy, change: no run then takes rows of before
 Format = Literal["csv", "npy", "parquet"]
 Floats = npt.NDArray[np.float32]
 NPY_HEAD = 128  # bytes, whatever the numbers in it: it is written before the rows are counted

@@ -2,14 +2,22 @@
 
 import hashlib
 import json
+import re
 import zlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from featx import disk
 from featx.decode import Fault
+from featx.messages import BadValueError
+
+FORMAT = 2  # of journals and records; docs/promises.md says what each had. Older ones stay readable
+# All that featx makes in a layer's folder below .featx; nothing else there is ever removed.
+NUMBERED = r"(?P<session>\d{6})(-\d{5})?(-\d{5,})?\.(csv|npy|journal)"  # process, shard
+JOINED = r"(joined|rows)(-\d{5,})?\.(csv|npy|parquet|names\.txt)"
+OWN = re.compile(rf"\.?({NUMBERED}|{JOINED}|run\.json|images\.gz)(\.new)?")
 
 Piece = tuple[Path, int, int]  # a file, first byte, byte behind the last
 Span = tuple[int, int, int]  # first byte, byte behind the last, CRC-32 of what is between
@@ -27,6 +35,7 @@ class Entry(NamedTuple):
         spans: Where the rows stand in the part of each format.
         device: What computed them.
         faults: The images that could not be read.
+        readers: The kinds of image files that were read, each with the number of its reader; None in format 1.
     """
 
     batch: int
@@ -36,6 +45,19 @@ class Entry(NamedTuple):
     spans: dict[str, Span]
     device: str
     faults: list[Fault]
+    readers: dict[str, int] | None = None
+
+
+class Head(NamedTuple):
+    """The first line of a journal.
+
+    Attributes:
+        files: Names of the part's files, one per format.
+        run: Digest of the identity of the run that wrote it; empty in format 1, which had none.
+    """
+
+    files: list[str]
+    run: str
 
 
 class Placed(NamedTuple):
@@ -51,28 +73,59 @@ def encode_line(value: Any) -> bytes:
     return b"%08x %b\n" % (zlib.crc32(text), text)
 
 
-def encode(files: Iterable[str], entries: Iterable[Entry]) -> bytes:
-    """Return a journal: the names of the part's files, a format each, then its entries."""
-    return b"".join(map(encode_line, [list(files), *entries]))
+def encode(head: Head, entries: Iterable[Entry]) -> bytes:
+    """Return a journal."""
+    first = {"format": FORMAT, "run": head.run, "files": head.files}
+    return b"".join(map(encode_line, [first, *entries]))
 
 
-def decode(data: bytes) -> tuple[list[str], list[Entry]]:
-    """Return a journal's file names and its entries, up to the first line that is torn or damaged."""
+def read(path: Path) -> tuple[Head, list[Entry]]:
+    """Return a journal's head and its entries, up to the first line that is torn or damaged; raise as ``decode``."""
+    return decode(path.read_bytes(), path)
+
+
+def decode(data: bytes, path: Path) -> tuple[Head, list[Entry]]:
+    """Return the head and the entries of a journal's bytes; ``path`` is for the message.
+
+    Raises:
+        BadValueError: It was written by a newer featx.
+    """
     values: list[Any] = []
-    for line in data.split(b"\n")[:-1]:  # what stands behind the last line break is torn
+    for line in data.split(b"\n")[:-1]:  # what comes after the last line break is torn
         crc, _, text = line.partition(b" ")
         if crc != b"%08x" % zlib.crc32(text):
             break
         values.append(json.loads(text))
     if not values:
-        return [], []
-    files, *entries = values
-    return files, [_entry(*entry) for entry in entries]
+        return Head([], ""), []
+    first, *entries = values
+    if isinstance(first, list):  # format 1
+        first = {"files": first, "run": ""}
+    check_format(path, first)
+    return Head(first["files"], first["run"]), [_entry(*entry) for entry in entries]
 
 
-def _entry(batch: int, rows: int, columns: int, odd: Any, spans: dict[str, Any], device: str, faults: Any) -> Entry:
+def check_format(path: Path, content: dict[str, Any]) -> None:
+    """Raise BadValueError for a journal or a record of a format that this version does not know."""
+    if (found := content.get("format", 1)) not in range(1, FORMAT + 1):
+        raise BadValueError(
+            f"{path}: is in format {found}, of a newer featx; this one reads formats up to {FORMAT}.\n"
+            "Update featx, or give another --writer.out_dir."
+        )
+
+
+def _entry(
+    batch: int,
+    rows: int,
+    columns: int,
+    odd: Any,
+    spans: dict[str, Any],
+    device: str,
+    faults: Any,
+    readers: dict[str, int] | None = None,
+) -> Entry:
     placed = {format: (start, end, crc) for format, (start, end, crc) in spans.items()}
-    return Entry(batch, rows, columns, tuple(odd), placed, device, [Fault(*fault) for fault in faults])
+    return Entry(batch, rows, columns, tuple(odd), placed, device, [Fault(*fault) for fault in faults], readers)
 
 
 class Part:
@@ -81,16 +134,17 @@ class Part:
     Args:
         folder: Where they lie.
         stem: Their name, unused so far.
+        run: Digest of the run's identity.
         heads: For each format the bytes that a whole file begins with; every part does, so that any can become it.
     """
 
-    def __init__(self, folder: Path, stem: str, heads: dict[str, bytes]) -> None:
+    def __init__(self, folder: Path, stem: str, run: str, heads: dict[str, bytes]) -> None:
         self.journal_path = folder / f"{stem}.journal"
         self.paths = {format: folder / f"{stem}.{format}" for format in heads}
         self.sha256 = {format: hashlib.sha256(head) for format, head in heads.items()}
         self._files = {format: disk.open_to_write(path) for format, path in self.paths.items()}
         self._ends = dict.fromkeys(heads, 0)
-        self._waiting = [encode([path.name for path in self.paths.values()], [])]
+        self._waiting = [encode(Head([path.name for path in self.paths.values()], run), [])]
         for format, head in heads.items():
             disk.write(self._files[format], self.paths[format], head)
             self._ends[format] = len(head)
@@ -128,32 +182,46 @@ class Part:
                 stack.callback(disk.close, file, path)
 
 
-def read_parts(
-    folder: Path, formats: Iterable[str], pattern: str = "*.journal", check: bool = True
-) -> dict[int, Placed]:
-    """Return, by number, every batch whose rows are on disk whole in all of the formats.
+def journals(folder: Path) -> Iterator[Path]:
+    """Yield the journals in a folder in the order of their names: older sessions first."""
+    for path in sorted(folder.glob("*.journal")):
+        if re.fullmatch(NUMBERED, path.name) and path.is_file() and not path.is_symlink():
+            yield path
 
-    Journals are read in the order of their names, a later one wins. Nothing in an older run's is trusted: a batch
-    counts only if the parts' bytes have the checksums that the journal gives.
+
+def read_parts(
+    folder: Path, formats: Iterable[str], run: str, mine: Callable[[str], bool], session: str = ""
+) -> dict[int, Placed]:
+    """Return, by number, every batch of a run whose rows are on disk whole in all of the formats.
+
+    A later journal wins. Nothing in an older session's is trusted: it must be of the same run, name only files of its
+    own, and a batch counts only if the parts' bytes have the checksums that the journal gives.
 
     Args:
-        folder: Where the parts lie.
+        folder: Where the parts are.
         formats: The formats.
-        pattern: Which journals.
-        check: Whether to read the parts; not for what this very run has written.
+        run: Digest of the run's identity. A journal of format 1 has none: that of its folder was compared.
+        mine: Whether a name outside the folder, relative to it, is a finished file of this layer.
+        session: The session that is ending, to return only what it wrote, without reading its parts.
     """
     done: dict[int, Placed] = {}
     wanted = set(formats)
-    for path in sorted(folder.glob(pattern)):
-        names, entries = decode(path.read_bytes())
-        files = {Path(name).suffix[1:]: folder / name for name in names}
-        if wanted <= files.keys():
-            files = {format: files[format] for format in wanted}
+    for path in journals(folder):
+        if not path.name.startswith(session):
+            continue
+        head, entries = read(path)
+        own = [name for name in head.files if _is_part(folder, name) or mine(name)]
+        files = {format: folder / name for name in own if (format := Path(name).suffix[1:]) in wanted}
+        if wanted == files.keys() and head.run in ("", run):
             damaged = set[int]()
-            for format, file in files.items() if check else ():
+            for format, file in files.items() if not session else ():
                 damaged |= _damaged(file, format, entries)
             done |= {entry.batch: Placed(entry, files) for entry in entries if entry.batch not in damaged}
     return done
+
+
+def _is_part(folder: Path, name: str) -> bool:
+    return re.fullmatch(f"{NUMBERED}|{JOINED}", name) is not None and not (folder / name).is_symlink()
 
 
 def _damaged(path: Path, format: str, entries: list[Entry]) -> set[int]:
@@ -169,8 +237,9 @@ def _damaged(path: Path, format: str, entries: list[Entry]) -> set[int]:
 
 
 def next_session(folder: Path) -> int:
-    """Return the number that the names of a new session's parts begin with, so that its journals come last."""
-    return 1 + max((int(path.name[:6]) for path in folder.glob("*.journal")), default=0)
+    """Return the number that a new session's names begin with: no file has one of them, and its journals come last."""
+    found = (re.fullmatch(NUMBERED, path.name) for path in folder.glob("*"))
+    return 1 + max((int(name["session"]) for name in found if name), default=0)
 
 
 def pieces(format: str, placed: Iterable[Placed]) -> list[Piece]:

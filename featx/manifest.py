@@ -1,6 +1,7 @@
 """What made this file: the identity of a run, its record LAYER.json, and what two of them differ in."""
 
 import gzip
+import hashlib
 import inspect
 import json
 import platform
@@ -16,16 +17,18 @@ import PIL
 import torch
 import torchvision
 
-import featx
-from featx import disk
+from featx import disk, extractor, formats, journal, preprocess
 from featx.datamodule import ImageFolderDataModule
 from featx.extractor import SLICE, FeatureExtractor
 from featx.images import ImageTree
-from featx.messages import count
+from featx.messages import BadValueError, count
 from featx.reader import is_result_name as is_result_name
 from featx.reader import read_record as read_record
 
 Json = dict[str, Any]
+
+# Keys of an identity that were added to it, each with the value that decided before. Nothing is ever taken out.
+SINCE: Json = {"revisions": {"preprocessing": 1, "pass": 1, "text": 1}}
 
 
 def identity(trainer: Any, model: FeatureExtractor, data: ImageFolderDataModule, layer: str) -> Json:
@@ -48,14 +51,44 @@ def identity(trainer: Any, model: FeatureExtractor, data: ImageFolderDataModule,
         "compiled": model.compile,
         "images_a_slice": SLICE,
         "threads_a_slice": 1,
+        "revisions": {
+            "preprocessing": preprocess.REVISION,
+            "pass": extractor.REVISION,
+            "text": formats.REVISION,
+        },
         "versions": {
-            "featx": featx.__version__,
             "torch": torch.__version__,
             "torchvision": torchvision.__version__,
             "pillow": PIL.__version__,
             "simplejpeg": version("simplejpeg"),
+            **model.packages,
         },
     }
+
+
+def complete(identity: Json) -> Json:
+    """Return an identity with the keys that are newer than it, at the values that decided then."""
+    found = dict(identity)
+    for key, then in SINCE.items():
+        found[key] = {**then, **identity.get(key, {})} if isinstance(then, dict) else identity.get(key, then)
+    found["versions"] = {name: value for name, value in identity["versions"].items() if name != "featx"}  # in format 1
+    return found
+
+
+def digest(identity: Json) -> str:
+    """Return the SHA-256 of an identity, which stays the same when later versions of featx add keys."""
+    known = complete(identity)
+    for key, then in SINCE.items():
+        if isinstance(then, dict):
+            known[key] = {name: value for name, value in known[key].items() if value != then.get(name)}
+        if known[key] in (then, {}):
+            del known[key]
+    return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()
+
+
+def public_name(owner: type) -> str:
+    """Return what a class is called in ``--model`` and in records: featx's own stays the same wherever it moves."""
+    return "featx.FeatureExtractor" if owner is FeatureExtractor else f"{owner.__module__}.{owner.__qualname__}"
 
 
 def options(owner: object) -> Json:
@@ -69,13 +102,21 @@ def inputs(images: ImageTree) -> Json:
     return {"images": len(images), "digest": images.digest()}
 
 
-def differences(old: Json, new: Json, path: str = "") -> list[str]:
-    """Return a line for each value that differs, as ``weights_sha256: 3f2a51c0… -> 9c1b77de…``."""
+def differences(old: Json, new: Json) -> list[str]:
+    """Return a line for each value of two identities that differs, as ``weights: 3f2a51c0… -> 9c1b77de…``."""
+    old_known, new_known = complete(old), complete(new)
+    if "revisions" not in old:  # format 1 did not have the packages of the network's code
+        new_known["versions"] = {name: new_known["versions"].get(name) for name in old_known["versions"]}
+    return differing(old_known, new_known)
+
+
+def differing(old: Json, new: Json, path: str = "") -> list[str]:
+    """Return a line for each value that differs, as ``preprocessing.crop: 224 -> 200``."""
     lines = []
     for key in dict.fromkeys([*old, *new]):
         before, after = old.get(key), new.get(key)
         if isinstance(before, dict) and isinstance(after, dict):
-            lines += differences(before, after, f"{path}{key}.")
+            lines += differing(before, after, f"{path}{key}.")
         elif before != after:
             lines.append(f"{path}{key}: {_short(before)} -> {_short(after)}")
     return lines
@@ -106,6 +147,20 @@ def read_json(path: Path) -> Json | None:
         record = json.loads(path.read_bytes().decode("utf-8", "surrogateescape"))
         return record if isinstance(record, dict) else None
     return None
+
+
+def read_run(path: Path) -> Json | None:
+    """Return what ``run.json`` says of an unfinished run, or None where there is none that can be read.
+
+    Raises:
+        BadValueError: It is none of featx's, or of a newer featx.
+    """
+    if (run := read_json(path)) is None:
+        return None
+    journal.check_format(path, run)
+    if not all(isinstance(run.get(key), dict) for key in ("identity", "inputs")):
+        raise BadValueError(f"{path}: not as featx writes it. Remove it, or give another --writer.out_dir.")
+    return run
 
 
 def save_inputs(path: Path, images: ImageTree) -> None:

@@ -5,6 +5,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from importlib import import_module
+from importlib.metadata import packages_distributions, version
 from typing import Any
 
 import torch
@@ -187,6 +188,24 @@ def _image_size(state: dict[str, Tensor] | None) -> int | None:
     if not patches or not convs or patches[0].ndim != 3:
         return None
     return math.isqrt(patches[0].shape[1] - 1) * convs[0].shape[-1]  # (1, 1 + patches, D), (D, 3, side, side)
+
+
+def packages(network: nn.Module, owner: type, arch: str) -> dict[str, str]:
+    """Return the versions of the installed packages that a network's code comes from, by name.
+
+    torch and torchvision, which every network needs, are left out, and so is code that no package installed.
+
+    Args:
+        network: The network.
+        owner: The FeatureExtractor's class.
+        arch: The network's name, where it was built by one.
+    """
+    code = {type(module).__module__.split(".")[0] for module in network.modules()}
+    code |= {owner.__module__.split(".")[0], *([arch.split(".")[0]] if is_function(arch) else [])}
+    if not (code := code - {"torch", "torchvision", "featx", "__main__"}):
+        return {}
+    installed = packages_distributions()
+    return {name: version(name) for name in sorted({name for top in code for name in installed.get(top, ())})}
 
 
 def _import(arch: str) -> Callable[[], Any]:

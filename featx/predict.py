@@ -118,7 +118,7 @@ def predict(argv: list[str]) -> int:
     if not cli.trainer.is_global_zero:
         return 0
     seconds = progress.seconds
-    _tell_where_the_time_went(cli.trainer, cli.model, cli.datamodule, seconds)
+    _tell_where_the_time_went(cli.trainer, cli.model, cli.datamodule, writer, seconds)
     return _last_words(writer, seconds)
 
 
@@ -208,12 +208,13 @@ def _last_words(writer: FeatureWriter, seconds: float | None) -> int:
 
 
 def _tell_where_the_time_went(
-    trainer: Trainer, model: FeatureExtractor, data: ImageFolderDataModule, seconds: float
+    trainer: Trainer, model: FeatureExtractor, data: ImageFolderDataModule, writer: FeatureWriter, seconds: float
 ) -> None:
     on_gpu = trainer.strategy.root_device.type != "cpu"
     gain = partial(data.turbo_saves, model.preprocessing) if data.decoder == "exact" else float
     share = f"rank 0 of {trainer.world_size}: " if trainer.world_size > 1 else ""
-    lines = where_the_time_went(stages(trainer), seconds, cores_per_process(trainer), data.workers, on_gpu, gain)
+    spent = stages(trainer, model, writer)
+    lines = where_the_time_went(spent, seconds, cores_per_process(trainer), data.workers, on_gpu, gain)
     for line in lines:
         log.info("%s%s", share, line)
 
@@ -261,8 +262,13 @@ def prepare(trainer: Trainer, model: FeatureExtractor, data: ImageFolderDataModu
                 print(f"images: {len(data.images):,}")
                 print(f"columns: {', '.join(f'{layer} {number}' for layer, number in columns.items())}")
                 print(f"{' and '.join(writer.formats)}: about {size_in_words(needed)}")
+        if not work or writer.dry_run:
+            writer.release()
         return work
-    except UserError as err:
+    except BaseException as err:
+        writer.release()
+        if not isinstance(err, UserError):
+            raise
         if rank() and {"TORCHELASTIC_RUN_ID", "SLURM_PROCID"} & os.environ.keys():
             sys.exit(err.exit_status)  # rank 0 makes the same checks and says it
         raise

@@ -14,6 +14,7 @@ from torchvision.transforms.v2 import functional as v2
 from featx.decode import MOST_PIXELS, Pixels
 from featx.messages import BadValueError, ImageError
 
+REVISION = 1  # goes up whenever the steps below give other pixels than before: no run then takes rows of before
 Decoder = Literal["exact", "turbo", "cuda"]
 Interpolation = Literal["auto", "nearest", "nearest-exact", "bilinear", "bicubic", "box", "hamming", "lanczos"]
 

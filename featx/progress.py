@@ -40,8 +40,10 @@ class Progress(Callback):
         return time.monotonic() - self._start
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Start the clock."""
+        """Start the clock, and count from nothing where another Trainer had this before."""
         self._start = time.monotonic()
+        self._done, self.error = 0, None
+        self.stages.clear()
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the bar, or the lines."""
@@ -105,15 +107,19 @@ class Progress(Callback):
             self._bar = None
 
 
-def stages(trainer: Trainer) -> dict[str, float]:
+def stages(trainer: Trainer, *owners: Any) -> dict[str, float]:
     """Return the seconds of each stage so far in this process and its workers.
+
+    Args:
+        trainer: Of the run; its Progress counts, a user's callback with an attribute of that name does not.
+        owners: What else has ``stages``: the FeatureExtractor and the FeatureWriter.
 
     decode, resize and text are seconds of a core, and so is network on a CPU; on a GPU it is what the writing thread
     waited for. wait is what the main process waited for images, disk what the writing thread did for the disk.
     """
     found = dict.fromkeys(STAGES, 0.0)
-    for owner in (trainer.lightning_module, *trainer.callbacks):  # type: ignore[attr-defined]
-        for name, seconds in getattr(owner, "stages", {}).items():
+    for owner in (*owners, *(bar for bar in trainer.callbacks if isinstance(bar, Progress))):  # type: ignore[attr-defined]
+        for name, seconds in owner.stages.items():
             found[name] += seconds
     return {name: round(seconds, 2) for name, seconds in found.items()}
 

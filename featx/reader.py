@@ -12,14 +12,13 @@ from typing import Any, get_args
 import numpy as np
 import orjson
 
-from featx import formats, parquet
+from featx import formats, journal, parquet
 from featx.formats import Floats
 from featx.messages import BadValueError, MissingPathError, count
 
 Rows = tuple[list[str], Floats]  # names and values, (R, D)
 PathLike = str | os.PathLike[str]
 
-NEWEST = 2  # format of a record that this version reads; one that does not say has format 1
 NOTHING = type(None)
 SHAPE: dict[str, tuple[type, ...]] = {  # what a record is read for; whatever else it says is left as it is
     "layer": (str,),
@@ -103,9 +102,8 @@ def read_record(path: Path, layer: str | None = None) -> dict[str, Any] | None:
     except (OSError, ValueError, RecursionError) as err:
         wrong = getattr(err, "strerror", None) or f"it is not JSON ({type(err).__name__}: {err})"
     else:
-        version = found.get("format", 1) if isinstance(found, dict) else 1
-        if type(version) is int and version > NEWEST:
-            raise BadValueError(f"{path}: made by a newer featx (format {version}); this one reads up to {NEWEST}.")
+        if isinstance(found, dict):
+            journal.check_format(path, found)
         wrong = _wrong(found, layer)
         if not wrong:
             return dict(found)

@@ -164,7 +164,7 @@ def _thumbnails(
     """Return thumbnails in base64 by row, of all images or of those chosen, and what is to be said of them."""
 
     def make(index: int, side: int) -> bytes:
-        pixels, _ = read_or_fault(folder, names[index], value_range, strict=False)
+        pixels, *_ = read_or_fault(folder, names[index], value_range, strict=False)
         if pixels is None:
             return b""
         image, data = Image.fromarray(pixels), io.BytesIO()

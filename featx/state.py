@@ -3,19 +3,22 @@
 import csv
 import io
 import os
-import shutil
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import suppress
+from functools import cached_property
+from itertools import chain
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
+
+from PIL import Image
 
 from featx import disk, formats, journal, manifest, parquet
-from featx.decode import Fault
+from featx.decode import Fault, reader
 from featx.disk import DiskError
 from featx.formats import Format
 from featx.images import ImageTree
-from featx.journal import Entry, Placed
+from featx.journal import Entry, Head, Placed
 from featx.manifest import Json
 from featx.messages import BadValueError
 
@@ -23,6 +26,8 @@ HIDDEN = ".featx"
 ERRORS_HEADER = ("path", "reason", "exception")
 USED = "used all the same: "
 AFRESH = "Give another --writer.out_dir, or --writer.overwrite true, which starts afresh."
+SUFFIXES = [f".{kind}" for kind in get_args(Format)]
+Found = Literal["fresh", "unfinished", "finished"]
 
 
 def file_name(layer: str, suffix: str = "") -> str:
@@ -78,6 +83,7 @@ class LayerState:
         self.run_path = self.folder / "run.json"
         self.inputs_path = self.folder / "images.gz"
         self.inputs = manifest.inputs(images)
+        self.digest = manifest.digest(identity)
 
     def _divide(self, kinds: Sequence[Format], size: int) -> list[Shard]:
         starts = range(0, len(self.images), size)
@@ -110,36 +116,76 @@ class LayerState:
         """Return a result's name in the record, as ``fc7.csv`` or ``fc7/00000.csv``."""
         return path.relative_to(self.record_path.parent).as_posix()
 
-    def look(self) -> Literal["fresh", "unfinished", "finished"]:
-        """Say what is there, without changing anything.
+    def look(self, afresh: bool = False) -> Found:
+        """Return what is there, without changing anything.
+
+        Args:
+            afresh: Whether what another run of featx wrote is to be removed.
 
         Raises:
-            UserError: Another run's results or parts are there, or the images have changed.
+            UserError: Another run's results or parts are there, the images have changed, or files that featx did not
+                write are in the place of the results.
         """
-        record, run = manifest.read_json(self.record_path), manifest.read_json(self.run_path)
-        for kind, old in (("made", record), ("begun", run)):
-            lines = manifest.differences(old["identity"], self.identity) if old else []
+        record, run = manifest.read_record(self.record_path, self.layer), manifest.read_run(self.run_path)
+        if strangers := self._strangers(record, run):
+            raise BadValueError(
+                f"{strangers[0]}: exists, and no record says that featx wrote it.\n"
+                "Move it elsewhere, or give another --writer.out_dir."
+            )
+        if afresh:
+            return "fresh"
+        made = self._differences(record, record.get("readers", self._readers_by_suffix)) if record else []
+        begun = self._differences(run, self._readers()) if run else []
+        for what, lines in (("made", made), ("begun", begun)):
             if lines:
                 more = [f"  and {len(lines) - 7} more"] if len(lines) > 7 else []
-                told = "\n".join([f"  {line}" for line in lines[:7]] + more)
+                listed = "\n".join([f"  {line}" for line in lines[:7]] + more)
                 raise BadValueError(
-                    f"{self.record_path.with_suffix('')}: was {kind} by another run. What differs:\n{told}\n{AFRESH}"
+                    f"{self.record_path.with_suffix('')}: was {what} by another run. What differs:\n{listed}\n{AFRESH}"
                 )
         if old := run or record:
             self._check_images(old)
-        elif strangers := self._strangers():
-            raise BadValueError(f"{strangers[0]}: exists, and no record says what made it.\n{AFRESH}")
         if record and self.inputs == record["inputs"]:
             whole = [self._is_whole(path, record, bool(run)) for path in self.results]
             if all(whole):
                 return "finished"
         return "unfinished" if run else "fresh"
 
-    def _strangers(self) -> list[Path]:
-        """Return what stands in the place of the results, or would be read as one with them."""
-        if self.sharded and self.shards_folder.exists():
-            return sorted(self.shards_folder.iterdir())
-        return [path for path in self.results if path.exists()]
+    def _differences(self, old: Json, readers: dict[str, int]) -> list[str]:
+        """Return a line for all that decided a value of another run and is not the same now."""
+        now = {kind: reader(kind) for kind in readers}
+        return manifest.differences(old["identity"], self.identity) + manifest.differing(readers, now, "readers.")
+
+    def _readers(self, entries: Iterable[Entry] | None = None) -> dict[str, int]:
+        """Return the readers of the images of some batches, or of all that the journals know."""
+        found: dict[str, int] = {}
+        for entry in chain.from_iterable(some for _, some in self._journals()) if entries is None else entries:
+            found |= self._readers_by_suffix if entry.readers is None else entry.readers
+        return dict(sorted(found.items()))
+
+    @cached_property
+    def _readers_by_suffix(self) -> dict[str, int]:
+        """The readers of format 1, which did not note them: of the kinds that the images' names say, all number 1."""
+        suffixes = {os.path.splitext(name)[1].lower() for name in self.images.names}
+        return {kind: 1 for suffix, kind in Image.registered_extensions().items() if suffix in suffixes}
+
+    def _strangers(self, record: Json | None, run: Json | None) -> list[Path]:
+        """Return files that featx did not write in the place of those that it is to write, or would be read with."""
+        known = record["files"] if record else {}
+        places = [*self.results]
+        if record is None and run is None:
+            places.append(self.errors_path)
+        if self.sharded and self.shards_folder.is_dir():
+            beside = sorted(self.shards_folder.iterdir())
+            places += [path for path in beside if self._is_mine(path) or (not known and path.suffix in SUFFIXES)]
+        return [path for path in places if os.path.lexists(path) and self._key(path) not in known]
+
+    def _is_mine(self, path: Path) -> bool:
+        """Whether a path is one of those that the files of this layer have."""
+        return manifest.is_result_name(self.layer, self._key(path))
+
+    def _journals(self) -> Iterator[tuple[Head, list[Entry]]]:
+        return map(journal.read, journal.journals(self.folder))
 
     def _check_images(self, old: Json) -> None:
         if old["inputs"] == self.inputs:
@@ -169,27 +215,40 @@ class LayerState:
 
     def listed(self) -> list[Fault]:
         """Return the images that could not be read, as the journals know them."""
-        paths = sorted(self.folder.glob("*.journal"))
-        return [fault for path in paths for entry in journal.decode(path.read_bytes())[1] for fault in entry.faults]
+        return [fault for _, entries in self._journals() for entry in entries for fault in entry.faults]
 
-    def begin(self) -> None:
-        """Write down what run this is, so that no other goes on with it."""
+    def begin(self, found: Found) -> None:
+        """Write down what run this is, so that no other goes on with it; what is left of another is removed.
+
+        Args:
+            found: What ``look`` found, under the lock.
+        """
         with disk.told(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
+        if found == "fresh" and manifest.read_record(self.record_path, self.layer) is None:
+            self._clear()
         manifest.save_inputs(self.inputs_path, self.images)
-        disk.replace(self.run_path, manifest.as_json({"identity": self.identity, "inputs": self.inputs}))
+        run = {"format": journal.FORMAT, "identity": self.identity, "inputs": self.inputs}
+        disk.replace(self.run_path, manifest.as_json(run))
 
     def wipe(self) -> None:
-        """Remove all there is of the layer."""
+        """Remove all that featx wrote of the layer, and nothing else; the record, which knows the files, comes last."""
+        record = manifest.read_record(self.record_path, self.layer)
+        self._clear()
+        for name in record["files"] if record else ():
+            disk.remove(self.record_path.parent / name)
+        if record:
+            disk.remove(self.errors_path)
+        disk.remove(self.record_path)
+        with suppress(OSError):  # there is none, or somebody else's files are in it
+            self.shards_folder.rmdir()
+
+    def _clear(self, keep: Collection[Path] = ()) -> None:
+        """Remove what featx made below ``.featx``, run.json last: without it nobody would know whose the parts are."""
         with disk.told(self.folder):
-            shutil.rmtree(self.folder, ignore_errors=True)
-            record = manifest.read_json(self.record_path)
-            old = [self.record_path.parent / name for name in record["files"]] if record else []
-            shards = self.shards_folder.glob("[0-9]*.*") if self.sharded else ()  # they would be read as this run's
-            for path in (self.record_path, self.errors_path, *self.results, *old, *shards):
-                path.unlink(missing_ok=True)
-            with suppress(OSError):  # there is none, or somebody else's files are in it
-                self.shards_folder.rmdir()
+            own = [path for path in self.folder.glob("*") if journal.OWN.fullmatch(path.name) and path not in keep]
+        for path in sorted(own, key=self.run_path.__eq__):
+            disk.remove(path)
 
     def done(self, still: Callable[[Fault], bool]) -> dict[int, Placed]:
         """Return the batches on disk, but for those whose unreadable images are no longer what they were.
@@ -199,9 +258,18 @@ class LayerState:
         """
         return {
             number: placed
-            for number, placed in journal.read_parts(self.folder, self.kinds).items()
+            for number, placed in self.placed().items()
             if all(still(fault) for fault in placed.entry.faults)
         }
+
+    def placed(self, session: str = "") -> dict[int, Placed]:
+        """Return this run's batches whose rows are on disk; of a session that is ending, what it wrote, unchecked."""
+        above = os.path.relpath(self.record_path.parent, self.folder) + "/"
+
+        def is_result(name: str) -> bool:
+            return name.startswith(above) and manifest.is_result_name(self.layer, name.removeprefix(above))
+
+        return journal.read_parts(self.folder, self.kinds, self.digest, is_result, session)
 
     def finish(self, done: dict[int, Placed], columns: int, known: dict[Path, str], about: Json) -> Json:
         """Join the parts to the final files, beside their record and the list of errors, and return the record.
@@ -223,7 +291,8 @@ class LayerState:
         assert [entry.batch for entry in entries] == list(range(len(entries))), f"{self.layer}: batches are missing"
         assert rows + lost == len(self.images), f"{self.layer}: {rows} rows, {lost} errors, {len(self.images)} images"
         files: Json = {}
-        if old := manifest.read_json(self.record_path):  # formats that an earlier run wrote stay, if they say the same
+        # Formats that an earlier run wrote stay, if they say the same.
+        if old := manifest.read_record(self.record_path, self.layer):
             same = old["inputs"] == self.inputs and (old["errors"], old["rows"]) == (lost, rows)
             mine = set(map(self._key, self.results))
             for name, said in old["files"].items():
@@ -241,6 +310,7 @@ class LayerState:
                 sha256, size = known.get(path) or journal.digest(path), path.stat().st_size
                 files[self._key(target)] = {"sha256": sha256, "bytes": size} | said
         record = {
+            "format": journal.FORMAT,
             "layer": self.layer,
             "files": files,
             "rows": rows,
@@ -252,6 +322,7 @@ class LayerState:
             "values_overflowed": sum(entry.odd[2] for entry in entries),
             "decoded_on_cpu": sum(entry.odd[3] for entry in entries),
             "inputs": self.inputs,
+            "readers": self._readers(entries),
             "identity": self.identity,
             "run": {**about, "batches_by_device": Counter(entry.device for entry in entries)},
         }
@@ -320,7 +391,8 @@ class LayerState:
                 ends[format] = spans[format][1]
             moved.append(entry._replace(spans=spans))
         names = [os.path.relpath(path, self.folder) for path in shard.rows.values()]
-        disk.replace(self.folder / f"{session:06}{shard.label}.journal", journal.encode(names, moved))
+        kept = journal.encode(Head(names, self.digest), moved)
+        disk.replace(self.folder / f"{session:06}{shard.label}.journal", kept)
 
     def settle(self, record: Json) -> None:
         """Do what a run that ended while it named its files had left to do."""
@@ -338,9 +410,7 @@ class LayerState:
         if keep_journal:
             last = f"{journal.next_session(self.folder) - 1:06}"
             keep |= {*self.folder.glob(f"{last}*.journal"), *self.folder.glob("rows*.npy")}
-        for path in self.folder.iterdir():
-            if path not in keep:
-                disk.remove(path)
+        self._clear(keep)
 
 
 def _errors_csv(faults: list[Fault]) -> bytes:
@@ -358,9 +428,15 @@ def error_row(fault: Fault) -> list[str]:
 
 
 def read_errors(path: Path) -> list[Fault]:
-    """Return the images that a finished run could not read, or that were used as read: none without a list."""
+    """Return the images that a finished run could not read, or that were used as read: none without a list.
+
+    Raises:
+        BadValueError: It is not as featx writes it.
+    """
     if not path.exists():
         return []
     with path.open(newline="", encoding="utf-8", errors="surrogateescape") as file:
-        _, *rows = csv.reader(file)
+        header, *rows = [tuple(row) for row in csv.reader(file)] or [()]
+    if header != ERRORS_HEADER or any(len(row) != len(header) for row in rows):
+        raise BadValueError(f"{path}: not a list of errors that featx wrote. Expected {','.join(ERRORS_HEADER)} first.")
     return [Fault(name, reason.removeprefix(USED), said, reason.startswith(USED)) for name, reason, said in rows]

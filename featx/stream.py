@@ -13,6 +13,7 @@ from torch import Tensor
 
 from featx import formats
 from featx.datamodule import Batch
+from featx.decode import reader
 from featx.journal import Entry, Part
 from featx.messages import UserError
 from featx.state import LayerState
@@ -154,7 +155,8 @@ class RowStream:
         self._shard = shard
         for layer, state in self._states.items():
             one = state.shards[shard]
-            self._parts[layer] = Part(state.folder, self._stem + one.label, state.heads(one, self._columns[layer]))
+            heads = state.heads(one, self._columns[layer])
+            self._parts[layer] = Part(state.folder, self._stem + one.label, state.digest, heads)
 
     def _write(self, batch: Batch, features: Mapping[str, Tensor]) -> None:
         names = [os.fsencode(self._name(name)) for name in batch.names]
@@ -183,6 +185,7 @@ class RowStream:
             self.stages["text"] += time.thread_time() - begin
             counts = (int(odd.any(axis=1).sum()), int(odd.sum()), overflowed, batch.on_cpu)
             begin = time.monotonic()
-            part.add(Entry(batch.number, len(names), columns, counts, {}, self._device, batch.faults), texts)
+            readers = {kind: reader(kind) for kind in batch.kinds}
+            part.add(Entry(batch.number, len(names), columns, counts, {}, self._device, batch.faults, readers), texts)
             self.stages["disk"] += time.monotonic() - begin
         self.computed += batch.size

@@ -144,12 +144,12 @@ def check_rows(path: Path, options: Namespace) -> str:
     model, data = _rebuild(file, options)
     data.setup()
     model.configure_model()
+    sample = model.try_out(data.first_batch(model.preprocessing))  # which finds the memory layout
     if model.weights_digest != (expected := record["identity"]["weights"]):
         raise Mismatch(
             f"weights of {model.weights_used} are not those of the record: "
             f"SHA-256 {expected[:8]}… -> {model.weights_digest[:8]}…"
         )
-    sample = model.try_out(data.first_batch(model.preprocessing))  # which finds the memory layout
     if record["layer"] not in sample:
         raise _unusable(file, f"its layer is {record['layer']}, but --model.layer {model.layer}")
     if (columns := sample[record["layer"]].shape[1]) != record["columns"]:

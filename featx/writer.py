@@ -25,7 +25,7 @@ from featx.formats import Format
 from featx.images import ImageTree
 from featx.journal import Placed
 from featx.messages import BadValueError, ImageError, UserError, count, log, rank, size_in_words
-from featx.state import HIDDEN, LayerState
+from featx.state import HIDDEN, Found, LayerState
 from featx.stream import RowStream
 
 GRACE = 8.0  # seconds that a run that is ended has to bring its rows to disk
@@ -91,7 +91,11 @@ class FeatureWriter(BasePredictionWriter):
         self.shard_rows = shard_rows
         self.records: dict[str, dict[str, Any]] = {}
         self._columns: dict[str, int] = {}
-        self._states: dict[str, LayerState] = {}
+        self._looked: tuple[Any, Any, Any] | None = None  # at the run of which Trainer, model and data
+        self._locked = False  # whether it was locked then
+        self._all: dict[str, LayerState] = {}
+        self._states: dict[str, LayerState] = {}  # of the layers with something to do
+        self._found: dict[str, Found] = {}
         self._done: dict[str, dict[int, Placed]] = {}
         self._stream: RowStream | None = None  # of a process with something to do
         self._device = self._session = ""
@@ -158,27 +162,31 @@ class FeatureWriter(BasePredictionWriter):
         Raises:
             UserError: Another run's rows are there.
         """
-        self._columns = columns
-        self._states = {}
-        open_layers = []
+        self._columns, self._looked = columns, (trainer, model, data)
+        settings = {"names": self.names, "header": self.header, "dtype": self.dtype, "shard_rows": self.shard_rows}
+        self._all = {}
         for layer in model.layers:
-            identity = manifest.identity(trainer, model, data, layer)
-            identity |= {"names": self.names, "header": self.header, "dtype": self.dtype, "shard_rows": self.shard_rows}
-            state = LayerState(Path(self.out_dir), layer, self.formats, identity, data.images)
-            self._states[layer] = state
+            identity = manifest.identity(trainer, model, data, layer) | settings
+            self._all[layer] = LayerState(Path(self.out_dir), layer, self.formats, identity, data.images)
+        self._locked = self._lock is not None
+        self._decide(data, model.preprocessing)
+        return bool(self._states)
+
+    def _decide(self, data: Any, preset: Any) -> None:
+        """Find out what is in the folder, and keep the layers with something to do."""
+        self._states, self.records = dict(self._all), {}
+        for layer, state in self._all.items():
             if state.sharded and state.shards_folder.is_file():
                 raise BadValueError(f"{state.shards_folder}: is a file. --writer.shard_rows makes a folder there.")
-            found = "fresh" if self.overwrite else state.look()
-            if found == "finished":
-                self.records[layer] = manifest.read_json(state.record_path) or {}
-                if all(data.fault(fault.path, model.preprocessing) == fault for fault in state.listed()):
+            self._found[layer] = state.look(self.overwrite)
+            if self._found[layer] == "finished":
+                record = manifest.read_record(state.record_path, layer) or {}
+                if all(data.fault(fault.path, preset) == fault for fault in state.listed()):
                     if state.run_path.exists() and rank() == 0:  # it ended while it tidied up
                         self._take_lock()
-                        state.settle(self.records[layer])
-                    continue
-            open_layers.append(layer)
-        self._states = {layer: self._states[layer] for layer in open_layers}
-        return bool(open_layers)
+                        state.settle(record)
+                    self.records[layer] = record
+                    del self._states[layer]
 
     def check_space(self, images: ImageTree, sample: dict[str, Tensor], processes: int) -> int:
         """Hold the size of the output against the free space, tell both, and return the size in bytes.
@@ -225,14 +233,16 @@ class FeatureWriter(BasePredictionWriter):
             )
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         model: Any = pl_module
-        if not self._columns:  # a Trainer put together by hand; the command line has looked already
-            self.check_shards(data.batch_size)
+        looked, self._looked = self._looked, None
+        if looked is None or any(one is not other for one, other in zip(looked, (trainer, model, data), strict=True)):
+            self.check_shards(data.batch_size)  # the command line has looked already, a user's own Trainer has not
             model.configure_model()
             sample = model.try_out(data.first_batch(model.preprocessing))
             self.look(trainer, model, data, {layer: rows.shape[1] for layer, rows in sample.items()})
+            self._looked = None
         device = trainer.strategy.root_device
         self._device = manifest.device_name(device)
-        self._started, self._stream = datetime.now(UTC), None
+        self._started, self._stream, self._group, self._done = datetime.now(UTC), None, None, {}
         if trainer.world_size > 1:
             # Processes may reach the end hours apart, and NCCL and Lightning wait for half an hour at most.
             self._group = dist.new_group(backend="gloo", timeout=timedelta(days=365))
@@ -240,9 +250,10 @@ class FeatureWriter(BasePredictionWriter):
         if trainer.is_global_zero:
             self._warn_of_names(data.images.names)
             session, left = self._begin(data, model.preprocessing)
-        everyones = self._gather((session, left, data.images.digest()))
-        session, left, _ = everyones[0]
-        if len({digest for _, _, digest in everyones}) > 1:
+        everyones = self._gather((session, left, list(self._states), data.images.digest()))
+        session, left, layers, _ = everyones[0]
+        self._states = {layer: self._all[layer] for layer in layers}
+        if len({digest for *_, digest in everyones}) > 1:
             raise UserError(f"--data.dir {data.dir}: the processes see different images. It changed, or is not shared.")
         seen = self._gather(all(state.run_path.exists() for state in self._states.values()))
         if not all(seen):
@@ -268,13 +279,15 @@ class FeatureWriter(BasePredictionWriter):
             return bool(now == fault) and (fault.used or data.on_error == "list")
 
         self._take_lock()
+        if not self._locked:  # another run may have been here since
+            self._decide(data, preset)
         left: set[int] = set()
         session = 1
         batches = math.ceil(len(data.images) / data.batch_size)
         for layer, state in self._states.items():
             if self.overwrite:
                 state.wipe()
-            state.begin()
+            state.begin(self._found[layer])
             done = state.done(still)
             self._done[layer] = done
             left |= set(range(batches)) - done.keys()
@@ -314,8 +327,8 @@ class FeatureWriter(BasePredictionWriter):
         if trainer.is_global_zero:
             known = self._stream.digests() if self._stream else {}
             for layer, state in self._states.items():
-                mine = journal.read_parts(state.folder, state.kinds, f"{self._session}-*.journal", check=False)
-                record = state.finish(self._done[layer] | mine, self._columns[layer], known, self._about(trainer))
+                done = self._done[layer] | state.placed(self._session)
+                record = state.finish(done, self._columns[layer], known, self._about(trainer))
                 self.records[layer] = record
                 if overflowed := record["values_overflowed"]:
                     log.warning("%s: %s beyond float16 became infinite: --writer.dtype float32 keeps them",
@@ -323,16 +336,16 @@ class FeatureWriter(BasePredictionWriter):
                 if record["values_not_finite"]:
                     values, rows = count(record["values_not_finite"], "value"), count(record["rows_not_finite"], "row")
                     log.warning("%s: %s nan or infinite, in %s", layer, values, rows)
-            if on_cpu := max(record["decoded_on_cpu"] for record in self.records.values()):
+            if on_cpu := max((record["decoded_on_cpu"] for record in self.records.values()), default=0):
                 log.info("--data.decoder cuda: the CPU decoded %s that the GPU cannot", count(on_cpu, "image"))
-        self._release()
+        self.release()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Bring to disk what was computed, and leave it for the next run."""
         if self._stream is not None:
             self._stream.end(GRACE)
-        with suppress(DiskError):  # what ended the run is told, not what follows from it
-            self._release()
+        with suppress(DiskError):  # what ended the run is reported, not what follows from it
+            self.release()
 
     def wait(self) -> None:
         """Return when process 0 has joined the parts, in each of several processes."""
@@ -345,7 +358,8 @@ class FeatureWriter(BasePredictionWriter):
                 folder.mkdir(parents=True, exist_ok=True)
             self._lock = Lock(folder / "lock", f"--writer.out_dir {self.out_dir}")
 
-    def _release(self) -> None:
+    def release(self) -> None:
+        """Close the parts and let other runs into the folder."""
         if self._stream is not None:
             self._stream.close()
         if self._lock is not None:
@@ -364,7 +378,7 @@ class FeatureWriter(BasePredictionWriter):
             "weights_told": model.weights_told,
             "preprocessing": data.preprocessing(model.preprocessing).source,
             "options": {
-                "model_class": f"{type(model).__module__}.{type(model).__qualname__}",
+                "model_class": manifest.public_name(type(model)),
                 "model": manifest.options(model),
                 "data": manifest.options(data) | {"dir": os.path.abspath(data.dir)},
             },
@@ -372,7 +386,7 @@ class FeatureWriter(BasePredictionWriter):
             "processes": trainer.world_size,
             "workers": data.workers,
             "cores": usable_cores(),
-            "stages": progress.stages(trainer),
+            "stages": progress.stages(trainer, model, self),
             "started": self._started.isoformat(timespec="seconds"),
             "seconds": round((datetime.now(UTC) - self._started).total_seconds(), 3),
         }

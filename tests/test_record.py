@@ -123,7 +123,7 @@ def test_a_record_says_its_format_and_a_newer_one_is_refused_as_such(copy):
         beside.write_text(json.dumps({"format": format} | record))
         assert read_record(beside)["rows"] == 11
     beside.write_text(json.dumps({"format": 3}))
-    with pytest.raises(BadValueError, match=r"2.json: made by a newer featx \(format 3\); this one reads up to 2\."):
+    with pytest.raises(BadValueError, match=r"2.json: is in format 3, of a newer featx; this one .* to 2\."):
         read_record(beside)
 
 
@@ -305,3 +305,10 @@ def test_a_list_of_images_that_is_damaged_is_as_one_that_is_gone(copy, capsys):
     for data in (b"", b"stray", kept.read_bytes()[:-9], kept.read_bytes()[:12] + b"\0" * 30):
         kept.write_bytes(data)
         assert "11 rows of 4 values as recorded" in told_by(capsys, 0, copy)
+
+
+@pytest.mark.parametrize("text", ["", "hello\n", "path,reason,exception\na\n"])
+def test_a_list_of_errors_that_featx_did_not_write_is_refused(copy, text, capsys):
+    copy.with_suffix(".errors.csv").write_text(text)
+    assert main(["verify", str(copy)]) == 2
+    assert "2.errors.csv: not a list of errors that featx wrote" in capsys.readouterr().err

@@ -226,15 +226,14 @@ def test_formats_that_cannot_be_are_refused(options, words):
         FeatureWriter(**options)
 
 
-def test_a_file_of_unknown_origin_is_replaced_only_when_asked(photos, tmp_path):
-    (tmp_path / "2.csv").write_text("old")
-    (tmp_path / "3.csv").write_text("another layer's")
-    with pytest.raises(BadValueError, match=r"2.csv: exists, and no record says what made it.\n.*overwrite true"):
-        run(photos, tmp_path)
-    assert (tmp_path / "2.csv").read_text() == "old"
-    run(photos, tmp_path, overwrite=True)
-    assert len(read_csv(tmp_path / "2.csv")[0]) == 37
-    assert (tmp_path / "3.csv").read_text() == "another layer's"
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("name", ["2.csv", "2.names.txt", "2.errors.csv", "2.json"])
+def test_a_file_that_featx_did_not_write_is_never_replaced(photos, tmp_path, name, overwrite):
+    (tmp_path / name).write_text('{"hello": 1}')
+    with pytest.raises(BadValueError, match=rf"{name}: (exists, and no record says that featx|not a record of featx)"):
+        run(photos, tmp_path, format=["csv", "npy"], overwrite=overwrite)
+    assert (tmp_path / name).read_text() == '{"hello": 1}'
+    assert [path.name for path in tmp_path.iterdir() if path.is_file()] == [name]
 
 
 def test_values_that_are_not_finite_are_written_and_counted(photos, tmp_path, caplog, monkeypatch):
@@ -413,7 +412,11 @@ def test_the_number_of_rows_a_shard_is_part_of_what_made_them(photos, tmp_path):
     run(photos, tmp_path, shard_rows=16)
     with pytest.raises(BadValueError, match="shard_rows: 16 -> 8"):
         run(photos, tmp_path, shard_rows=8)
-    (tmp_path / "2" / "00009.csv").write_text("of a run whose record was lost")
+    stranger = tmp_path / "2" / "00009.csv"
+    stranger.write_text("read with the others, it would be one of them")
+    with pytest.raises(BadValueError, match=r"2/00009.csv: exists, and no record says that featx wrote it"):
+        run(photos, tmp_path, shard_rows=24, overwrite=True)
+    stranger.unlink()
     run(photos, tmp_path, shard_rows=24, overwrite=True)
     assert sorted(shards(tmp_path)) == ["00000.csv", "00001.csv"]
     run(photos, tmp_path, overwrite=True)
@@ -439,7 +442,7 @@ def test_shards_need_no_room_for_a_second_copy_beside_them(photos, tmp_path, mon
 def test_files_of_unknown_origin_where_shards_would_stand_are_refused(photos, tmp_path):
     (tmp_path / "2").mkdir()
     (tmp_path / "2" / "notes.csv").touch()
-    with pytest.raises(BadValueError, match=r"2/notes.csv: exists, and no record says what made it"):
+    with pytest.raises(BadValueError, match=r"2/notes.csv: exists, and no record says that featx"):
         run(photos, tmp_path, shard_rows=16)
     (tmp_path / "file").mkdir()
     (tmp_path / "file" / "2").touch()
