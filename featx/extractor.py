@@ -296,6 +296,7 @@ class FeatureExtractor(LightningModule):
         Raises:
             UserError: The images do not go through the network, or a layer cannot be taken.
         """
+        self.network.eval()
         self._running.clear()  # what an earlier run left
         self._copies = None
         self.stages.clear()
