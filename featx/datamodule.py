@@ -66,7 +66,7 @@ class ImageFolderDataModule(LightningDataModule):
         resize: Short side after resizing, in pixels; auto: what the weights were trained with; null: no resize.
         crop: Side of the centre crop, in pixels; auto: what the weights were trained with; null: no crop.
         interpolation: PIL's filter for resizing; auto: what the weights were trained with.
-        value_range: Values that become black and white in images above 8 bits, as [0,4095]; 16-bit: all 65536.
+        value_range: Values that become black and white in images above 8 bits, as '[0,4095]'; 16-bit: all 65536.
         files: A file with the images to take, a path below dir a line, in the order of the rows; null: all in dir.
         on_error: What an image that cannot be read does: list: it has no row, and is listed; stop: it ends the run.
         strict: Whether an image with damaged data cannot be read; false: what PIL makes of it is used, and listed.
@@ -101,7 +101,7 @@ class ImageFolderDataModule(LightningDataModule):
             if isinstance(value, int) and value < least:
                 raise BadValueError(f"--data.{name} {value}: expected a whole number of at least {least}.")
         if value_range is not None and not -math.inf < value_range[0] < value_range[1] < math.inf:
-            raise BadValueError(f"--data.value_range {list(value_range)}: expected [low,high] with low below high.")
+            raise BadValueError(f"--data.value_range {list(value_range)}: expected '[low,high]' with low below high.")
         if decoder != "exact" and interpolation not in ("auto", "bilinear", "bicubic"):
             raise BadValueError(
                 f"--data.interpolation {interpolation}: expected bilinear or bicubic with --data.decoder {decoder}.\n"

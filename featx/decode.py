@@ -185,7 +185,7 @@ def _check_depth(image: Image.Image, value_range: ValueRange | None) -> None:
         kind = "float" if image.mode == "F" else "integer"
         raise BadValueError(
             f"32-bit {kind} values (mode {image.mode}) have no black and white of their own.\n"
-            "--data.value_range says which values those are, for instance --data.value_range [0,1]"
+            "--data.value_range says which values those are, for instance --data.value_range '[0,1]'"
         )
     if value_range is not None and not _is_deep(image) and _packs_sixteen_bits(image):
         raise BadValueError(

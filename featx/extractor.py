@@ -85,7 +85,7 @@ class FeatureExtractor(LightningModule):
 
     Args:
         layer: fc6, fc7 or fc8 of AlexNet and networks built like it, before the ReLU; penultimate, the input of any
-            network's last Linear; or the path of any module (featx layers lists them); a list as [fc6,fc7] takes
+            network's last Linear; or the path of any module (featx layers lists them); a list as '[fc6,fc7]' takes
             several in one pass.
         arch: Name of a torchvision classification network, timm/NAME, or package.module.name of a function that
             returns a network.
@@ -195,7 +195,7 @@ class FeatureExtractor(LightningModule):
         for name, values in (("mean", self.mean), ("std", self.std)):
             good = values == "auto" or (len(values) == 3 and all(map(math.isfinite, values)))
             if not good or (name == "std" and values != "auto" and min(values) <= 0):
-                raise BadValueError(f"--model.{name} {values}: expected three numbers, as [0.5,0.5,0.5], std above 0.")
+                raise BadValueError(f"--model.{name} {values}: expected three numbers as '[0.5,0.5,0.5]', std above 0.")
         if not self.own_network:
             networks.check_arch(self.arch)
             if not networks.is_function(self.arch):  # that one is called once, by configure_model

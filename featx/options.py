@@ -15,7 +15,7 @@ from featx.messages import BadValueError, UserError, did_you_mean
 
 TRAINER = {
     "accelerator": "cpu, gpu, mps or auto.",
-    "devices": "How many of them, a list as [0,1], or -1 for all; several make one process each.",
+    "devices": "How many of them, a list as '[0,1]', or -1 for all; several make one process each.",
     "num_nodes": "How many machines.",
     "strategy": "How several processes are started, as ddp.",
     "precision": "Precision of the network, as 32-true, bf16-mixed, 16-mixed.",

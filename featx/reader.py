@@ -200,7 +200,7 @@ def _shards(path: Path, suffixes: Collection[str]) -> list[Path]:
     if not found:
         raise MissingPathError(f"{path}: no shards. Expected what featx predict wrote with --writer.shard_rows.")
     if len(kinds := sorted({file.suffix for file in found})) > 1:
-        raise BadValueError(f"{path}: holds {' and '.join(kinds)}. Expected one of them, as {folder}/*{kinds[0]}")
+        raise BadValueError(f"{path}: holds {' and '.join(kinds)}. Expected one of them, as '{folder}/*{kinds[0]}'")
     if len(found) != int(found[-1].stem) + 1:
         raise BadValueError(f"{path}: {count(len(found), 'shard')}, the last is {found[-1].name}. Some are missing.")
     return found

@@ -60,7 +60,7 @@ def find_blocks():
 
 
 def commands_in(block):
-    """Return each command as one line, without its comment, with the lines that are shown as its output."""
+    """Return each command as one line, with the lines that are shown as its output."""
     if block.language not in ("sh", "console"):
         return []
     found = []
@@ -68,7 +68,7 @@ def commands_in(block):
         if block.language == "console" and not line.startswith("$ "):
             found[-1][1].append(line)
         elif line.strip() and not line.startswith("#"):
-            found.append((re.sub(r" +", " ", line.removeprefix("$ ").split("  #")[0].split(" # ")[0].strip()), []))
+            found.append((re.sub(r" +", " ", line.removeprefix("$ ").strip()), []))
     return found
 
 
@@ -76,6 +76,7 @@ BLOCKS = list(find_blocks())
 FOUND = [found for block in BLOCKS for found in commands_in(block)]
 COMMANDS = dict(sorted(FOUND, key=lambda found: len(found[1])))  # of a command shown twice, with its output
 RUN = [command for command in COMMANDS if not any(re.match(pattern, command) for pattern in NOT_RUN)]
+OUTSIDE = re.sub(r"^ *```.*?^ *```$", "", TEXT, flags=re.MULTILINE | re.DOTALL)
 FILES = {block.text.split()[1]: block.text for block in BLOCKS if block.text.startswith("# ") and ".py\n" in block.text}
 SNIPPETS = {
     f"{block.page}:{block.line}": block.text
@@ -99,6 +100,8 @@ def store(tmp_path_factory):
     (store / "configs").symlink_to(REPO / "configs")
     (store / "list.txt").write_text("birds/n2.jpg\nnewts/n2.jpg\n")
     (store / "b").mkdir()
+    for name in ("6", "c"):  # which a shell puts in the place of [fc6,fc7]
+        (store / name).touch()
     make_image(50, (260, 240)).save(store / "a.jpg")
     make_image(51, (260, 240)).save(store / "b" / "c.png")
     for name, text in FILES.items():
@@ -142,8 +145,16 @@ def forkserver():
         del os.environ["PYTHONPATH"]
 
 
+def words(command, folder):
+    """Return the arguments that a shell makes of a command line of featx in a folder."""
+    script = f"featx() {{ printf '%s\\0' \"$@\"; }}; {command}"
+    said = subprocess.run(["bash", "-O", "failglob", "-c", script], cwd=folder, capture_output=True, text=True)
+    assert said.returncode == 0, said.stderr
+    return said.stdout.split("\0")[:-1]
+
+
 def act(command, folder):
-    """Run a command line of featx, or a block of Python, in this process."""
+    """Run featx with a list of arguments, or a block of Python, in this process."""
     os.chdir(folder)
     for number, name in ((1, "stdout"), (2, "stderr")):
         os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT), number)
@@ -152,11 +163,11 @@ def act(command, folder):
     from featx import network
 
     network.fetch = lambda url: None  # the digests of the files in the cache are not those in their names
-    if command.startswith("featx "):
+    if isinstance(command, list):
         from featx.cli import main
 
-        sys.argv = shlex.split(command)
-        sys.exit(main(sys.argv[1:]))
+        sys.argv = ["featx", *command]
+        sys.exit(main(command))
     import featx
 
     exec(compile(command, "README", "exec"), {"featx": featx})
@@ -183,7 +194,8 @@ def do(store, forkserver, tmp_path_factory):
         if given:
             shutil.copytree(given, folder / "features")
         if "\n" in command or (command.startswith("featx ") and not re.search(r"[|>]|--trainer.strategy", command)):
-            process = forkserver.Process(target=act, args=(command, folder))
+            what = command if "\n" in command else words(command, folder)
+            process = forkserver.Process(target=act, args=(what, folder))
             process.start()
             process.join(120)
             process.kill()
@@ -197,14 +209,14 @@ def do(store, forkserver, tmp_path_factory):
             "PATH": f"{store / 'bin'}:{os.environ['PATH']}",
             "CUDA_VISIBLE_DEVICES": "",
         }
-        line = ["bash", "-c", f"set -o pipefail; {command}"]
+        line = ["bash", "-O", "failglob", "-c", f"set -o pipefail; {command}"]
         return folder, subprocess.run(line, cwd=folder, env=env, capture_output=True, text=True, timeout=300)
 
     def do(command):
         reads = re.search(r"features/fc7|--data.resize 300", command) and "out_dir=" not in command
         shards = re.search(r"features/fc7(/|\s|$)", command)
-        of_shards = "--data.batch_size 4 --writer.shard_rows 4 --writer.format [csv,npy,parquet]"
-        of_files = "--writer.format [csv,npy,parquet]"
+        of_shards = "--data.batch_size 4 --writer.shard_rows 4 --writer.format '[csv,npy,parquet]'"
+        of_files = "--writer.format '[csv,npy,parquet]'"
         return run(command, finished(of_shards if shards else of_files) if reads else None)[1]
 
     return do
@@ -246,8 +258,58 @@ def test_what_is_not_run_is_listed_and_nothing_more():
     assert len(RUN) > 30 and len(SNIPPETS) > 6 and set(FILES) == {"lite.py", "mine.py", "smooth.py"}
     assert [pattern for pattern in NOT_RUN if not any(re.match(pattern, command) for command in COMMANDS)] == []
     assert {block.language for block in BLOCKS} <= {"sh", "console", "python", "text"}
-    outside = re.sub(r"^ *```.*?^ *```$", "", TEXT, flags=re.MULTILINE | re.DOTALL)
-    assert re.findall(r"^    +(?:\$ )?(?:featx|make|pip|torchrun|python) .*", outside, re.MULTILINE) == []
+    assert re.findall(r"^    +(?:\$ )?(?:featx|make|pip|torchrun|python) .*", OUTSIDE, re.MULTILINE) == []
+
+
+def to_paste():
+    """Return all that a reader can paste: the blocks of commands without their prompts, then those in the text."""
+    for block in BLOCKS:
+        if block.language == "sh" and not block.text.startswith("#!"):  # that is a file
+            yield block.text
+        elif block.language == "console":
+            yield "".join(f"{line}\n" for line in re.findall(r"^\$ (.*)", block.text, re.MULTILINE))
+    for command in re.findall(r"`((?:featx|make|pip|--\w)[^`]*)`", OUTSIDE):
+        yield f"{'featx ' * command.startswith('--')}{' '.join(command.split())}\n"
+
+
+@pytest.fixture(scope="module")
+def paste(tmp_path_factory):
+    """Pastes all commands into a shell; returns what each was given, and the files that are in the folder by then."""
+    stubs = tmp_path_factory.mktemp("stubs")
+    for name in ("featx", "make", "pip", "torchrun", "cut", "head"):
+        stub = """#!/bin/sh\nline=$(printf '<%s>' "${0##*/}" "$@")\nprintf '%s\\n' "$line" >>"$GIVEN"\n"""
+        (stubs / name).write_text(stub)
+        (stubs / name).chmod(0o755)
+
+    def paste(shell, *files):
+        name, *options = shell.split()
+        if not (path := shutil.which(name)):
+            pytest.skip(f"{name} is not installed")
+        folder = tmp_path_factory.mktemp("folder")
+        for file in files:
+            (folder / file).touch()
+        given = tmp_path_factory.mktemp("given") / "given"
+        env = {"PATH": str(stubs), "GIVEN": str(given), "HOME": str(given.parent)}
+        how = {"cwd": folder, "env": env, "start_new_session": True, "timeout": 60}
+        subprocess.run([path, *options], input="".join(to_paste()), capture_output=True, text=True, **how)
+        return set(given.read_text().splitlines()), {path.name for path in folder.iterdir()} - {*files}
+
+    return paste
+
+
+# As they are for someone who types: without comments, as zsh is then, and with an error where a pattern fits nothing.
+@pytest.mark.parametrize("shell", ["bash --norc --noprofile -i +O interactive_comments -O failglob", "zsh -f -i"])
+def test_commands_mean_the_same_pasted_into_any_shell_beside_any_files(shell, paste):
+    given, made = paste("bash --norc --noprofile")
+    assert len(given) > len(RUN) and made == {"night.yaml"}
+    typed, made_then = paste(shell, "6", "c")
+    assert typed ^ given == made_then ^ made == set()
+
+
+def test_a_list_is_quoted_wherever_one_is_shown():
+    sources = [path.read_text() for path in (REPO / "featx").glob("*.py") if path.name != "writer.py"]
+    unquoted = re.compile(r"(?<!['\w.])\[[\w.]+(?:,[\w.]+)+\]")  # in code there is a space after a comma
+    assert [shown for text in (TEXT, *sources) for shown in unquoted.findall(text)] == []
 
 
 def anchors(text):
