@@ -2,10 +2,15 @@
 
 import csv
 import io
+import os
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import REPO
 
+from featx import parquet
 from featx.formats import NPY_HEAD, csv_header, csv_row, is_plain, name_line, npy_head, read_name_lines
 
 
@@ -63,3 +68,28 @@ def test_names_come_back_from_their_lines():
 
 def test_the_header_names_each_column():
     assert csv_header("fc7", 3) == b"image,fc7.0,fc7.1,fc7.2\n"
+
+
+READING = (REPO / "docs" / "formats.md").read_text().partition("## Reading them without featx")[2].partition("\n## ")[0]
+
+
+@pytest.mark.parametrize("block", re.findall(r"```python\n(.*?)```", READING, re.DOTALL))
+def test_other_readers_get_all_rows_as_docs_shows(block, tmp_path, monkeypatch):
+    for module in re.findall(r"import (duckdb|pandas|polars)", block):
+        pytest.importorskip(module)
+    monkeypatch.chdir(tmp_path)
+    Path("features").mkdir()
+    names = [b"a.jpg", b"b,c\x85.jpg" if "latin-1" in block else "b,c\u2028.jpg".encode(), b"#d.jpg"]
+    values = np.array([[np.nan, np.inf, -np.inf, 1], [2, -3, 1e-7, 0.1], [-0.0, 5, 6, 1e9]], np.float32)
+    Path("features/fc7.csv").write_bytes(b"".join(map(csv_row, names, values)))
+    np.save("features/fc7.npy", values)
+    Path("features/fc7.names.txt").write_bytes(b"".join(map(name_line, names)))
+    parquet.write(Path("features/fc7.parquet"), Path("features/fc7.npy"), "fc7", map(os.fsdecode, names), False, b"{}")
+    scope = {}
+    for lines in block.split("\n\n"):
+        exec(lines, scope)
+        assert scope.pop("names", None) in (None, [os.fsdecode(name) for name in names])
+        assert np.array_equal(scope.pop("values", values), values, equal_nan=True)
+    if "nearest" in scope:
+        distance = pytest.approx(np.linalg.norm(values[1] - values[2]))
+        assert scope["nearest"][0] == ("#d.jpg", os.fsdecode(names[1]), distance)

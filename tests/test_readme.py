@@ -159,6 +159,7 @@ def act(command, folder):
     for number, name in ((1, "stdout"), (2, "stderr")):
         os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT), number)
     os.environ.update(ENV | {"CUDA_VISIBLE_DEVICES": "", "TORCH_HOME": os.getcwd()})
+    os.environ["PATH"] = f"{folder / 'bin'}:{os.environ['PATH']}"
     sys.path.insert(0, os.getcwd())
     from featx import network
 
