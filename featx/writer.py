@@ -43,7 +43,7 @@ class FeatureWriter(BasePredictionWriter):
 
     Args:
         out_dir: Folder for LAYER.csv, made if missing.
-        format: csv; npy, with the names in LAYER.names.txt; parquet; or a list of them, as [csv,npy].
+        format: csv; npy, with the names in LAYER.names.txt; parquet; or a list of them, as '[csv,npy]'.
         names: How a row is named: basename, the file's name, or relative, its path below the data folder.
         header: Whether CSV's first line names the columns, as image,fc7.0,fc7.1.
         dtype: Of the values in npy and parquet; what float16 cannot hold becomes infinite, and is counted.
@@ -75,7 +75,7 @@ class FeatureWriter(BasePredictionWriter):
         self.formats: list[Format] = [format] if isinstance(format, str) else list(dict.fromkeys(format))
         if not self.formats or set(self.formats) - set(get_args(Format)):
             raise BadValueError(
-                f"--writer.format {format}: expected csv, npy, parquet, or a list of them, as [csv,npy]."
+                f"--writer.format {format}: expected csv, npy, parquet, or a list of them, as '[csv,npy]'."
             )
         if dtype == "float16" and self.formats == ["csv"]:
             raise BadValueError(
