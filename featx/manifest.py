@@ -5,6 +5,7 @@ import hashlib
 import inspect
 import json
 import platform
+import zlib
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict
@@ -75,15 +76,18 @@ def complete(identity: Json) -> Json:
     return found
 
 
-def digest(identity: Json) -> str:
-    """Return the SHA-256 of an identity, which stays the same when later versions of featx add keys."""
+def digest(identity: Json, images: ImageTree) -> str:
+    """Return the SHA-256 of an identity and the images' names, which stays the same when later versions add keys."""
     known = complete(identity)
     for key, then in SINCE.items():
         if isinstance(then, dict):
             known[key] = {name: value for name, value in known[key].items() if value != then.get(name)}
         if known[key] in (then, {}):
             del known[key]
-    return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()
+    found = hashlib.sha256(json.dumps(known, sort_keys=True).encode())
+    found.update(images.names.blob)
+    found.update(images.names.ends.data)
+    return found.hexdigest()
 
 
 def public_name(owner: type) -> str:
@@ -174,7 +178,7 @@ def read_inputs(path: Path, some: slice = slice(None)) -> list[tuple[str, int, i
     """Return names, sizes and times of some of the images that ``save_inputs`` kept.
 
     Raises:
-        OSError: There is no such list; or EOFError or ValueError: it is damaged.
+        OSError: There is no such list; or EOFError, ValueError or zlib.error: it is damaged.
     """
     lines = (line.split(b" ", 2) for line in gzip.decompress(path.read_bytes()).splitlines()[some])
     return [(json.loads(name), int(size), int(mtime)) for size, mtime, name in lines]
@@ -190,8 +194,9 @@ def changed_inputs(path: Path, images: ImageTree, excused: Sequence[str]) -> str
     """
     try:
         before = {name: (size, mtime) for name, size, mtime in read_inputs(path)}
-    except (OSError, EOFError, ValueError):
+    except (OSError, EOFError, ValueError, zlib.error):
         return "the list of images is another"
+    same_order = list(before) == list(images.names)
     free = set(excused)
     added = changed = 0
     for name, size, mtime in zip(images.names, np.asarray(images.sizes), np.asarray(images.mtimes), strict=True):
@@ -199,4 +204,6 @@ def changed_inputs(path: Path, images: ImageTree, excused: Sequence[str]) -> str
         added += found is None
         changed += found is not None and found != (size, mtime) and name not in free
     told = {"added": added, "removed": len(before), "changed": changed}
+    if not (added or before or same_order):
+        return "the order of the images changed"
     return ", ".join(f"{count(number, 'image')} {word}" for word, number in told.items() if number)

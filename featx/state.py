@@ -83,7 +83,7 @@ class LayerState:
         self.run_path = self.folder / "run.json"
         self.inputs_path = self.folder / "images.gz"
         self.inputs = manifest.inputs(images)
-        self.digest = manifest.digest(identity)
+        self.digest = manifest.digest(identity, images)
 
     def _divide(self, kinds: Sequence[Format], size: int) -> list[Shard]:
         starts = range(0, len(self.images), size)

@@ -3,6 +3,7 @@
 import json
 import os
 import threading
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ import featx
 from featx import FeatureExtractor, FeatureWriter, ImageFolderDataModule, decode, disk, journal
 from featx.cli import main
 from featx.disk import BusyError
+from featx.images import ImageTree
 from featx.messages import BadValueError, UserError
 from featx.predict import prepare
 from featx.reader import load
@@ -141,6 +143,19 @@ def test_a_data_module_used_again_lists_its_images_anew_and_deals_them_all(photo
     trainer_of(second).predict(Weighted("2"), datamodule=data, return_predictions=False)  # nothing is left to do
     batches = trainer_of().predict(Weighted("2"), datamodule=data)  # no writer: nobody deals, so all of them
     assert sum(len(rows["2"]) for rows in batches) == 21
+
+
+@pytest.mark.parametrize("finished", [False, True])
+def test_images_in_another_order_are_other_rows(photos, tmp_path, finished):
+    listed = tmp_path / "list.txt"
+    names = ImageTree(str(photos)).names[:]
+    listed.write_text("\n".join(names))
+    stop = nullcontext() if finished else pytest.raises(KeyError, match="stopped")
+    with stop:
+        predict(photos, Weighted("2"), FeatureWriter(str(tmp_path)), *[Stop()][finished:], files=str(listed))
+    listed.write_text("\n".join(reversed(names)))
+    with pytest.raises(BadValueError, match="the order of the images changed since that run began"):
+        predict(photos, Weighted("2"), FeatureWriter(str(tmp_path)), files=str(listed))
 
 
 def test_weights_that_changed_between_two_runs_are_other_weights(photos, tmp_path):
