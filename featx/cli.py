@@ -1,9 +1,10 @@
 """The command line: which command, and how a run ends; ``featx --help`` answers without importing torch."""
 
+import io
 import os
 import sys
 import traceback
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from featx import __version__
 from featx.lean import import_lean
@@ -32,11 +33,64 @@ commands:
 
 def run() -> NoReturn:
     """Run the process's command line and end the process."""
+    streams = open_streams()
     try:
         status = main()
     except SystemExit as end:  # of a parser that has said all
         status = end.code if isinstance(end.code, int) else int(end.code is not None)
+    for stream in streams:
+        getattr(sys, stream.title).flush()
+        if stream.fault is not None:
+            print(f"featx: error: {stream.title} cannot be written to: {stream.fault.strerror}", file=sys.stderr)
+            status = status or 1
     leave_at_once(status)
+
+
+class Stream(io.FileIO):
+    """stdout or stderr, which what is printed never fails on.
+
+    That a reader has gone, as ``| head`` does, is no fault: what else is printed goes nowhere.
+
+    Attributes:
+        title: stdout or stderr.
+        fault: Why something could not be written.
+    """
+
+    def __init__(self, number: int, title: str) -> None:
+        super().__init__(number, "w", closefd=False)
+        self.title = title
+        self.fault: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        """Write bytes and return how many were."""
+        try:
+            return super().write(data) or 0
+        except BrokenPipeError:  # https://docs.python.org/3/library/signal.html#note-on-sigpipe
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.fileno())
+        except OSError as err:
+            self.fault = err
+        return len(memoryview(data).cast("B"))
+
+
+def open_streams() -> list[Stream]:
+    """Put streams on which printing never fails in the place of ``sys.stdout`` and ``sys.stderr``, and return them.
+
+    One that was closed, as ``>&-`` does, is opened on /dev/null, so that no other file is opened in its place.
+    """
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # takes the lowest number that is free
+    streams = [Stream(1, "stdout"), Stream(2, "stderr")]
+    for stream in streams:
+        before: Any = getattr(sys, stream.title)
+        how: dict[str, Any] = {"encoding": "utf-8", "errors": "backslashreplace"}  # where there was none
+        if before is not None:
+            how = {name: getattr(before, name) for name in ("encoding", "errors", "line_buffering", "write_through")}
+        buffer: Any = stream if how.get("write_through") else io.BufferedWriter(stream)
+        setattr(sys, stream.title, io.TextIOWrapper(buffer, **how))
+    return streams
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -74,7 +74,7 @@ def survey(argv: list[str]) -> int:
     size = _prepare(model, made.data)
     with ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(1,)) as core:  # as predict's slices have it
         rows = core.submit(measure, model, size).result()
-    _show(json.dumps([asdict(row) for row in rows], indent=1) if config.json else as_table(rows))
+    print(json.dumps([asdict(row) for row in rows], indent=1) if config.json else as_table(rows))
     return 0
 
 
@@ -234,10 +234,3 @@ def as_table(rows: list[Row]) -> str:
         padded = [name + kind.rjust(first - len(name)), *(cell.rjust(w) for cell, w in zip(rest, widths, strict=True))]
         lines.append(gap.join(padded))
     return "\n".join(lines)
-
-
-def _show(text: str) -> None:
-    try:
-        print(text, flush=True)
-    except BrokenPipeError:  # | head: https://docs.python.org/3/library/signal.html#note-on-sigpipe
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

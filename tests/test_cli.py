@@ -319,6 +319,34 @@ def test_a_terminal_gets_a_bar_with_images_a_second(photos, tmp_path, alexnet_fi
 
 def test_an_answer_that_cannot_be_written_is_no_success():
     buffered = {name: value for name, value in ENV.items() if name != "PYTHONUNBUFFERED"}
-    with open("/dev/full", "w") as full:
-        done = subprocess.run([sys.executable, "-m", "featx", "--version"], env=buffered, stdout=full)
-    assert done.returncode == 1
+    for args in (["--version"], ["--help"]):
+        with open("/dev/full", "w") as full:
+            command = [sys.executable, "-m", "featx", *args]
+            done = subprocess.run(command, env=buffered, stdout=full, stderr=subprocess.PIPE, text=True)
+        assert done.returncode == 1
+        assert done.stderr == "featx: error: stdout cannot be written to: No space left on device\n"
+
+
+def in_bash(line, **names):
+    """Run a line of bash in which $featx is the command."""
+    env = ENV | {"PYTHONPATH": str(REPO), "featx": f"{sys.executable} -m featx"}
+    env |= {name: str(value) for name, value in names.items()}
+    return subprocess.run(["bash", "-c", line], env=env, capture_output=True, text=True, timeout=600)
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize("command", ["--help", "predict --help"])
+def test_a_reader_that_goes_is_no_fault(command, unbuffered):
+    done = in_bash(f"$featx {command} | head -1; exit ${{PIPESTATUS[0]}}", PYTHONUNBUFFERED=unbuffered)
+    assert done.returncode == 0 and done.stderr == "" and done.stdout.startswith("usage: featx")
+
+
+@pytest.mark.parametrize("where", ["| true", "2>&1 | true", ">&-", "2>&-", "<&- >&- 2>&-"])
+def test_rows_are_whole_whoever_reads_what_is_printed(where, three_photos, tmp_path, alexnet_file):
+    line = "$featx predict --data.dir $photos --writer.out_dir $out --model.weights $weights"
+    names = {"photos": three_photos, "out": tmp_path, "weights": alexnet_file}
+    done = in_bash(f"{line} {where}; exit ${{PIPESTATUS[0]}}", **names)
+    assert done.returncode == 0 and "rror" not in done.stderr
+    names, values = read_csv(tmp_path / "fc7.csv")
+    assert names == ["0.png", "1.png", "2.png"] and values.shape == (3, 4096)
+    assert in_bash(f"$featx verify {tmp_path}/fc7.csv {where}; exit ${{PIPESTATUS[0]}}").returncode == 0

@@ -1,7 +1,6 @@
 """``featx layers``: the table, its JSON, and what it leaves out."""
 
 import json
-import os
 import re
 import sys
 
@@ -15,7 +14,7 @@ from featx.cli import main
 from featx.extractor import SLICE
 from featx.formats import csv_row
 from featx.layers import Taps
-from featx.survey import Row, _show, as_table
+from featx.survey import Row, as_table
 
 
 class Tiny(FeatureExtractor):
@@ -163,14 +162,6 @@ def test_a_table_of_alexnet_resnet_and_vit_fits_into_eighty_columns():
     lines = as_table(rows).splitlines()
     assert len({len(line) for line in lines}) == 1 and len(lines[0]) <= 80
     assert all(path in line.split() for path, line in zip(paths, lines[1:], strict=True))
-
-
-def test_a_reader_that_goes_away_is_no_failure(monkeypatch):
-    read, write = os.pipe()
-    os.close(read)
-    with os.fdopen(write, "w") as gone:
-        monkeypatch.setattr(sys, "stdout", gone)
-        _show("path")
 
 
 def test_featx_layers_as_a_process():
