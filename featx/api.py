@@ -8,11 +8,11 @@ import warnings
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sized
 from contextlib import contextmanager
+from functools import partial
 from itertools import chain, islice, starmap, tee
 from pathlib import Path
 from typing import Any, Literal
 
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.fabric.utilities.warnings import PossibleUserWarning
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
@@ -25,10 +25,11 @@ from featx.extractor import FeatureExtractor
 from featx.formats import Floats
 from featx.images import ImageTree
 from featx.messages import BadValueError, ImageError, did_you_mean
-from featx.predict import prepare, refusal, set_up
+from featx.predict import prepare, set_up
 from featx.progress import Progress
 from featx.reader import load, stack
 from featx.state import file_name, read_errors
+from featx.trainer import PLAIN, make_trainer
 from featx.writer import FeatureWriter
 
 Source = str | os.PathLike[str] | Iterable[str | os.PathLike[str]] | Iterable[Image.Image]
@@ -129,11 +130,8 @@ def _sort_in(options: dict[str, Any], owners: dict[str, type], files: bool) -> d
 
 
 def _trainer(given: dict[str, Any], rows: Callback, progress: Progress) -> Trainer:
-    try:
-        return Trainer(**{"devices": 1} | given, callbacks=[rows, progress], logger=False, enable_checkpointing=False,
-                       enable_model_summary=False, enable_progress_bar=False)  # fmt: skip
-    except (MisconfigurationException, ValueError, TypeError, ImportError) as err:
-        raise refusal(err, given) from err
+    options: dict[str, Any] = {"devices": 1, "callbacks": [rows, progress]} | PLAIN | given
+    return make_trainer(partial(Trainer, **options), given, forks=True)
 
 
 def _to_files(made: Any, trainer_options: dict[str, Any]) -> tuple[list[str], dict[str, Floats], list[Fault]]:

@@ -5,7 +5,6 @@ import math
 import os
 import re
 import sys
-import textwrap
 import time
 import warnings
 from collections.abc import Iterable
@@ -31,8 +30,8 @@ from featx.messages import BadValueError, UserError, count, log, rank, size_in_w
 from featx.progress import Progress, stages, where_the_time_went
 from featx.state import file_name
 from featx.stop import PATIENCE, Stopped, Watch, end_at_the_latest, end_processes, verdict
+from featx.trainer import PLAIN, make_trainer, refusal
 from featx.writer import FeatureWriter
-
 
 class FeatxCLI(LightningCLI):
     """LightningCLI without what prediction has no use for."""
@@ -47,28 +46,19 @@ class FeatxCLI(LightningCLI):
         options.set_default_class(parser, args)
         self.config = parser.parse_args(args)
 
+    def instantiate_classes(self) -> None:
+        """Make the Trainer's parts, the data module and the model; a part that cannot be made is no bug."""
+        try:
+            super().instantiate_classes()
+        except ValueError as err:
+            found = re.search(r"Problem with given class_path '([^']*)':\s*(.*)", str(err))
+            if isinstance(err, UserError) or not found or found.group(1) == self.config.model.class_path:
+                raise
+            raise BadValueError(f"{found.group(1)}: {found.group(2)}\n{options.SEE}") from err
+
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Make the Trainer; what it refuses is a mistake in the ``--trainer`` options."""
-        try:
-            return super().instantiate_trainer(**kwargs)
-        except (MisconfigurationException, ValueError, TypeError, ImportError) as err:
-            raise self.refusal(err) from err
-
-    def refusal(self, err: Exception) -> UserError:
-        """Return what Lightning refuses as a UserError, with the ``--trainer`` options it was given."""
-        default = {"num_nodes": 1, "precision": None}
-        names = ("accelerator", "devices", "num_nodes", "strategy", "precision")
-        given = {name: self.config.trainer[name] for name in names}
-        return refusal(err, {name: value for name, value in given.items() if value != default.get(name, "auto")})
-
-
-def refusal(err: Exception, given: dict[str, Any]) -> UserError:
-    """Return what Lightning refuses as a UserError, with the Trainer's options that were given."""
-    told = ", ".join(f"--trainer.{name} {value}" for name, value in given.items())
-    return BadValueError(
-        f"{told}: {textwrap.shorten(str(err), 400, placeholder=' …')}\n"
-        "Expected what this machine has: --trainer.accelerator auto takes a GPU where there is one, else the CPU."
-    )
+        return make_trainer(partial(super().instantiate_trainer, **kwargs), vars(self.config.trainer))
 
 
 def predict(argv: list[str]) -> int:
@@ -100,13 +90,7 @@ def predict(argv: list[str]) -> int:
         save_config_callback=None,
         seed_everything_default=False,
         auto_configure_optimizers=False,
-        trainer_defaults={
-            "logger": False,
-            "enable_checkpointing": False,
-            "enable_model_summary": False,
-            "enable_progress_bar": False,
-            "callbacks": [progress],
-        },
+        trainer_defaults={**PLAIN, "callbacks": [progress]},
     )
     writer: FeatureWriter = cli.config_init.writer
     if not prepare(cli.trainer, cli.model, cli.datamodule, writer):
@@ -158,7 +142,7 @@ def _in_words(err: BaseException, cli: FeatxCLI) -> BaseException:
     if (status := verdict()) is not None:
         return Stopped(status)
     if isinstance(err, MisconfigurationException):
-        return cli.refusal(err)
+        return refusal(err, {})
     first = str(err).strip().split("\n")[0]
     if isinstance(err, torch.OutOfMemoryError):
         return FailedError(

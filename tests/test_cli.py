@@ -206,6 +206,7 @@ MISTAKES = [
     ),
     ("--data.dir photos --model.weights IMAGENET1K_V7", ["IMAGENET1K_V7", "Did you mean IMAGENET1K_V1?"]),
     ("--data.dir photos --writer.out_dir file", ["--writer.out_dir file", "is a file"]),
+    ("--data.dir photos --trainer.callbacks RichProgressBar", ["RichProgressBar", "rich"]),
     ("--data.dir photos --model.weights good.pth --writer.out_dir /proc/features", ["--writer.out_dir /proc/features"]),
     ("--data.dir photos --data.batch_size 0", ["--data.batch_size 0", "at least 1"]),
     ("--data.dir photos --data.batch_size many", ["--data.batch_size many", "a whole number"]),
