@@ -2,6 +2,7 @@
 
 import io
 import os
+import shlex
 import sys
 import traceback
 from typing import Any, NoReturn
@@ -125,6 +126,10 @@ def _run(argv: list[str]) -> int:
 
     log_to_stderr()
     try:
+        if command.startswith("-"):
+            near = did_you_mean(command, ["--help", "--version"])
+            line = f"\nfeatx predict {shlex.join(argv)}" if "." in command or command == "--config" else ""
+            raise UserError(f"{command}: expected a command before it{':' if line else '.'}{line or near}")
         if command not in MODULES:
             raise UserError(f"{command}: no such command.{did_you_mean(command, MODULES)} featx --help lists them.")
         module = import_lean(f"featx.{MODULES[command]}")

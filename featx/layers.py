@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from featx.messages import BadValueError, UserError, did_you_mean
+from featx.messages import BadValueError, UserError, as_list, did_you_mean
 from featx.trace import PENULTIMATE, SEE_LAYERS, Pool, Shape, Trace, check_pool
 
 
@@ -53,6 +53,8 @@ def resolve_layers(
         path = known.get(layer, layer)
         if path not in paths and path != PENULTIMATE:
             stands = f", which stands for {path}" if path != layer else ""
+            if as_list(layer):
+                raise BadValueError(f"--model.layer {layer}: expected a layer, or a list in quotes, {as_list(layer)}.")
             names = [*known, PENULTIMATE]
             last = f", such as {paths[-1]}" if paths else ""
             raise BadValueError(

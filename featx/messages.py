@@ -3,6 +3,7 @@
 import difflib
 import logging
 import os
+import re
 import sys
 import warnings
 from collections.abc import Iterable
@@ -47,10 +48,21 @@ def did_you_mean(name: str, known: Iterable[str], most: int = 3) -> str:
         >>> did_you_mean("fc9", ["fc6", "fc7", "features.0"])
         ' Did you mean fc7 or fc6?'
     """
-    near = difflib.get_close_matches(name, list(known), n=most, cutoff=0.6)
+    near = difflib.get_close_matches(name, list(dict.fromkeys(known)), n=most, cutoff=0.6)
     if not near:
         return ""
     return f" Did you mean {' or '.join([', '.join(near[:-1]), near[-1]] if near[1:] else near)}?"
+
+
+def as_list(value: str) -> str:
+    """Return several words or numbers as the command line takes them as a list, one alone as nothing.
+
+    Example:
+        >>> as_list("fc6, fc7")
+        "'[fc6,fc7]'"
+    """
+    words = re.split(r"[\s,;'\"]+", value.strip("[]() \t,;'\""))
+    return f"'[{','.join(words)}]'" if words[1:] else ""
 
 
 def count(number: int, noun: str) -> str:

@@ -33,6 +33,7 @@ from featx.stop import PATIENCE, Stopped, Watch, end_at_the_latest, end_processe
 from featx.trainer import PLAIN, make_trainer, refusal
 from featx.writer import FeatureWriter
 
+
 class FeatxCLI(LightningCLI):
     """LightningCLI without what prediction has no use for."""
 

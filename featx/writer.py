@@ -25,7 +25,7 @@ from featx.formats import Format
 from featx.images import ImageTree
 from featx.journal import Placed
 from featx.messages import BadValueError, ImageError, UserError, count, log, rank, size_in_words
-from featx.state import HIDDEN, Found, LayerState
+from featx.state import HIDDEN, SUFFIXES, Found, LayerState
 from featx.stream import RowStream
 
 GRACE = 8.0  # seconds that a run that is ended has to bring its rows to disk
@@ -126,7 +126,12 @@ class FeatureWriter(BasePredictionWriter):
 
     def check(self) -> None:
         """Raise UserError where ``out_dir`` is a file, cannot be written to or is in use; nothing is made yet."""
-        nearest = Path(self.out_dir)
+        nearest = folder = Path(self.out_dir)
+        if folder.suffix in SUFFIXES and not folder.exists():
+            raise BadValueError(
+                f"--writer.out_dir {folder}: expected a folder, this looks like a file.\n"
+                f"--writer.out_dir {folder.with_suffix('')} writes {folder.with_suffix('')}/LAYER{folder.suffix}."
+            )
         while not nearest.exists() and nearest != nearest.parent:
             nearest = nearest.parent
         if not nearest.is_dir():

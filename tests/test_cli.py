@@ -15,6 +15,8 @@ import torch
 from conftest import ALEXNET_LAYERS, ENV, REPO, featx, make_image, oracle, predict, read_csv, relative_error
 from torchvision import models
 
+from featx.cli import main
+
 
 @pytest.mark.parametrize("args", [[], ["--help"], ["-h"], ["--version"]])
 def test_help_does_not_import_torch(args):
@@ -206,6 +208,7 @@ MISTAKES = [
     ),
     ("--data.dir photos --model.weights IMAGENET1K_V7", ["IMAGENET1K_V7", "Did you mean IMAGENET1K_V1?"]),
     ("--data.dir photos --writer.out_dir file", ["--writer.out_dir file", "is a file"]),
+    ("--data.dir photos --writer.out_dir feats.csv", ["feats.csv: expected a folder", "feats writes feats/LAYER.csv"]),
     ("--data.dir photos --trainer.callbacks RichProgressBar", ["RichProgressBar", "rich"]),
     ("--data.dir photos --model.weights good.pth --writer.out_dir /proc/features", ["--writer.out_dir /proc/features"]),
     ("--data.dir photos --data.batch_size 0", ["--data.batch_size 0", "at least 1"]),
@@ -217,8 +220,8 @@ MISTAKES = [
     ("--data.dir photos --trainer.strategy dpp", ["--trainer.strategy dpp", "ddp"]),
     ("--data.dir photos --model my_module.NotOne", ["--model my_module.NotOne", "subclass of featx.FeatureExtractor"]),
     ("--data.dir photos --model my_module.Missing", ["--model my_module.Missing", "no attribute 'Missing'"]),
-    ("--data.dir photos --model.weights", ["--model.weights", "missing"]),
-    ("--data.dir photos stray", ["stray", "without an option"]),
+    ("--data.dir photos --model.weights", ["--model.weights", "expected a value"]),
+    ("--data.dir photos stray", ["photos stray", "2 values, expected one"]),
     ("--model.layer fc7", ["--data.dir", "missing"]),
 ]
 
@@ -351,3 +354,10 @@ def test_rows_are_whole_whoever_reads_what_is_printed(where, three_photos, tmp_p
     names, values = read_csv(tmp_path / "fc7.csv")
     assert names == ["0.png", "1.png", "2.png"] and values.shape == (3, 4096)
     assert in_bash(f"$featx verify {tmp_path}/fc7.csv {where}; exit ${{PIPESTATUS[0]}}").returncode == 0
+
+
+def test_options_without_a_command_are_sent_to_predict(capsys):
+    assert main(["--data.dir", "my photos", "--model=a.B"]) == 2
+    said = "featx: error: --data.dir: expected a command before it:\nfeatx predict --data.dir 'my photos' --model=a.B\n"
+    assert capsys.readouterr().err == said
+    assert main(["--verison"]) == 2 and "Did you mean --version?" in capsys.readouterr().err

@@ -132,7 +132,7 @@ def test_a_network_without_penultimate_says_so(layers):
         (("--model.arhc", "resnet50"), "--model.arhc: no such option. Did you mean --model.arch"),
         (("--model.pool", "mean"), "--model.pool mean: expected none, avg, max or cls."),
         (("--data.crop", "0"), "--data.crop 0: expected a whole number of at least 1"),
-        (("--json", "--data.crop"), "--data.crop: the value is missing"),
+        (("--json", "--data.crop"), "--data.crop: expected a value after it: auto, a whole number, null."),
         (("--data.crop", "8"), r"alexnet failed on images of the shape \(3, 8, 8\)"),
     ],
 )
