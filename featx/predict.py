@@ -103,7 +103,10 @@ def predict(argv: list[str]) -> int:
     if not cli.trainer.is_global_zero:
         return 0
     seconds = progress.seconds
-    _tell_where_the_time_went(cli.trainer, cli.model, cli.datamodule, writer, seconds)
+    if any(record["rows"] for record in writer.records.values()):
+        _tell_where_the_time_went(cli.trainer, cli.model, cli.datamodule, writer, seconds)
+    else:
+        log.warning("no image could be read: the files have no rows")
     return _last_words(writer, seconds)
 
 

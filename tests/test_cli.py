@@ -361,3 +361,11 @@ def test_options_without_a_command_are_sent_to_predict(capsys):
     said = "featx: error: --data.dir: expected a command before it:\nfeatx predict --data.dir 'my photos' --model=a.B\n"
     assert capsys.readouterr().err == said
     assert main(["--verison"]) == 2 and "Did you mean --version?" in capsys.readouterr().err
+
+
+def test_the_end_of_a_run_of_which_nothing_could_be_read_says_that(tmp_path, alexnet_file):
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "a.jpg").write_bytes(b"no image")
+    line = ("--data.dir", "photos", "--model.weights", alexnet_file)
+    done = featx("predict", *line, cwd=tmp_path)
+    assert done.returncode == 3 and "no image could be read" in done.stderr and "the wall" not in done.stderr
