@@ -1,17 +1,21 @@
 """Images -> batches: ImageFolderDataModule, which deals whole batches to the processes, in order."""
 
 import math
+import multiprocessing
 import os
+import shutil
 import signal
 import sys
+import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from functools import cache
 from itertools import islice
+from multiprocessing.queues import Queue
 from pathlib import Path
 from statistics import median
-from types import TracebackType
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -23,8 +27,10 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from featx import nvjpeg
 from featx.decode import Fault, Pixels, ValueRange, check_image, describe, read_or_fault
 from featx.images import ImageTree, check_folder, check_list, is_lost
-from featx.messages import BadValueError, ImageError, LostFolderError, count, log
+from featx.messages import BadValueError, ImageError, LostFolderError, count, first_line, log, size_in_words
 from featx.preprocess import Decoder, Interpolation, Preprocessing
+
+SHM = "/dev/shm"  # where Linux has shared memory and semaphores; Docker gives it 64 MB
 
 Seconds = tuple[float, float]  # of a core, for decoding and for resizing
 Sample = tuple[int, str, Tensor | bytes | None, Fault | None, Seconds, str]  # bytes are still to be decoded, on the GPU
@@ -187,17 +193,21 @@ class ImageFolderDataModule(LightningDataModule):
         # idle when images, or the network, are waited for. Fewer workers waited more, and nicer ones starved as soon as
         # another program ran.
         workers = min(cores, max(1, len(self.batches))) if self.num_workers == "auto" else self.num_workers
+        if workers and (reason := _no_semaphores(workers)):
+            log.warning("no data workers: they need semaphores in %s (%s). Images are decoded slower", SHM, reason)
+            workers = 0
         self.workers = workers
         chosen = " (--data.num_workers)" if self.num_workers != "auto" else ""
         threads = "" if on_gpu else f", {count(cores, 'thread')} for the network"
         log.info("cores: %d for each process, %s%s%s", cores, count(workers, "data worker"), chosen, threads)
         preset: Any = self.trainer.lightning_module.preprocessing
+        collate = Collate(self.batch_size, self.decoder == "cuda")
         return DataLoader(
             self._dataset(preset, self.decoder),
             batch_size=self.batch_size,
             sampler=_WholeBatches(len(self.images), self.batch_size, self.batches),
             num_workers=workers,
-            collate_fn=Collate(self.batch_size, self.decoder == "cuda"),
+            collate_fn=_Send(collate) if workers else collate,
             pin_memory=on_gpu,
             worker_init_fn=_leave_the_end_to_the_main_process,
         )
@@ -338,6 +348,80 @@ class Collate:
         return Batch(number, names, groups, faults, len(samples), (decode, resize), kinds)
 
 
+class _Send:
+    """Collates in a worker, and brings the images to where the main process can have them.
+
+    Args:
+        collate: What makes a batch.
+    """
+
+    def __init__(self, collate: Collate) -> None:
+        self.collate = collate
+
+    def __call__(self, samples: list[Sample]) -> Batch:
+        """Return a batch whose images are in shared memory where there is room, else are pickled with their values.
+
+        The DataLoader would do it in a thread of its queue, and where that fails the main process waits forever:
+        https://github.com/pytorch/pytorch/issues/5040
+        """
+        batch = self.collate(samples)
+        groups: Any = [(rows, _share(images)) for rows, images in batch.groups]
+        coded = [(*sample[:2], _share(sample[2]), *sample[3:]) for sample in batch.samples]
+        return batch._replace(groups=groups, samples=coded)
+
+
+def _share(images: Any) -> Any:
+    """Return images in shared memory, or where that does not take them, as they go through the queue's pipe."""
+    if not isinstance(images, Tensor):
+        return images
+    try:
+        size = shutil.disk_usage(SHM) if os.path.isdir(SHM) else None
+        if size and size.free < 2 * images.nbytes:  # others need some, too, and several workers may look at once
+            return _InPipe(images, f"{size_in_words(size.total)} in {SHM}")
+        return images.share_memory_()  # type: ignore[no-untyped-call]
+    except (OSError, RuntimeError) as err:
+        return _InPipe(images, first_line(err).split(": ")[-1])
+
+
+class _InPipe:
+    """Images that a pickle holds with their values; loaded, they are a Tensor.
+
+    Args:
+        images: ``(..., 3, H, W) uint8``, in memory as channels_last.
+        why: Why they are not in shared memory.
+    """
+
+    def __init__(self, images: Tensor, why: str) -> None:
+        self.images = images
+        self.why = why
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _from_pipe, (self.images.movedim(-3, -1).numpy(), self.why)
+
+
+def _from_pipe(values: Any, why: str) -> Tensor:
+    _report_pipe(why)
+    return torch.from_numpy(values).movedim(-1, -3)
+
+
+@cache
+def _report_pipe(why: str) -> None:
+    log.warning(
+        "shared memory is too small for the batches in flight (%s): some go through a pipe, which is slower. "
+        "In a container docker run --shm-size 2g gives more",
+        why,
+    )
+
+
+def _no_semaphores(workers: int) -> str:
+    """Return why the queues of so many workers cannot be made, if so: their semaphores are files in SHM."""
+    try:
+        _ = [multiprocessing.Lock() for _ in range(4 * workers + 8)]
+    except (OSError, ImportError) as err:
+        return getattr(err, "strerror", None) or first_line(err)
+    return ""
+
+
 class _WholeBatches(DistributedSampler[Any]):
     """The images of one process: whole batches, in order, none twice; only the run's last one is short.
 
@@ -397,11 +481,10 @@ def quotas(own: str = "/proc/self/cgroup", root: str = "/sys/fs/cgroup") -> Iter
 
 
 def _leave_the_end_to_the_main_process(worker: int) -> None:
+    """Prepare a worker: what fails in it ends it, and is reported by the main process alone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole process group
-    show = sys.excepthook
-
-    def hook(kind: type[BaseException], err: BaseException, trace: TracebackType | None) -> None:
-        if not issubclass(kind, ConnectionError):  # the thread that hands out tensors, when nobody takes them any more
-            show(kind, err, trace)
-
-    sys.excepthook = hook
+    sys.stderr = open(os.devnull, "w")  # noqa: SIM115, until the process ends
+    # A batch that the queue's thread cannot send is dropped there, and the main process waits for it forever. Python
+    # has this hook for concurrent.futures: https://github.com/python/cpython/blob/3.11/Lib/multiprocessing/queues.py
+    Queue._on_queue_feeder_error = staticmethod(lambda err, batch: os._exit(1))  # type: ignore[attr-defined]
+    threading.excepthook = lambda thread: os._exit(1)

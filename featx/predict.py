@@ -118,6 +118,7 @@ def run(cli: FeatxCLI) -> None:
         Stopped: The run was asked to end, or another process was lost.
     """
     trainer = cli.trainer
+    sys.unraisablehook = _report_unraisable
     watch = Watch(lambda text: log.error("%s. %s", text, GOES_ON))
     trainer.callbacks.insert(0, _Connect(watch))  # type: ignore[attr-defined]
     trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
@@ -134,6 +135,13 @@ def run(cli: FeatxCLI) -> None:
         if told is err:
             raise
         raise told from err
+
+
+def _report_unraisable(unraisable: Any) -> None:
+    # torch's SIGCHLD handler raises wherever the main thread is by then, also where nobody can catch it; the loop that
+    # waits for batches finds the lost worker all the same.
+    if "DataLoader worker" not in str(unraisable.exc_value):
+        sys.__unraisablehook__(unraisable)
 
 
 def _in_words(err: BaseException, cli: FeatxCLI) -> BaseException:
@@ -154,8 +162,14 @@ def _in_words(err: BaseException, cli: FeatxCLI) -> BaseException:
             "Give a smaller --data.batch_size with --writer.overwrite true: last digits depend on the batch."
         )
     if isinstance(err, RuntimeError) and re.search("DataLoader worker.*(killed|exited)", str(err)):
+        first = first.split(". ")[0]
         return FailedError(
-            f"a process that decodes images was killed, most often for want of memory: {first}\n"
+            f"a process that decodes images was lost, most often for want of memory or of threads: {first}\n"
+            f"Give a smaller --data.num_workers than {cli.datamodule.workers}. {GOES_ON}"
+        )
+    if isinstance(err, BlockingIOError) or "start new thread" in first or "Too many open files" in first:
+        return FailedError(
+            f"the system refuses another process, thread or open file (ulimit -u, ulimit -n): {first}\n"
             f"Give a smaller --data.num_workers than {cli.datamodule.workers}. {GOES_ON}"
         )
     return err
