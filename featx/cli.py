@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 
 from featx import __version__
 from featx.lean import import_lean
-from featx.stop import Stopped, leave_at_once, listen
+from featx.stop import INTERRUPTED, Stopped, leave_at_once, listen
 
 MODULES = {"predict": "predict", "layers": "survey", "verify": "verify", "show": "show", "completion": "completion"}
 
@@ -110,7 +110,7 @@ def main(argv: list[str] | None = None) -> int:
         return 1
     except Stopped as stop:
         if stop.by_signal and os.environ.get("LOCAL_RANK", "0") == "0":
-            print("featx: interrupted. The same command goes on where this one stopped.", file=sys.stderr)
+            print(INTERRUPTED, file=sys.stderr)
         leave_at_once(stop.exit_status)
 
 

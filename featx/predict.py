@@ -120,6 +120,9 @@ def run(cli: FeatxCLI) -> None:
     trainer = cli.trainer
     sys.unraisablehook = _report_unraisable
     watch = Watch(lambda text: log.error("%s. %s", text, GOES_ON))
+    if trainer.world_size > 1:
+        place: Any = trainer.strategy.cluster_environment  # type: ignore[attr-defined]
+        watch.wait_for_others(trainer.num_nodes, f"{place.main_address}:{place.main_port}", log.info)
     trainer.callbacks.insert(0, _Connect(watch))  # type: ignore[attr-defined]
     trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
     subprocess_script._launch_process_observer = watch.children  # type: ignore[assignment, attr-defined]
@@ -161,6 +164,8 @@ def _in_words(err: BaseException, cli: FeatxCLI) -> BaseException:
             f"out of memory at --data.batch_size {cli.datamodule.batch_size}: {first}\n"
             "Give a smaller --data.batch_size with --writer.overwrite true: last digits depend on the batch."
         )
+    if cli.trainer.world_size > 1 and isinstance(err, torch.distributed.DistStoreError):
+        return FailedError(f"the run's other machines did not come: {first}\n{GOES_ON}")
     if isinstance(err, RuntimeError) and re.search("DataLoader worker.*(killed|exited)", str(err)):
         first = first.split(". ")[0]
         return FailedError(

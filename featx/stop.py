@@ -3,18 +3,24 @@
 import _thread
 import multiprocessing
 import os
+import select
 import signal
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import timedelta
 from types import FrameType
 from typing import Any, NoReturn
 
 LISTENER = "featx-listener"
 PATIENCE = 15.0  # seconds that an interrupted process has to end by itself
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+NOTICES = (10.0, 30.0)  # seconds until a process says that it waits for others, and from then on
+
+INTERRUPTED = "featx: interrupted. The same command goes on where this one stopped."
 
 
 class Stopped(BaseException):
@@ -39,6 +45,7 @@ _verdict: int | None = None  # the exit status that a signal, or another process
 
 def listen() -> None:
     """Make Ctrl-C, SIGTERM and, under SLURM, the signal before a requeue raise Stopped; a second one ends at once."""
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # which this one has from a process that waits for it
     signals = [signal.SIGINT, signal.SIGTERM, *([signal.SIGUSR1] if "SLURM_JOB_ID" in os.environ else [])]
     for number in signals:
         if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup and a shell's background jobs set it
@@ -81,10 +88,12 @@ class Watch:
         self._group: Any = None
         self._rank = self._size = 0
         self._threads: list[threading.Thread] = []
+        self._children: list[subprocess.Popen[bytes]] = []
         self._running = threading.Event()
 
     def children(self, processes: list[subprocess.Popen[bytes]]) -> None:
         """Watch the processes that Lightning starts until they are connected: one that dies earlier ends the run."""
+        self._children = processes
 
         def look() -> None:
             while not self._running.wait(0.3):
@@ -98,11 +107,58 @@ class Watch:
 
         threading.Thread(target=look, daemon=True).start()
 
+    def wait_for_others(self, machines: int, place: str, report: Callable[[str], None]) -> None:
+        """Until the processes are connected, report now and then what is waited for, and end at a signal.
+
+        Python's signal handlers do not run while torch waits for the others, but the number of a signal is written to
+        a file at once: https://github.com/pytorch/pytorch/issues/63802
+
+        Args:
+            machines: Of the run.
+            place: Host and port where the processes meet.
+            report: Shows a line.
+        """
+        missing = f"{'1' if machines == 2 else f'up to {machines - 1}'} of {machines} machines"
+        missing = missing if machines > 1 else "the other processes"
+        arrived, wakeup = os.pipe()
+        os.set_blocking(wakeup, False)
+        signal.set_wakeup_fd(wakeup, warn_on_full_buffer=False)
+        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # in this thread: torch would print 25 lines for one
+
+        def look() -> None:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+            first, later = NOTICES
+            due = time.monotonic() + first
+            while not self._running.is_set():
+                if select.select([arrived], [], [], 0.3)[0]:
+                    number = os.read(arrived, 1)[0]
+                    if number in SIGNALS:
+                        self._end_while_waiting(number, arrived)
+                elif time.monotonic() >= due:
+                    report(f"waiting for {missing} at {place}")
+                    due += later
+
+        threading.Thread(target=look, daemon=True).start()
+
+    def _end_while_waiting(self, number: int, arrived: int) -> None:
+        """End the process at a signal that its main thread does not hear; a second signal ends it at once."""
+        first = os.environ.get("LOCAL_RANK", "0") == "0"
+        hurry = bool(select.select([arrived], [], [], 1 if first else 2)[0])
+        if _verdict is not None or self._running.is_set():
+            return
+        if first:
+            with suppress(OSError):
+                os.write(2, f"{INTERRUPTED}\n".encode())
+        end_processes(self._children, 0 if hurry else PATIENCE)
+        os._exit(128 + (signal.SIGTERM if number == signal.SIGUSR1 else number))
+
     def connect(self, rank: int, size: int) -> None:
         """Begin to watch, once the processes are connected."""
         self._running.set()
         if size == 1:
             return
+        signal.set_wakeup_fd(-1)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
         import torch.distributed as dist
 
         self._rank, self._size = rank, size
