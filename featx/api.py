@@ -160,14 +160,12 @@ def _in_memory(
         )
     data: ImageFolderDataModule = made.data
     if pictures := _pictures(source, data):
-        if data.decoder == "cuda":
-            raise BadValueError("decoder='cuda': PIL images are decoded already. Expected exact or turbo.")
         samples, ahead = tee(_samples(pictures, data, made.model))
         set_up(made.model, data, ahead)
         del ahead  # else all that is taken is kept for it
         _predict(trainer, made.model, dataloaders=_batches(samples, data.batch_size))
     else:
-        data.check(trainer.strategy.root_device)
+        data.check()
         set_up(made.model, data)
         _predict(trainer, made.model, datamodule=data)
     names = rows.names if made.writer.names == "relative" else [os.path.basename(name) for name in rows.names]

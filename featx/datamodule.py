@@ -24,7 +24,6 @@ from lightning.pytorch import LightningDataModule
 from torch import Tensor, stack
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
-from featx import nvjpeg
 from featx.decode import Fault, Pixels, ValueRange, check_image, describe, read_or_fault
 from featx.images import ImageTree, check_folder, check_list, is_lost
 from featx.messages import BadValueError, ImageError, LostFolderError, count, first_line, log, size_in_words
@@ -33,7 +32,7 @@ from featx.preprocess import Decoder, Interpolation, Preprocessing
 SHM = "/dev/shm"  # where Linux has shared memory and semaphores; Docker gives it 64 MB
 
 Seconds = tuple[float, float]  # of a core, for decoding and for resizing
-Sample = tuple[int, str, Tensor | bytes | None, Fault | None, Seconds, str]  # bytes are still to be decoded, on the GPU
+Sample = tuple[int, str, Tensor | None, Fault | None, Seconds, str]
 
 
 class Batch(NamedTuple):
@@ -47,8 +46,6 @@ class Batch(NamedTuple):
         size: How many images these are, readable or not.
         seconds: What a core took to decode them, and to resize them.
         kinds: The kinds of files that were decoded, as Pillow names them.
-        on_cpu: How many images were decoded on the CPU that were to be on the GPU.
-        samples: Of a batch that is still to be decoded on the GPU, what it is made of; then all else is empty.
     """
 
     number: int
@@ -58,8 +55,6 @@ class Batch(NamedTuple):
     size: int
     seconds: Seconds = (0.0, 0.0)
     kinds: Sequence[str] = ()
-    on_cpu: int = 0
-    samples: Sequence[Any] = ()
 
 
 class ImageFolderDataModule(LightningDataModule):
@@ -76,7 +71,7 @@ class ImageFolderDataModule(LightningDataModule):
         files: A file with the images to take, a path below dir a line, in the order of the rows; null: all in dir.
         on_error: What an image that cannot be read does: list: it has no row, and is listed; stop: it ends the run.
         strict: Whether an image with damaged data cannot be read; false: what PIL makes of it is used, and listed.
-        decoder: exact: PIL's values to the bit; turbo: faster, to values a few grey levels off; cuda: on the GPU.
+        decoder: exact: PIL's values to the bit; turbo: faster, to values a few grey levels off.
 
     Raises:
         UserError: From ``setup``: no folder, no image, or images that need a ``value_range``. ``ValueError`` and
@@ -131,13 +126,11 @@ class ImageFolderDataModule(LightningDataModule):
         # A rank without a batch is no mistake: https://github.com/Lightning-AI/pytorch-lightning/issues/13580
         self.allow_zero_length_dataloader_with_multiple_devices = True
 
-    def check(self, device: torch.device | None = None) -> None:
-        """Raise UserError for a folder or a list that is not there, or a decoder that the device does not have."""
+    def check(self) -> None:
+        """Raise UserError for a folder or a list that is not there."""
         check_folder(self.dir)
         if self.files is not None:
             check_list(self.files)
-        if self.decoder == "cuda" and device is not None:
-            nvjpeg.check(device)
 
     def setup(self, stage: str | None = None) -> None:
         """List the images, once for each run, and look at the first headers."""
@@ -187,8 +180,6 @@ class ImageFolderDataModule(LightningDataModule):
         cores = cores_per_process(self.trainer)
         device = self.trainer.strategy.root_device
         on_gpu = device.type == "cuda"
-        if self.decoder == "cuda":
-            nvjpeg.check(device)
         # As many as cores, beside as many threads of a network on the CPU: whoever has work takes a core, and none is
         # idle when images, or the network, are waited for. Fewer workers waited more, and nicer ones starved as soon as
         # another program ran.
@@ -201,9 +192,9 @@ class ImageFolderDataModule(LightningDataModule):
         threads = "" if on_gpu else f", {count(cores, 'thread')} for the network"
         log.info("cores: %d for each process, %s%s%s", cores, count(workers, "data worker"), chosen, threads)
         preset: Any = self.trainer.lightning_module.preprocessing
-        collate = Collate(self.batch_size, self.decoder == "cuda")
+        collate = Collate(self.batch_size)
         return DataLoader(
-            self._dataset(preset, self.decoder),
+            self._dataset(preset),
             batch_size=self.batch_size,
             sampler=_WholeBatches(len(self.images), self.batch_size, self.batches),
             num_workers=workers,
@@ -220,31 +211,6 @@ class ImageFolderDataModule(LightningDataModule):
                 "Where it lies on a disk or a share that was lost, bring that back and give the same command."
             )
         return batch
-
-    def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
-        """Bring a batch to the device; what is still to be decoded is decoded there."""
-        if not batch.samples:
-            moved: Batch = super().transfer_batch_to_device(batch, device, dataloader_idx)
-            return moved
-        assert self.trainer is not None
-        preset: Any = self.trainer.lightning_module.preprocessing
-        images = self._dataset(preset)
-        begin = time.perf_counter()
-        coded = [image for _, _, image, *_ in batch.samples if isinstance(image, bytes)]
-        decoded = iter(nvjpeg.decode(coded, device))
-        seconds = (sum(sample[4][0] for sample in batch.samples) + time.perf_counter() - begin, 0.0)
-        samples: list[Sample] = []
-        on_cpu = 0
-        for index, name, image, fault, _, kind in batch.samples:
-            pixels = next(decoded) if isinstance(image, bytes) else None
-            if pixels is not None:
-                image, fault = images.shape(name, pixels)
-            elif isinstance(image, bytes):
-                image, fault, _, kind = images.read(name)
-            on_cpu += pixels is None and image is not None
-            moved_image = image.to(device) if isinstance(image, Tensor) else None
-            samples.append((index, name, moved_image, fault, (0.0, 0.0), kind))
-        return Collate(self.batch_size)(samples)._replace(seconds=seconds, on_cpu=on_cpu)
 
     def read_batch(self, number: int, preset: Preprocessing) -> Batch:
         """Return a batch of the run, read in this process."""
@@ -270,11 +236,9 @@ class ImageFolderDataModule(LightningDataModule):
                 seconds.append(time.thread_time() - begin)
         return median(taken["exact"]) - median(taken["turbo"]) if taken["exact"] else 0.0
 
-    def _dataset(self, preset: Preprocessing, decoder: Decoder | None = None) -> "_Images":
-        """Return the images as a decoder reads them; without one, as this process does by itself."""
+    def _dataset(self, preset: Preprocessing) -> "_Images":
         assert self.images is not None
-        decoder = decoder or ("turbo" if self.decoder == "cuda" else self.decoder)
-        return _Images(self.images, self.preprocessing(preset), self.value_range, self.strict, decoder)
+        return _Images(self.images, self.preprocessing(preset), self.value_range, self.strict, self.decoder)
 
 
 class _Images(Dataset[Sample]):
@@ -299,18 +263,16 @@ class _Images(Dataset[Sample]):
         name = self.images.names[index]
         return index, name, *self.read(name)
 
-    def read(self, name: str) -> tuple[Tensor | bytes | None, Fault | None, Seconds, str]:
+    def read(self, name: str) -> tuple[Tensor | None, Fault | None, Seconds, str]:
         """Return an image, what is wrong with it (raised, it would arrive wrapped), seconds, and the file's kind."""
         root = str(self.images.root)
         begin = time.thread_time()
-        if self.decoder == "cuda" and (coded := nvjpeg.read_encoded(os.path.join(root, name))):
-            return coded, None, (time.thread_time() - begin, 0.0), "JPEG"
         pixels, fault, kind = read_or_fault(root, name, self.value_range, self.strict)
         decoded = time.thread_time()
-        tensor, unfit = self.shape(name, pixels) if pixels is not None else (None, None)
+        tensor, unfit = self._shape(name, pixels) if pixels is not None else (None, None)
         return tensor, unfit or fault, (decoded - begin, time.thread_time() - decoded), kind
 
-    def shape(self, name: str, pixels: Pixels | Tensor) -> tuple[Tensor | None, Fault | None]:
+    def _shape(self, name: str, pixels: Pixels) -> tuple[Tensor | None, Fault | None]:
         """Return an image as the network takes it, ``(3, H, W) uint8``, or why it cannot be."""
         try:
             return self.preprocessing.to_tensor(pixels, self.decoder), None
@@ -322,18 +284,14 @@ class Collate:
     """Samples in the order of the rows -> the batch that they are.
 
     Args:
-        batch_size: Images a batch.
-        on_device: Whether images are still to be decoded there.
+        batch_size: Images per batch.
     """
 
-    def __init__(self, batch_size: int, on_device: bool = False) -> None:
+    def __init__(self, batch_size: int) -> None:
         self.batch_size = batch_size
-        self.on_device = on_device
 
     def __call__(self, samples: list[Sample]) -> Batch:
         """Return a batch; its number goes by its first sample's index."""
-        if self.on_device:
-            return Batch(samples[0][0] // self.batch_size, [], [], [], len(samples), samples=samples)
         read = [(name, image) for _, name, image, *_ in samples if isinstance(image, Tensor)]
         shapes: dict[tuple[int, ...], list[int]] = {}
         for row, (_, image) in enumerate(read):
@@ -366,14 +324,11 @@ class _Send:
         """
         batch = self.collate(samples)
         groups: Any = [(rows, _share(images)) for rows, images in batch.groups]
-        coded = [(*sample[:2], _share(sample[2]), *sample[3:]) for sample in batch.samples]
-        return batch._replace(groups=groups, samples=coded)
+        return batch._replace(groups=groups)
 
 
-def _share(images: Any) -> Any:
+def _share(images: Tensor) -> Any:
     """Return images in shared memory, or where that does not take them, as they go through the queue's pipe."""
-    if not isinstance(images, Tensor):
-        return images
     try:
         size = shutil.disk_usage(SHM) if os.path.isdir(SHM) else None
         if size and size.free < 2 * images.nbytes:  # others need some, too, and several workers may look at once

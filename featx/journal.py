@@ -30,8 +30,7 @@ class Entry(NamedTuple):
         batch: Its number in the whole run.
         rows: Rows it gave.
         columns: Values in each row, or 0 without a row.
-        odd: How many rows hold nan or infinity, how many such values, how many more float16 made infinite, and how
-            many images were decoded on the CPU that were to be on the GPU.
+        odd: How many rows hold nan or infinity, how many such values, and how many more float16 made infinite.
         spans: Where the rows stand in the part of each format.
         device: What computed them.
         faults: The images that could not be read.

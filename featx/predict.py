@@ -259,7 +259,7 @@ def prepare(trainer: Trainer, model: FeatureExtractor, data: ImageFolderDataModu
     try:
         writer.check()
         writer.check_shards(data.batch_size)
-        data.check(trainer.strategy.root_device)
+        data.check()
         sample = set_up(model, data)
         columns = {layer: rows.shape[1] for layer, rows in sample.items()}
         work = writer.look(trainer, model, data, columns)

@@ -15,7 +15,7 @@ from featx.decode import MOST_PIXELS, Pixels
 from featx.messages import BadValueError, ImageError
 
 REVISION = 1  # goes up whenever the steps below give other pixels than before: no run then takes rows of before
-Decoder = Literal["exact", "turbo", "cuda"]
+Decoder = Literal["exact", "turbo"]
 Interpolation = Literal["auto", "nearest", "nearest-exact", "bilinear", "bicubic", "box", "hamming", "lanczos"]
 
 
@@ -85,25 +85,23 @@ class Preprocessing:
         """Return what most ImageNet networks were trained with, as torchvision states it for AlexNet."""
         return replace(cls.of_weights(AlexNet_Weights.IMAGENET1K_V1), source="the usual one for ImageNet")
 
-    def to_tensor(self, pixels: Pixels | Tensor, decoder: Decoder = "exact") -> Tensor:
+    def to_tensor(self, pixels: Pixels, decoder: Decoder = "exact") -> Tensor:
         """Resize and crop an RGB image to a ``(3, H, W) uint8`` tensor, with antialias; in memory pixel by pixel.
 
         Args:
-            pixels: The image, ``(H, W, 3) uint8``, or as a tensor, ``(3, H, W) uint8`` on any device.
+            pixels: The image, ``(H, W, 3) uint8``.
             decoder: exact: by PIL; else on the tensor, in a third of the time, to values a few grey levels off.
 
         Raises:
             ImageError: So long and narrow that resizing would make a decompression bomb of it.
         """
-        height, width = pixels.shape[1:] if isinstance(pixels, Tensor) else pixels.shape[:2]
+        height, width = pixels.shape[:2]
         if self.resize is not None and self.resize**2 * max(height, width) / min(height, width) > MOST_PIXELS:
             raise ImageError(
                 f"{width} x {height}: more than {MOST_PIXELS:,} pixels when its short side is {self.resize}"
             )
         method = InterpolationMode(self.interpolation)
-        image: Any = pixels
-        if not isinstance(pixels, Tensor):
-            image = Image.fromarray(pixels) if decoder == "exact" else torch.from_numpy(pixels).permute(2, 0, 1)
+        image: Any = Image.fromarray(pixels) if decoder == "exact" else torch.from_numpy(pixels).permute(2, 0, 1)
         if self.resize is not None:
             size = [self.resize] * (2 if self.squash else 1)  # one number is the short side
             image = v2.resize(image, size, method, antialias=True)

@@ -27,7 +27,6 @@ SHAPE: dict[str, tuple[type, ...]] = {  # what a record is read for; whatever el
     "columns": (int,),
     "errors": (int,),
     "errors_used": (int,),
-    "decoded_on_cpu": (int,),
     "inputs.images": (int,),
     "inputs.digest": (str,),
     "identity.weights": (str,),

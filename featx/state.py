@@ -320,7 +320,6 @@ class LayerState:
             "rows_not_finite": sum(entry.odd[0] for entry in entries),
             "values_not_finite": sum(entry.odd[1] for entry in entries),
             "values_overflowed": sum(entry.odd[2] for entry in entries),
-            "decoded_on_cpu": sum(entry.odd[3] for entry in entries),
             "inputs": self.inputs,
             "readers": self._readers(entries),
             "identity": self.identity,

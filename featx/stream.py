@@ -183,7 +183,7 @@ class RowStream:
             if "npy" in part.paths:
                 texts["npy"], overflowed = formats.npy_rows(values, self._states[layer].identity["dtype"])
             self.stages["text"] += time.thread_time() - begin
-            counts = (int(odd.any(axis=1).sum()), int(odd.sum()), overflowed, batch.on_cpu)
+            counts = (int(odd.any(axis=1).sum()), int(odd.sum()), overflowed)
             begin = time.monotonic()
             readers = {kind: reader(kind) for kind in batch.kinds}
             part.add(Entry(batch.number, len(names), columns, counts, {}, self._device, batch.faults, readers), texts)

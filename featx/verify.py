@@ -138,9 +138,8 @@ def check_rows(path: Path, options: Namespace) -> str:
     """
     file, folder = _find(path), options.images
     record, own = file.record, file.own
-    for option, able in (("trainer.precision", ["32-true"]), ("data.decoder", ["exact", "turbo"])):
-        if (used := record["identity"][option.split(".")[1]]) not in able:
-            raise UserError(f"--images: rows of --{option} {used} are not computed again.")
+    if (used := record["identity"]["precision"]) != "32-true":
+        raise UserError(f"--images: rows of --trainer.precision {used} are not computed again.")
     model, data = _rebuild(file, options)
     data.setup()
     model.configure_model()

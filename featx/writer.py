@@ -341,8 +341,6 @@ class FeatureWriter(BasePredictionWriter):
                 if record["values_not_finite"]:
                     values, rows = count(record["values_not_finite"], "value"), count(record["rows_not_finite"], "row")
                     log.warning("%s: %s nan or infinite, in %s", layer, values, rows)
-            if on_cpu := max((record["decoded_on_cpu"] for record in self.records.values()), default=0):
-                log.info("--data.decoder cuda: the CPU decoded %s that the GPU cannot", count(on_cpu, "image"))
         self.release()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:

@@ -173,7 +173,6 @@ MISTAKES = [
     ({"source": []}, "source: nothing in it. Expected a folder, paths of images, or PIL images"),
     ({"source": [1]}, "source: number 0 is a int. Expected PIL images"),
     ({"source": ["a.jpg"], "out_dir": "x"}, "out_dir='x': expected a folder as source"),
-    ({"decoder": "cuda", "accelerator": "cpu"}, "--data.decoder cuda: this run is on cpu. Expected an NVIDIA GPU"),
 ]
 
 
@@ -182,11 +181,6 @@ def test_a_mistake_is_a_value_error_in_words(photos, options, words):
     with pytest.raises(ValueError, match=words) as caught:
         extract(**{"source": photos} | options)
     assert isinstance(caught.value, featx.UserError)
-
-
-def test_images_that_are_decoded_already_are_not_for_the_gpus_decoder():
-    with pytest.raises(ValueError, match="decoder='cuda': PIL images are decoded already"):
-        extract([make_image(0, (9, 9))], decoder="cuda")
 
 
 def test_what_is_not_there_is_a_file_not_found_error(photos, tmp_path):

@@ -21,11 +21,3 @@ def test_rows_are_those_of_plain_torch_however_many_are_on_their_way(tmp_path, a
         assert found_names == names and relative_error(found, values) < 1e-5
         files = [tmp_path / out / f"{layer}.csv" for out in ("one", "two")]
         assert files[0].read_bytes() == files[1].read_bytes()
-
-
-def test_the_gpus_decoder_gives_nearly_the_cpus_rows(photos, tmp_path, alexnet_file):
-    for decoder in ("turbo", "cuda"):
-        options = ("--model.weights", alexnet_file, "--data.decoder", decoder, *ONE)
-        predict(photos, tmp_path / decoder, *options)
-    (names, rows), (expected_names, expected) = (read_csv(tmp_path / d / "fc7.csv") for d in ("cuda", "turbo"))
-    assert names == expected_names and relative_error(rows, expected) < 0.05

@@ -25,7 +25,7 @@ def text(batch: int) -> bytes:
 
 
 def entry(batch: int, device: str = "cpu") -> Entry:
-    return Entry(batch, batch % 5, 1, (0, 0, 0, 0), {}, device, [FAULT] if batch % 5 == 0 else [])
+    return Entry(batch, batch % 5, 1, (0, 0, 0), {}, device, [FAULT] if batch % 5 == 0 else [])
 
 
 def write(folder: Path, stem: str, batches, sync_to: int | None = None, run: str = RUN) -> Part:

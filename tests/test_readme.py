@@ -26,7 +26,6 @@ NOT_RUN = {
     r"pip install ": "it installs",
     r"make (demo|test)\b": "it installs; test_demo.py runs what make demo runs, and make test runs this",
     r"make bench\b": "it installs, and measures for minutes; test_bench.py runs its parts",
-    r".*--data.decoder cuda": "there is no GPU here; test_nvjpeg.py runs its parts",
     r"srun ": "there is no SLURM here; test_cli.py starts two tasks with the variables that srun sets",
 }
 # What a test has to put in the place of what a reader has: machines, GPUs, and weights that only a server has.

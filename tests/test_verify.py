@@ -106,7 +106,6 @@ def test_what_is_no_result_is_exit_2(tmp_path, capsys):
 
 @pytest.mark.parametrize(("old", "new", "words"), [
     ('"precision": "32-true"', '"precision": "bf16-mixed"', "--trainer.precision bf16-mixed are not computed again"),
-    ('"decoder": "exact"', '"decoder": "cuda"', "--data.decoder cuda are not computed again"),
 ])  # fmt: skip
 def test_rows_that_this_machine_would_compute_otherwise_are_not_compared(made, copy, old, new, words, capsys, caplog):
     record = copy.with_suffix(".json")
