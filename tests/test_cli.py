@@ -160,6 +160,7 @@ def test_resnet50_whose_bits_depend_most_on_threads_gives_the_same_file(photos, 
 
 
 OWN = """\
+from lightning.pytorch import Callback
 from torchvision import models
 from featx import FeatureExtractor
 
@@ -169,6 +170,10 @@ class MyExtractor(FeatureExtractor):
 
 class NotOne:
     pass
+
+class Lacking(Callback):
+    def __init__(self):
+        import no_such_thing
 """
 
 
@@ -209,7 +214,7 @@ MISTAKES = [
     ("--data.dir photos --model.weights IMAGENET1K_V7", ["IMAGENET1K_V7", "Did you mean IMAGENET1K_V1?"]),
     ("--data.dir photos --writer.out_dir file", ["--writer.out_dir file", "is a file"]),
     ("--data.dir photos --writer.out_dir feats.csv", ["feats.csv: expected a folder", "feats writes feats/LAYER.csv"]),
-    ("--data.dir photos --trainer.callbacks RichProgressBar", ["RichProgressBar", "rich"]),
+    ("--data.dir photos --trainer.callbacks my_module.Lacking", ["my_module.Lacking: No module named 'no_such_thing'"]),
     ("--data.dir photos --model.weights good.pth --writer.out_dir /proc/features", ["--writer.out_dir /proc/features"]),
     ("--data.dir photos --data.batch_size 0", ["--data.batch_size 0", "at least 1"]),
     ("--data.dir photos --data.batch_size many", ["--data.batch_size many", "a whole number"]),
