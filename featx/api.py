@@ -19,8 +19,9 @@ from lightning.pytorch.callbacks import Callback
 from PIL import Image
 
 from featx import options as command_line
-from featx.datamodule import Batch, Collate, ImageFolderDataModule, Sample
-from featx.decode import Fault, describe, to_rgb
+from featx.batch import Batch, Fault
+from featx.datamodule import Collate, ImageFolderDataModule, Sample
+from featx.decode import describe, to_rgb
 from featx.extractor import FeatureExtractor
 from featx.formats import Floats
 from featx.images import ImageTree

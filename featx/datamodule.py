@@ -1,60 +1,42 @@
 """Images -> batches: ImageFolderDataModule, which deals whole batches to the processes, in order."""
 
+import json
 import math
 import multiprocessing
 import os
+import re
 import shutil
 import signal
 import sys
 import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import suppress
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import cache
+from importlib.metadata import version
 from itertools import islice
 from multiprocessing.queues import Queue
 from pathlib import Path
 from statistics import median
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
+import PIL
 import torch
 from lightning.pytorch import LightningDataModule
 from torch import Tensor, stack
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
-from featx.decode import Fault, Pixels, ValueRange, check_image, describe, read_or_fault
+from featx import preprocess
+from featx.batch import Batch, Fault, Seconds
+from featx.cores import cores_per_process
+from featx.decode import READERS, Pixels, ValueRange, check_image, describe, read_or_fault
 from featx.images import ImageTree, check_folder, check_list, is_lost
 from featx.messages import BadValueError, ImageError, LostFolderError, count, first_line, log, size_in_words
 from featx.preprocess import Decoder, Interpolation, Preprocessing
 
-SHM = "/dev/shm"  # where Linux has shared memory and semaphores; Docker gives it 64 MB
-
-Seconds = tuple[float, float]  # of a core, for decoding and for resizing
 Sample = tuple[int, str, Tensor | None, Fault | None, Seconds, str]
-
-
-class Batch(NamedTuple):
-    """Some images in the order of the rows, with their names beside them all the way.
-
-    Attributes:
-        number: Which batch of the whole run this is, from 0, whatever process has it.
-        names: Paths below the data folder of the images that could be read, one a row.
-        groups: Images of equal shape, ``(G, 3, H, W) uint8``, each with the G rows of the batch that they are.
-        faults: What is wrong with images, in their order; such as were not used have no row.
-        size: How many images these are, readable or not.
-        seconds: What a core took to decode them, and to resize them.
-        kinds: The kinds of files that were decoded, as Pillow names them.
-    """
-
-    number: int
-    names: list[str]
-    groups: list[tuple[list[int], Tensor]]
-    faults: list[Fault]
-    size: int
-    seconds: Seconds = (0.0, 0.0)
-    kinds: Sequence[str] = ()
+SHM = "/dev/shm"  # where Linux has shared memory and semaphores; Docker gives it 64 MB
 
 
 class ImageFolderDataModule(LightningDataModule):
@@ -121,6 +103,7 @@ class ImageFolderDataModule(LightningDataModule):
         self.decoder = decoder
         self.images: ImageTree | None = None
         self.batches: Sequence[int] | None = None  # those of this process; None: all
+        self.readers = READERS
         self.workers = 0
         self._used = False  # the list of images, by a run
         # A rank without a batch is no mistake: https://github.com/Lightning-AI/pytorch-lightning/issues/13580
@@ -153,6 +136,20 @@ class ImageFolderDataModule(LightningDataModule):
         options = {"resize": self.resize, "crop": self.crop, "interpolation": self.interpolation}
         given: dict[str, Any] = {name: value for name, value in options.items() if value != "auto"}
         return replace(preset, **given, source=preset.source + ", with your options") if given else preset
+
+    def identity(self, preset: Preprocessing) -> dict[str, Any]:
+        """Return all of the data's that decides a value, as plain values for JSON."""
+        preprocessing = asdict(self.preprocessing(preset))
+        del preprocessing["source"]  # where the values come from decides nothing
+        return {
+            "preprocessing": json.loads(json.dumps(preprocessing)),
+            "value_range": list(self.value_range) if self.value_range else None,
+            "decoder": self.decoder,
+            "strict": self.strict,
+            "batch_size": self.batch_size,
+            "revisions": {"preprocessing": preprocess.REVISION},
+            "versions": {"pillow": PIL.__version__, "simplejpeg": version("simplejpeg")},
+        }
 
     def first_batch(self, preset: Preprocessing, samples: Iterable[Sample] | None = None) -> Batch:
         """Return the first image that can be read as a batch, read in this process, to try a network with.
@@ -302,8 +299,9 @@ class Collate:
         faults = [fault for _, _, _, fault, *_ in samples if fault is not None]
         decode, resize = (sum(stage) for stage in zip(*(seconds for *_, seconds, _ in samples), strict=True))
         number, names = samples[0][0] // self.batch_size, [name for name, _ in read]
-        kinds = sorted({kind for _, _, image, _, _, kind in samples if image is not None})
-        return Batch(number, names, groups, faults, len(samples), (decode, resize), kinds)
+        kinds = {kind for _, _, image, _, _, kind in samples if image is not None}
+        readers = {kind: READERS.get(kind, 1) for kind in sorted(kinds)}
+        return Batch(number, names, groups, faults, len(samples), (decode, resize), readers)
 
 
 class _Send:
@@ -335,6 +333,8 @@ def _share(images: Tensor) -> Any:
             return _InPipe(images, f"{size_in_words(size.total)} in {SHM}")
         return images.share_memory_()  # type: ignore[no-untyped-call]
     except (OSError, RuntimeError) as err:
+        for name in re.findall(r"</(torch_\w+)>", str(err)):  # torch leaves the file that it could not fill
+            Path(SHM, name).unlink(missing_ok=True)
         return _InPipe(images, first_line(err).split(": ")[-1])
 
 
@@ -396,43 +396,6 @@ class _WholeBatches(DistributedSampler[Any]):
     def __len__(self) -> int:
         last = len(self.batches) and (self.batches[-1] + 1) * self.batch_size - self.images
         return len(self.batches) * self.batch_size - max(0, int(last))
-
-
-def cores_per_process(trainer: Any) -> int:
-    """Return how many cores one process of the run may use: affinity and cgroup quota over this machine's processes."""
-    return max(1, usable_cores() // max(1, int(trainer.num_devices)))
-
-
-def usable_cores() -> int:
-    """Return how many cores this process may use, at least 1: what affinity and the cgroups' quotas leave of them."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min([cores, *map(math.ceil, quotas())]))
-
-
-def quotas(own: str = "/proc/self/cgroup", root: str = "/sys/fs/cgroup") -> Iterator[float]:
-    """Yield how many cores each cgroup that this process is in may use, of those that have a limit.
-
-    Version 2 has one hierarchy and writes ``100000 50000`` or ``max 50000``, version 1 one for cpu, and two files. In a
-    container the path may be one of outside, where nothing is; the hierarchy's top is then the container's.
-
-    Args:
-        own: Where the kernel says which cgroups these are, a line ``0::/path`` or ``4:cpu,cpuacct:/path`` each.
-        root: Where cgroups are mounted.
-    """
-    try:
-        lines = Path(own).read_text().splitlines()
-    except OSError:
-        return  # another system
-    for _, names, path in (line.split(":", 2) for line in lines if line.count(":") >= 2):
-        if names and "cpu" not in names.split(","):
-            continue
-        for folder in (Path(path), *Path(path).parents):
-            place = Path(root, "cpu" if names else "", str(folder).lstrip("/"))
-            with suppress(OSError, ValueError):
-                files = ["cpu.cfs_quota_us", "cpu.cfs_period_us"] if names else ["cpu.max"]
-                quota, period = " ".join((place / file).read_text() for file in files).split()
-                if float(quota) > 0:  # version 1 says -1 for none
-                    yield float(quota) / float(period)
 
 
 def _leave_the_end_to_the_main_process(worker: int) -> None:

@@ -4,19 +4,18 @@ import os
 import stat
 import warnings
 from contextlib import suppress
-from typing import NamedTuple
 
 import numpy as np
 import simplejpeg
 from numpy.typing import NDArray
 from PIL import Image, ImageFile, UnidentifiedImageError, features
 
+from featx.batch import Fault
 from featx.messages import BadValueError, ImageError
 
 # By Pillow's name of a kind of file, the number of its reader, which goes up whenever that gives other values than
 # before. A run takes no rows from one whose files of this kind a reader of another number read.
-READERS = {"BMP": 1, "GIF": 1, "JPEG": 1, "PNG": 1, "PPM": 1, "TIFF": 1, "WEBP": 1}
-OTHER_READERS = 1  # of all other kinds that Pillow opens
+READERS = {"BMP": 1, "GIF": 1, "JPEG": 1, "PNG": 1, "PPM": 1, "TIFF": 1, "WEBP": 1}  # others: 1
 
 ValueRange = tuple[float, float]
 Pixels = NDArray[np.uint8]
@@ -36,22 +35,6 @@ _BEYOND = (
     "Unknown Adobe color transform code",
     "Warning: unknown JFIF revision number",
 )
-
-
-class Fault(NamedTuple):
-    """What is wrong with one image.
-
-    Attributes:
-        path: The image, below the data folder.
-        reason: What is wrong, in words, in one line.
-        exception: What the decoder said, in one line.
-        used: Whether the image has a row all the same, of what could be decoded.
-    """
-
-    path: str
-    reason: str
-    exception: str
-    used: bool = False
 
 
 def read_or_fault(
@@ -79,11 +62,6 @@ def read_or_fault(
             pixels, kind = _read(path, value_range, strict=False)
             return pixels, fault._replace(used=True), kind
     return None, fault, ""
-
-
-def reader(kind: str) -> int:
-    """Return the number of the reader of a kind of file, as Pillow names it."""
-    return READERS.get(kind, OTHER_READERS)
 
 
 def read_image(path: str, value_range: ValueRange | None = None, strict: bool = True) -> Pixels:

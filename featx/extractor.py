@@ -12,13 +12,15 @@ from functools import cached_property
 from typing import Any, Literal, TypeVar
 
 import torch
+import torchvision
 from lightning.pytorch import LightningModule
 from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import Tensor, nn
 
 from featx import network as networks
+from featx.batch import Batch
 from featx.checkpoint import digest, fit, read_checkpoint
-from featx.datamodule import Batch, cores_per_process, usable_cores
+from featx.cores import cores_per_process, usable_cores
 from featx.layers import Taps, resolve_layers
 from featx.messages import BadValueError, UserError, count, first_line, log
 from featx.network import SEED, Weights
@@ -289,6 +291,23 @@ class FeatureExtractor(LightningModule):
         told = f"{len(found)} of {count(len(again), 'tensor')} are random numbers (seed {SEED}): {few}"
         log.warning("RANDOM WEIGHTS: %s. --model.weights FILE gives trained ones", told)
         return [told]
+
+    def identity(self, layer: str, precision: str) -> dict[str, Any]:
+        """Return all of the model's that decides a value of a layer's rows, as plain values for JSON."""
+        return {
+            "network": self.title,
+            "weights": self.weights_digest,
+            "layer": layer,
+            "module": self.layers[layer],
+            "pool": self.pool,
+            "precision": precision,
+            "memory_layout": self.memory_layout,
+            "compiled": self.compile,
+            "images_a_slice": SLICE,
+            "threads_a_slice": 1,
+            "revisions": {"pass": REVISION},
+            "versions": {"torch": torch.__version__, "torchvision": torchvision.__version__, **self.packages},
+        }
 
     def try_out(self, batch: Batch) -> dict[str, Tensor]:
         """Run one small batch, choose the memory layout, and return its rows, ``(B, D) float32`` of each layer.

@@ -6,7 +6,7 @@ from functools import cached_property
 from pathlib import Path
 
 from featx import manifest, reader
-from featx.decode import Fault
+from featx.batch import Fault
 from featx.manifest import Json
 from featx.messages import MissingPathError, did_you_mean
 from featx.state import HIDDEN, file_name, read_errors
@@ -83,6 +83,6 @@ def find(path: Path) -> Finished:
         raise MissingPathError(f"{path}: no such file.{near} Expected what featx predict wrote, as features/fc7.csv")
     path = reader.named(path)
     place = reader.record_path(path)
-    record = reader.read_record(place) or {}
+    record = manifest.read_record(place) or {}
     said = {Path(name).name: said for name, said in record.get("files", {}).items()}.get(path.name, {})
     return Finished(path, place, record | {"rows": said["rows"]} if "rows" in said else record)

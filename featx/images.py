@@ -132,6 +132,12 @@ class ImageTree(ImageFolder):  # type: ignore[misc]
             digest.update(numbers.data)
         return digest.hexdigest()
 
+    def digest_of_names(self) -> str:
+        """Return the SHA-256 of all names, in order."""
+        digest = hashlib.sha256(self.names.blob)
+        digest.update(self.names.ends.data)
+        return digest.hexdigest()
+
     def _find(self) -> Iterator[_Folder]:
         """Yield the folders that hold images, in order, their images sorted; then say what was left out."""
         top = self._scan("")

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from featx import disk
-from featx.decode import Fault
+from featx.batch import Fault
 from featx.messages import BadValueError
 
 FORMAT = 2  # of journals and records; docs/promises.md says what each had. Older ones stay readable

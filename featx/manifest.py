@@ -4,67 +4,54 @@ import gzip
 import hashlib
 import inspect
 import json
-import platform
+import re
 import zlib
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import asdict
-from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
-import PIL
-import torch
-import torchvision
 
-from featx import disk, extractor, formats, journal, preprocess
-from featx.datamodule import ImageFolderDataModule
-from featx.extractor import SLICE, FeatureExtractor
-from featx.images import ImageTree
+from featx import disk, formats, journal
+from featx.batch import Images
 from featx.messages import BadValueError, count
-from featx.reader import is_result_name as is_result_name
-from featx.reader import read_record as read_record
 
 Json = dict[str, Any]
 
+NOTHING = type(None)
+SHAPE: dict[str, tuple[type, ...]] = {  # what a record is read for; whatever else it says is left as it is
+    "layer": (str,),
+    "files": (dict,),
+    "rows": (int,),
+    "columns": (int,),
+    "errors": (int,),
+    "errors_used": (int,),
+    "inputs.images": (int,),
+    "inputs.digest": (str,),
+    "identity.weights": (str,),
+    "identity.value_range": (list, NOTHING),
+    "identity.decoder": (str,),
+    "identity.precision": (str,),
+    "identity.names": (str,),
+    "identity.header": (bool,),
+    "identity.shard_rows": (int, NOTHING),
+    "run.options.model_class": (str,),
+    "run.options.model": (dict,),
+    "run.options.data.dir": (str,),
+}
+IN_WORDS = {str: "text", int: "a number", dict: "an object", list: "a list", bool: "true or false", NOTHING: "null"}
 # Keys of an identity that were added to it, each with the value that decided before. Nothing is ever taken out.
 SINCE: Json = {"revisions": {"preprocessing": 1, "pass": 1, "text": 1}}
 
 
-def identity(trainer: Any, model: FeatureExtractor, data: ImageFolderDataModule, layer: str) -> Json:
-    """Return everything that decides a value of one layer's rows, as plain values for JSON."""
-    preprocessing = asdict(data.preprocessing(model.preprocessing))
-    del preprocessing["source"]  # where the values come from decides nothing
-    return {
-        "network": model.title,
-        "weights": model.weights_digest,
-        "layer": layer,
-        "module": model.layers[layer],
-        "pool": model.pool,
-        "preprocessing": json.loads(json.dumps(preprocessing)),
-        "value_range": list(data.value_range) if data.value_range else None,
-        "decoder": data.decoder,
-        "strict": data.strict,
-        "batch_size": data.batch_size,
-        "precision": str(trainer.precision),
-        "memory_layout": model.memory_layout,
-        "compiled": model.compile,
-        "images_a_slice": SLICE,
-        "threads_a_slice": 1,
-        "revisions": {
-            "preprocessing": preprocess.REVISION,
-            "pass": extractor.REVISION,
-            "text": formats.REVISION,
-        },
-        "versions": {
-            "torch": torch.__version__,
-            "torchvision": torchvision.__version__,
-            "pillow": PIL.__version__,
-            "simplejpeg": version("simplejpeg"),
-            **model.packages,
-        },
-    }
+def merge(*parts: Json) -> Json:
+    """Return one identity of several, each of which may have ``versions`` and ``revisions``."""
+    found: Json = {}
+    for part in parts:
+        for key, value in part.items():
+            found[key] = {**found.get(key, {}), **value} if isinstance(value, dict) else value
+    return found
 
 
 def complete(identity: Json) -> Json:
@@ -76,7 +63,7 @@ def complete(identity: Json) -> Json:
     return found
 
 
-def digest(identity: Json, images: ImageTree) -> str:
+def digest(identity: Json, images: Images) -> str:
     """Return the SHA-256 of an identity and the images' names, which stays the same when later versions add keys."""
     known = complete(identity)
     for key, then in SINCE.items():
@@ -84,15 +71,13 @@ def digest(identity: Json, images: ImageTree) -> str:
             known[key] = {name: value for name, value in known[key].items() if value != then.get(name)}
         if known[key] in (then, {}):
             del known[key]
-    found = hashlib.sha256(json.dumps(known, sort_keys=True).encode())
-    found.update(images.names.blob)
-    found.update(images.names.ends.data)
-    return found.hexdigest()
+    return hashlib.sha256((json.dumps(known, sort_keys=True) + images.digest_of_names()).encode()).hexdigest()
 
 
 def public_name(owner: type) -> str:
-    """Return what a class is called in ``--model`` and in records: featx's own stays the same wherever it moves."""
-    return "featx.FeatureExtractor" if owner is FeatureExtractor else f"{owner.__module__}.{owner.__qualname__}"
+    """Return what a class is called in ``--model`` and in records: featx's own stay the same wherever they move."""
+    package = owner.__module__.split(".")[0]
+    return f"{package if package == 'featx' else owner.__module__}.{owner.__qualname__}"
 
 
 def options(owner: object) -> Json:
@@ -101,7 +86,7 @@ def options(owner: object) -> Json:
     return {name: getattr(owner, name) for name in names if hasattr(owner, name)}
 
 
-def inputs(images: ImageTree) -> Json:
+def inputs(images: Images) -> Json:
     """Return how many images there are, and a digest of their names, sizes and times."""
     return {"images": len(images), "digest": images.digest()}
 
@@ -131,18 +116,74 @@ def _short(value: Any) -> str:
     return f"{text[:8]}…" if len(text) == 64 and text.isalnum() else text if len(text) <= 60 else f"{text[:57]}…"
 
 
-def device_name(device: torch.device) -> str:
-    """Return what computes, as ``AMD EPYC 9R14`` or ``NVIDIA H100``."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    with suppress(OSError, StopIteration), open("/proc/cpuinfo", encoding="utf-8") as file:
-        return next(line for line in file if line.startswith("model name")).split(":", 1)[1].strip()
-    return platform.processor() or platform.machine() or device.type
-
-
 def as_json(record: Json) -> bytes:
     """Return a record as indented JSON, names and paths readable."""
     return json.dumps(record, indent=2, ensure_ascii=False).encode("utf-8", "surrogateescape") + b"\n"
+
+
+def read_record(path: Path, layer: str | None = None) -> dict[str, Any] | None:
+    """Return what LAYER.json says, or None where there is no such file.
+
+    Args:
+        path: LAYER.json.
+        layer: The layer that it must be of, where its files are to be replaced; without it, it may have been renamed.
+
+    Raises:
+        BadValueError: It is no record of featx, or one of a newer featx.
+    """
+    try:
+        found = json.loads(path.read_bytes().decode("utf-8", "surrogateescape"))
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, ValueError, RecursionError) as err:
+        wrong = getattr(err, "strerror", None) or f"it is not JSON ({type(err).__name__}: {err})"
+    else:
+        if isinstance(found, dict):
+            journal.check_format(path, found)
+        wrong = _wrong(found, layer)
+        if not wrong:
+            return dict(found)
+    raise BadValueError(f"{path}: not a record of featx: {wrong}.\nExpected what featx predict wrote with its files.")
+
+
+def is_result_name(layer: str, name: str) -> bool:
+    """Return whether a layer's file may have this name in its record, as ``fc7.csv`` or ``fc7/00000.csv``."""
+    stem, kinds = layer.replace("/", "%2F"), "|".join(["names.txt", *get_args(formats.Format)])
+    allowed = rf"{re.escape(stem)}(/[0-9]{{5,}})?\.({kinds})"
+    return stem not in ("", ".", "..") and re.fullmatch(allowed, name) is not None
+
+
+def _wrong(record: Any, layer: str | None) -> str:
+    """Say what of a record is not as featx writes it, or return nothing."""
+    for key, kinds in SHAPE.items():
+        value = record
+        for word in key.split("."):
+            if not isinstance(value, dict) or word not in value:
+                return f"it has no {key}"
+            value = value[word]
+        if type(value) not in kinds or value == "" or (type(value) is int and value < 0):
+            return f"{key} is {_as_text(value)}, expected {' or '.join(IN_WORDS[kind] for kind in kinds)}"
+    if layer is not None and record["layer"] != layer:
+        return f"layer is {_as_text(record['layer'])}, expected {_as_text(layer)}"
+    bounds, size = record["identity"]["value_range"] or [0, 1], record["identity"]["shard_rows"]
+    if len(bounds) != 2 or not all(type(bound) in (int, float) for bound in bounds) or not bounds[0] < bounds[1]:
+        return f"identity.value_range is {_as_text(bounds)}, expected two numbers, the lower first"
+    for name, said in record["files"].items():
+        of_shards = name.partition("/")[2].partition(".")[0]
+        right = is_result_name(record["layer"], name) and bool(of_shards) == (size is not None)
+        if not right or (size is not None and int(of_shards) * size >= record["inputs"]["images"]):
+            return f"files names {_as_text(name)}, which is no file of layer {_as_text(record['layer'])}"
+        known = said if isinstance(said, dict) else {}
+        counts = [known.get("bytes"), known.get("rows", 0)]
+        sha256 = known.get("sha256")
+        if not all(type(number) is int and number >= 0 for number in counts) or not isinstance(sha256, str):
+            return f"files says {_as_text(said)} of {name}, expected sha256 and bytes"
+    return "" if record["files"] else "files names none"
+
+
+def _as_text(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 60 else f"{text[:57]}…"
 
 
 def read_json(path: Path) -> Json | None:
@@ -167,7 +208,7 @@ def read_run(path: Path) -> Json | None:
     return run
 
 
-def save_inputs(path: Path, images: ImageTree) -> None:
+def save_inputs(path: Path, images: Images) -> None:
     """Keep the list of images, with sizes and times, to tell later what changed."""
     lines = (f"{size} {mtime} {json.dumps(name)}\n".encode()
              for name, size, mtime in zip(images.names, images.sizes, images.mtimes, strict=True))  # fmt: skip
@@ -184,7 +225,7 @@ def read_inputs(path: Path, some: slice = slice(None)) -> list[tuple[str, int, i
     return [(json.loads(name), int(size), int(mtime)) for size, mtime, name in lines]
 
 
-def changed_inputs(path: Path, images: ImageTree, excused: Sequence[str]) -> str:
+def changed_inputs(path: Path, images: Images, excused: Sequence[str]) -> str:
     """Say how many images were added, removed or changed since ``save_inputs``, or return nothing.
 
     Args:

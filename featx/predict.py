@@ -23,7 +23,8 @@ from lightning.pytorch.strategies.launchers import subprocess_script
 from torch import Tensor
 
 from featx import options
-from featx.datamodule import ImageFolderDataModule, Sample, cores_per_process
+from featx.cores import cores_per_process
+from featx.datamodule import ImageFolderDataModule, Sample
 from featx.disk import GOES_ON
 from featx.extractor import FeatureExtractor
 from featx.messages import BadValueError, UserError, count, log, rank, size_in_words

@@ -1,46 +1,21 @@
 """A finished file -> names and values: the fast way for each format."""
 
-import json
 import os
-import re
 from collections.abc import Callable, Collection, Iterator
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 import orjson
 
-from featx import formats, journal, parquet
+from featx import formats, manifest, parquet
 from featx.formats import Floats
 from featx.messages import BadValueError, MissingPathError, count
 
 Rows = tuple[list[str], Floats]  # names and values, (R, D)
 PathLike = str | os.PathLike[str]
-
-NOTHING = type(None)
-SHAPE: dict[str, tuple[type, ...]] = {  # what a record is read for; whatever else it says is left as it is
-    "layer": (str,),
-    "files": (dict,),
-    "rows": (int,),
-    "columns": (int,),
-    "errors": (int,),
-    "errors_used": (int,),
-    "inputs.images": (int,),
-    "inputs.digest": (str,),
-    "identity.weights": (str,),
-    "identity.value_range": (list, NOTHING),
-    "identity.decoder": (str,),
-    "identity.precision": (str,),
-    "identity.names": (str,),
-    "identity.header": (bool,),
-    "identity.shard_rows": (int, NOTHING),
-    "run.options.model_class": (str,),
-    "run.options.model": (dict,),
-    "run.options.data.dir": (str,),
-}
-IN_WORDS = {str: "text", int: "a number", dict: "an object", list: "a list", bool: "true or false", NOTHING: "null"}
 
 
 def load(path: PathLike, mmap: bool = False) -> tuple[list[str], Floats]:
@@ -78,75 +53,10 @@ def record(path: PathLike) -> dict[str, Any]:
         ValueError: What is there is no record of featx, or one of a newer featx.
     """
     beside = record_path(Path(path))
-    found = read_record(beside)
+    found = manifest.read_record(beside)
     if found is None:
         raise MissingPathError(f"{beside}: no record. Expected what featx predict wrote.")
     return found
-
-
-def read_record(path: Path, layer: str | None = None) -> dict[str, Any] | None:
-    """Return what LAYER.json says, or None where there is no such file.
-
-    Args:
-        path: LAYER.json.
-        layer: The layer that it must be of, where its files are to be replaced; without it, it may have been renamed.
-
-    Raises:
-        BadValueError: It is no record of featx, or one of a newer featx.
-    """
-    try:
-        found = json.loads(path.read_bytes().decode("utf-8", "surrogateescape"))
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except (OSError, ValueError, RecursionError) as err:
-        wrong = getattr(err, "strerror", None) or f"it is not JSON ({type(err).__name__}: {err})"
-    else:
-        if isinstance(found, dict):
-            journal.check_format(path, found)
-        wrong = _wrong(found, layer)
-        if not wrong:
-            return dict(found)
-    raise BadValueError(f"{path}: not a record of featx: {wrong}.\nExpected what featx predict wrote with its files.")
-
-
-def is_result_name(layer: str, name: str) -> bool:
-    """Return whether a layer's file may have this name in its record, as ``fc7.csv`` or ``fc7/00000.csv``."""
-    stem, kinds = layer.replace("/", "%2F"), "|".join(["names.txt", *get_args(formats.Format)])
-    allowed = rf"{re.escape(stem)}(/[0-9]{{5,}})?\.({kinds})"
-    return stem not in ("", ".", "..") and re.fullmatch(allowed, name) is not None
-
-
-def _wrong(record: Any, layer: str | None) -> str:
-    """Say what of a record is not as featx writes it, or return nothing."""
-    for key, kinds in SHAPE.items():
-        value = record
-        for word in key.split("."):
-            if not isinstance(value, dict) or word not in value:
-                return f"it has no {key}"
-            value = value[word]
-        if type(value) not in kinds or value == "" or (type(value) is int and value < 0):
-            return f"{key} is {_short(value)}, expected {' or '.join(IN_WORDS[kind] for kind in kinds)}"
-    if layer is not None and record["layer"] != layer:
-        return f"layer is {_short(record['layer'])}, expected {_short(layer)}"
-    bounds, size = record["identity"]["value_range"] or [0, 1], record["identity"]["shard_rows"]
-    if len(bounds) != 2 or not all(type(bound) in (int, float) for bound in bounds) or not bounds[0] < bounds[1]:
-        return f"identity.value_range is {_short(bounds)}, expected two numbers, the lower first"
-    for name, said in record["files"].items():
-        of_shards = name.partition("/")[2].partition(".")[0]
-        right = is_result_name(record["layer"], name) and bool(of_shards) == (size is not None)
-        if not right or (size is not None and int(of_shards) * size >= record["inputs"]["images"]):
-            return f"files names {_short(name)}, which is no file of layer {_short(record['layer'])}"
-        known = said if isinstance(said, dict) else {}
-        counts = [known.get("bytes"), known.get("rows", 0)]
-        sha256 = known.get("sha256")
-        if not all(type(number) is int and number >= 0 for number in counts) or not isinstance(sha256, str):
-            return f"files says {_short(said)} of {name}, expected sha256 and bytes"
-    return "" if record["files"] else "files names none"
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= 60 else f"{text[:57]}…"
 
 
 def named(path: Path) -> Path:

@@ -4,7 +4,7 @@ import csv
 import io
 import os
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import cached_property
 from itertools import chain
@@ -14,10 +14,9 @@ from typing import Literal, NamedTuple, get_args
 from PIL import Image
 
 from featx import disk, formats, journal, manifest, parquet
-from featx.decode import Fault, reader
+from featx.batch import Fault, Images
 from featx.disk import DiskError
 from featx.formats import Format
-from featx.images import ImageTree
 from featx.journal import Entry, Head, Placed
 from featx.manifest import Json
 from featx.messages import BadValueError
@@ -66,12 +65,22 @@ class LayerState:
         kinds: The formats asked for.
         identity: Everything that decides a value.
         images: The images, in the order of the rows.
+        readers: The number of the reader of each kind of image file, 1 for others.
     """
 
-    def __init__(self, out_dir: Path, layer: str, kinds: Sequence[Format], identity: Json, images: ImageTree) -> None:
+    def __init__(
+        self,
+        out_dir: Path,
+        layer: str,
+        kinds: Sequence[Format],
+        identity: Json,
+        images: Images,
+        readers: Mapping[str, int],
+    ) -> None:
         self.layer = layer
         self.identity = identity
         self.images = images
+        self.readers = readers
         self.folder = out_dir / HIDDEN / file_name(layer)
         self.shards_folder = out_dir / file_name(layer)
         self.sharded = identity["shard_rows"] is not None
@@ -153,7 +162,7 @@ class LayerState:
 
     def _differences(self, old: Json, readers: dict[str, int]) -> list[str]:
         """Return a line for all that decided a value of another run and is not the same now."""
-        now = {kind: reader(kind) for kind in readers}
+        now = {kind: self.readers.get(kind, 1) for kind in readers}
         return manifest.differences(old["identity"], self.identity) + manifest.differing(readers, now, "readers.")
 
     def _readers(self, entries: Iterable[Entry] | None = None) -> dict[str, int]:

@@ -12,8 +12,7 @@ import numpy as np
 from torch import Tensor
 
 from featx import formats
-from featx.datamodule import Batch
-from featx.decode import reader
+from featx.batch import Batch
 from featx.journal import Entry, Part
 from featx.messages import UserError
 from featx.state import LayerState
@@ -185,7 +184,7 @@ class RowStream:
             self.stages["text"] += time.thread_time() - begin
             counts = (int(odd.any(axis=1).sum()), int(odd.sum()), overflowed)
             begin = time.monotonic()
-            readers = {kind: reader(kind) for kind in batch.kinds}
-            part.add(Entry(batch.number, len(names), columns, counts, {}, self._device, batch.faults, readers), texts)
+            entry = Entry(batch.number, len(names), columns, counts, {}, self._device, batch.faults, batch.readers)
+            part.add(entry, texts)
             self.stages["disk"] += time.monotonic() - begin
         self.computed += batch.size

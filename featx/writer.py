@@ -18,11 +18,10 @@ from lightning.pytorch.callbacks import BasePredictionWriter
 from torch import Tensor
 
 from featx import disk, formats, journal, manifest, parquet, progress
-from featx.datamodule import Batch, usable_cores
-from featx.decode import Fault
+from featx.batch import Batch, Fault, Images
+from featx.cores import device_name, usable_cores
 from featx.disk import DiskError, Lock
 from featx.formats import Format
-from featx.images import ImageTree
 from featx.journal import Placed
 from featx.messages import BadValueError, ImageError, UserError, count, log, rank, size_in_words
 from featx.state import HIDDEN, SUFFIXES, Found, LayerState
@@ -168,11 +167,13 @@ class FeatureWriter(BasePredictionWriter):
             UserError: Another run's rows are there.
         """
         self._columns, self._looked = columns, (trainer, model, data)
-        settings = {"names": self.names, "header": self.header, "dtype": self.dtype, "shard_rows": self.shard_rows}
+        settings = {"names": self.names, "header": self.header, "dtype": self.dtype, "shard_rows": self.shard_rows,
+                    "revisions": {"text": formats.REVISION}}  # fmt: skip
         self._all = {}
         for layer in model.layers:
-            identity = manifest.identity(trainer, model, data, layer) | settings
-            self._all[layer] = LayerState(Path(self.out_dir), layer, self.formats, identity, data.images)
+            parts = model.identity(layer, str(trainer.precision)), data.identity(model.preprocessing), settings
+            identity = manifest.merge(*parts)
+            self._all[layer] = LayerState(Path(self.out_dir), layer, self.formats, identity, data.images, data.readers)
         self._locked = self._lock is not None
         self._decide(data, model.preprocessing)
         return bool(self._states)
@@ -193,7 +194,7 @@ class FeatureWriter(BasePredictionWriter):
                     self.records[layer] = record
                     del self._states[layer]
 
-    def check_space(self, images: ImageTree, sample: dict[str, Tensor], processes: int) -> int:
+    def check_space(self, images: Images, sample: dict[str, Tensor], processes: int) -> int:
         """Hold the size of the output against the free space, tell both, and return the size in bytes.
 
         Args:
@@ -246,7 +247,7 @@ class FeatureWriter(BasePredictionWriter):
             self.look(trainer, model, data, {layer: rows.shape[1] for layer, rows in sample.items()})
             self._looked = None
         device = trainer.strategy.root_device
-        self._device = manifest.device_name(device)
+        self._device = device_name(device)
         self._started, self._stream, self._group, self._done = datetime.now(UTC), None, None, {}
         if trainer.world_size > 1:
             # Processes may reach the end hours apart, and NCCL and Lightning wait for half an hour at most.

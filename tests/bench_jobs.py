@@ -20,7 +20,7 @@ def prepare(photos: str, pool: str, images: int, weights: str) -> dict[str, Any]
     import torch
     from torchvision import models
 
-    from featx.datamodule import usable_cores
+    from featx.cores import usable_cores
 
     Path(pool).mkdir()
     if photos:
@@ -103,7 +103,7 @@ def dataloader(photos: str, weights: str, out: str) -> None:
     from torch.utils.data import DataLoader
     from torchvision.datasets import ImageFolder
 
-    from featx.datamodule import usable_cores
+    from featx.cores import usable_cores
 
     images = ImageFolder(photos, usual_transform())
     names = [os.path.basename(path) for path, _ in images.samples]
@@ -115,7 +115,7 @@ def timm(photos: str, weights: str, out: str) -> None:
     import torch
     from timm.data import create_dataset, create_loader
 
-    from featx.datamodule import usable_cores
+    from featx.cores import usable_cores
 
     images = create_dataset("", root=photos)
     how = {"interpolation": "bilinear", "crop_pct": 224 / 256, "device": torch.device("cpu")}

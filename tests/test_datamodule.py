@@ -12,7 +12,9 @@ from conftest import ENV, REPO, loader, make_image
 from lightning.fabric.utilities.apply_func import move_data_to_device
 from PIL import Image
 
-from featx.datamodule import Batch, ImageFolderDataModule, _WholeBatches, cores_per_process, quotas, usable_cores
+from featx.batch import Batch
+from featx.cores import cores_per_process, quotas, usable_cores
+from featx.datamodule import ImageFolderDataModule, _WholeBatches
 from featx.messages import BadValueError, MissingPathError, UserError
 from featx.preprocess import Preprocessing
 
@@ -222,13 +224,13 @@ def test_a_batch_goes_whole_through_lightnings_transfer_and_pinning(photos):
 def test_cores_are_shared_by_the_processes_of_a_machine(monkeypatch):
     monkeypatch.setattr("os.sched_getaffinity", lambda _: range(6))
     assert 1 <= usable_cores() <= 6
-    monkeypatch.setattr("featx.datamodule.usable_cores", lambda: 6)
+    monkeypatch.setattr("featx.cores.usable_cores", lambda: 6)
     assert cores_per_process(SimpleNamespace(num_devices=2)) == 3
     assert cores_per_process(SimpleNamespace(num_devices=100)) == 1
 
 
 SMALL_SHM = """
-import subprocess, sys
+import os, resource, subprocess, sys
 from pathlib import Path
 import torch
 from conftest import loader
@@ -237,9 +239,17 @@ def batches(workers):
     return list(loader(Path(sys.argv[1]), num_workers=workers, batch_size=8)[1])
 
 expected = batches(0)
-for options in ("size=4m", "size=1m", "size=0,ro"):  # room for some batches, for none, not even for semaphores
+unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+for options, longest_file in (
+    ("size=4m", unlimited),  # room for some batches
+    ("size=1m", unlimited),  # for none
+    ("size=64m", 500_000),  # room, but not allowed
+    ("size=0,ro", unlimited),  # none even for semaphores
+):
     subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", "/dev/shm"], check=True)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (longest_file, unlimited))
     found = batches(4)
+    assert os.listdir("/dev/shm") == []
     print(options, sum(batch.groups[0][1].is_shared() for batch in found))
     for ours, theirs in zip(found, expected, strict=True):
         assert ours.names == theirs.names and torch.equal(ours.groups[0][1], theirs.groups[0][1])
@@ -255,10 +265,10 @@ def test_batches_are_the_same_where_shared_memory_holds_some_none_or_not_even_se
     line = [*alone, sys.executable, "-c", SMALL_SHM, str(photos)]
     done = subprocess.run(line, env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    some, none, *_ = (int(line.split()[1]) for line in done.stdout.splitlines())
-    assert 0 < some < 5 and none == 0, done.stdout
-    for size in ("4.19 MB", "1.05 MB"):
-        assert done.stderr.count(f"too small for the batches in flight ({size} in /dev/shm)") == 1, done.stderr
+    some, *none = (int(line.split()[1]) for line in done.stdout.splitlines())
+    assert 0 < some < 5 and none == [0, 0, 0], done.stdout
+    for why in ("4.19 MB in /dev/shm", "1.05 MB in /dev/shm", "File too large (27)"):
+        assert done.stderr.count(f"too small for the batches in flight ({why})") == 1, done.stderr
     assert done.stderr.count("no data workers: they need semaphores in /dev/shm") == 1
 
 

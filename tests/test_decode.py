@@ -13,7 +13,8 @@ import simplejpeg
 from conftest import make_image
 from PIL import Image, ImageFile
 
-from featx.decode import Fault, check_image, read_image, read_or_fault
+from featx.batch import Fault
+from featx.decode import check_image, read_image, read_or_fault
 from featx.messages import BadValueError, ImageError
 
 

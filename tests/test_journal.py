@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from featx import journal
-from featx.decode import Fault
+from featx.batch import Fault
 from featx.disk import DiskError
 from featx.journal import Entry, Head, Part
 from featx.messages import BadValueError

@@ -20,7 +20,7 @@ import torch
 import torchvision
 
 from featx.cli import main
-from featx.manifest import device_name
+from featx.cores import device_name
 from featx.reader import load
 
 KEPT = sorted((Path(__file__).parent / "kept").iterdir())

@@ -15,8 +15,8 @@ from test_writer import run
 import featx
 from featx import FeatureExtractor, verify
 from featx.cli import main
+from featx.manifest import is_result_name, read_record
 from featx.messages import BadValueError
-from featx.reader import is_result_name, read_record
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
@@ -271,7 +271,7 @@ UNUSABLE = {
     "--data.files 7: expected text": ("data.files", 7),
     "--data.gone: no such option.": ("data.gone", 1),
     "--model.gone: no such option.": ("model.gone", 1),
-    "--model.layer 7: expected text or list.": ("model.layer", 7),
+    "--model.layer 7: expected text": ("model.layer", 7),
     "--model.arch {'class_path': 'os.system'}: expected text.": ("model.arch", {"class_path": "os.system"}),
     "its layer is 2, but --model.layer 1": ("model.layer", "1"),
 }

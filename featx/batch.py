@@ -1,0 +1,69 @@
+"""What goes from the data through the network to the files: batches of images, with their names and faults."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+if TYPE_CHECKING:  # a record is read without torch
+    from torch import Tensor
+
+Seconds = tuple[float, float]  # of a core, for decoding and for resizing
+
+
+class Images(Protocol):
+    """The images of a run, in the order of the rows.
+
+    Attributes:
+        names: Their paths below the data folder.
+        sizes: In bytes, ``(N,) int64``.
+        mtimes: When they were last changed, in ns, ``(N,) int64``.
+    """
+
+    names: Sequence[str]
+    sizes: Any
+    mtimes: Any
+
+    def __len__(self) -> int: ...
+
+    def digest(self) -> str:
+        """Return a digest of all names, sizes and times."""
+
+    def digest_of_names(self) -> str:
+        """Return a digest of all names, in order."""
+
+
+class Fault(NamedTuple):
+    """What is wrong with one image.
+
+    Attributes:
+        path: The image, below the data folder.
+        reason: What is wrong, in words, in one line.
+        exception: What the decoder said, in one line.
+        used: Whether the image has a row all the same, of what could be decoded.
+    """
+
+    path: str
+    reason: str
+    exception: str
+    used: bool = False
+
+
+class Batch(NamedTuple):
+    """Some images in the order of the rows, with their names beside them all the way.
+
+    Attributes:
+        number: Which batch of the whole run this is, from 0, whatever process has it.
+        names: Paths below the data folder of the images that could be read, one a row.
+        groups: Images of equal shape, ``(G, 3, H, W) uint8``, each with the G rows of the batch that they are.
+        faults: What is wrong with images, in their order; such as were not used have no row.
+        size: How many images these are, readable or not.
+        seconds: What a core took to decode them, and to resize them.
+        readers: The kinds of files that were decoded, each with the number of its reader.
+    """
+
+    number: int
+    names: list[str]
+    groups: "list[tuple[list[int], Tensor]]"
+    faults: list[Fault]
+    size: int
+    seconds: Seconds = (0.0, 0.0)
+    readers: dict[str, int] = {}  # noqa: RUF012, nobody changes it
