@@ -107,7 +107,6 @@ class FeatureExtractor(LightningModule):
         preprocessing: What the images have to go through for these weights.
         layers: Each layer with the path of its module.
         weights_used: What the network's weights are, in words.
-        weights_digest: SHA-256 of the weights; from ``try_out`` on.
         packages: Versions of the installed packages that the network's code comes from, besides torch and torchvision.
         weights_told: What is not plainly so: a fitted classifier, tensors that stayed random.
         memory_layout: contiguous or channels_last; from ``try_out`` on.
@@ -122,7 +121,6 @@ class FeatureExtractor(LightningModule):
     preprocessing: Preprocessing
     layers: dict[str, str]
     weights_used: str
-    weights_digest: str
     weights_told: list[str]
     packages: dict[str, str]
 
@@ -164,8 +162,16 @@ class FeatureExtractor(LightningModule):
         self._pool: ThreadPoolExecutor | None = None
         self._running: deque[Future[Part]] = deque()
         self._dtype_built = torch.float32
+        self._digest: str | None = None
         self._copies: Any = None  # the CUDA stream on which rows come back
         self._named_network_built = False
+
+    @property
+    def weights_digest(self) -> str:
+        """SHA-256 of the weights, as they are when a run begins."""
+        if self._digest is None:
+            self._digest = digest(self.network)
+        return self._digest
 
     @property
     def own_network(self) -> bool:
@@ -319,7 +325,7 @@ class FeatureExtractor(LightningModule):
         self._running.clear()  # what an earlier run left
         self._copies = None
         self.stages.clear()
-        self.weights_digest = digest(self.network)
+        self._digest = None
         rows = dict(self.predict_step(batch))
         self.memory_layout = self._threads().submit(self._choose_layout, batch.groups[0][1].shape[1:]).result()
         if self._compiles:
