@@ -4,10 +4,10 @@ import inspect
 import logging
 import os
 import signal
-import warnings
+import threading
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sized
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from itertools import chain, islice, starmap, tee
 from pathlib import Path
@@ -16,6 +16,7 @@ from typing import Any, Literal
 from lightning.fabric.utilities.warnings import PossibleUserWarning
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.plugins.precision import DoublePrecision, HalfPrecision
 from PIL import Image
 
 from featx import options as command_line
@@ -24,6 +25,7 @@ from featx.datamodule import Collate, ImageFolderDataModule, Sample
 from featx.decode import describe, to_rgb
 from featx.extractor import FeatureExtractor
 from featx.formats import Floats
+from featx.globals import Shared, ignored, on_one_core
 from featx.images import ImageTree
 from featx.messages import BadValueError, ImageError, did_you_mean
 from featx.predict import prepare, set_up
@@ -34,6 +36,7 @@ from featx.trainer import PLAIN, make_trainer
 from featx.writer import FeatureWriter
 
 Source = str | os.PathLike[str] | Iterable[str | os.PathLike[str]] | Iterable[Image.Image]
+LIBRARIES = r"(lightning|torch|torchvision|torchmetrics|timm|jsonargparse)\b"  # which warn of each other
 NOT_HERE = ("dir", "out_dir", "layer", "on_error", "dry_run")  # parameters of extract, or of no use in it
 
 
@@ -86,7 +89,7 @@ def extract(
     if out_dir is not None:
         groups["writer"]["out_dir"] = os.fspath(out_dir)
     trainer_options = groups.pop("trainer")
-    with _quiet():
+    with QUIET, on_one_core():
         parser = command_line.Parser(default_env=False)  # which checks types and choices
         for group, owner in owners.items():
             parser.add_class_arguments(owner, group)
@@ -132,7 +135,14 @@ def _sort_in(options: dict[str, Any], owners: dict[str, type], files: bool) -> d
 
 def _trainer(given: dict[str, Any], rows: Callback, progress: Progress) -> Trainer:
     options: dict[str, Any] = {"devices": 1, "callbacks": [rows, progress]} | PLAIN | given
-    return make_trainer(partial(Trainer, **options), given, forks=True)
+    trainer = make_trainer(partial(Trainer, **options), given, forks=True)
+    # Signals stay the process's own: what Lightning does at SIGTERM is to go on. So does the default dtype, which the
+    # plugins of true precisions would change for all threads.
+    trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
+    if isinstance(plugin := trainer.precision_plugin, HalfPrecision | DoublePrecision):
+        for name in ("forward_context", "module_init_context", "tensor_init_context"):
+            setattr(plugin, name, nullcontext)
+    return trainer
 
 
 def _to_files(made: Any, trainer_options: dict[str, Any]) -> tuple[list[str], dict[str, Floats], list[Fault]]:
@@ -240,14 +250,19 @@ class _Rows(Callback):
 
 
 def _predict(trainer: Trainer, model: FeatureExtractor, **data: Any) -> None:
-    interrupt = signal.getsignal(signal.SIGINT)
+    # Lightning leaves Ctrl-C ignored after one, and a DataLoader with workers its own handler of SIGCHLD
+    numbers = {signal.SIGINT, getattr(signal, "SIGCHLD", signal.SIGINT)}
+    before = {number: signal.getsignal(number) for number in numbers}
     try:
         trainer.predict(model, return_predictions=False, **data)
     except SystemExit as err:
         if isinstance(err.__context__, KeyboardInterrupt):  # Lightning turns it into the end of the process
-            signal.signal(signal.SIGINT, interrupt)
             raise KeyboardInterrupt from None
         raise
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
 
 @contextmanager
@@ -257,10 +272,11 @@ def _quiet() -> Iterator[None]:
     try:
         for logger in levels:
             logger.setLevel(logging.WARNING)
-        with warnings.catch_warnings():
-            for category in (PossibleUserWarning, FutureWarning, DeprecationWarning):
-                warnings.simplefilter("ignore", category)
+        with ignored("", PossibleUserWarning), ignored(LIBRARIES, FutureWarning, DeprecationWarning):
             yield
     finally:
         for logger, level in levels.items():
             logger.setLevel(level)
+
+
+QUIET = Shared(_quiet)

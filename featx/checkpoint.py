@@ -2,7 +2,6 @@
 
 import hashlib
 import re
-import warnings
 import zipfile
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -11,8 +10,10 @@ from typing import Any
 import safetensors.torch
 import torch
 from torch import Tensor, nn
+from torch.serialization import SourceChangeWarning
 from torchvision import models
 
+from featx.globals import ignored
 from featx.messages import BadValueError, UserError, count, did_you_mean, first_line, log
 from featx.network import build_empty
 
@@ -100,8 +101,7 @@ def _load_unsafely(file: str, refused: str) -> Any:
     log.warning("--model.unsafe_pickle true: %s holds %s; loading it runs whatever code its maker put into it",
                 file, refused)  # fmt: skip
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that a class's source has changed
+        with ignored("", SourceChangeWarning):
             return torch.load(file, map_location="cpu", weights_only=False)
     except Exception as err:
         raise BadValueError(

@@ -31,6 +31,7 @@ from featx import preprocess
 from featx.batch import Batch, Fault, Seconds
 from featx.cores import cores_per_process
 from featx.decode import READERS, Pixels, ValueRange, check_image, describe, read_or_fault
+from featx.globals import on_one_core
 from featx.images import ImageTree, check_folder, check_list, is_lost
 from featx.messages import BadValueError, ImageError, LostFolderError, count, first_line, log, size_in_words
 from featx.preprocess import Decoder, Interpolation, Preprocessing
@@ -180,7 +181,16 @@ class ImageFolderDataModule(LightningDataModule):
         # As many as cores, beside as many threads of a network on the CPU: whoever has work takes a core, and none is
         # idle when images, or the network, are waited for. Fewer workers waited more, and nicer ones starved as soon as
         # another program ran.
-        workers = min(cores, max(1, len(self.batches))) if self.num_workers == "auto" else self.num_workers
+        workers = self.num_workers if self.num_workers != "auto" else min(cores, max(1, len(self.batches)))
+        if multiprocessing.current_process().daemon:  # as in a multiprocessing.Pool: it may not start any
+            if self.num_workers not in ("auto", 0):
+                raise BadValueError(
+                    f"--data.num_workers {workers}: this is a daemonic process, as multiprocessing.Pool and some task "
+                    "queues start\nthem, which cannot start others. Expected auto or 0: it decodes the images itself."
+                )
+            workers = 0
+        elif self.num_workers == "auto" and threading.current_thread() is not threading.main_thread():
+            workers = 0  # a fork would have the locks that other threads hold, and nobody to release them
         if workers and (reason := _no_semaphores(workers)):
             log.warning("no data workers: they need semaphores in %s (%s). Images are decoded slower", SHM, reason)
             workers = 0
@@ -198,6 +208,10 @@ class ImageFolderDataModule(LightningDataModule):
             collate_fn=_Send(collate) if workers else collate,
             pin_memory=on_gpu,
             worker_init_fn=_leave_the_end_to_the_main_process,
+            # Workers know what this process has imported, and need no script that can be imported again, as with
+            # forkserver, the default of Python 3.14. https://docs.python.org/3/library/multiprocessing.html
+            multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
+            generator=torch.Generator(),  # else it would draw a number from the process's own
         )
 
     def on_before_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
@@ -222,15 +236,15 @@ class ImageFolderDataModule(LightningDataModule):
     def turbo_saves(self, preset: Preprocessing, images: int = 16) -> float:
         """Return how many seconds of a core ``--data.decoder turbo`` would save for an image, by the first images."""
         assert self.images is not None
-        torch.set_num_threads(1)
         preprocessing, root = self.preprocessing(preset), str(self.images.root)
         found = (read_or_fault(root, name, self.value_range, self.strict)[0] for name in self.images.names[:images])
         taken: dict[Decoder, list[float]] = {"exact": [], "turbo": []}
-        for pixels in (pixels for pixels in found if pixels is not None):
-            for decoder, seconds in taken.items():
-                begin = time.thread_time()
-                preprocessing.to_tensor(pixels, decoder)
-                seconds.append(time.thread_time() - begin)
+        with on_one_core():
+            for pixels in (pixels for pixels in found if pixels is not None):
+                for decoder, seconds in taken.items():
+                    begin = time.thread_time()
+                    preprocessing.to_tensor(pixels, decoder)
+                    seconds.append(time.thread_time() - begin)
         return median(taken["exact"]) - median(taken["turbo"]) if taken["exact"] else 0.0
 
     def _dataset(self, preset: Preprocessing) -> "_Images":

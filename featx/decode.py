@@ -2,8 +2,8 @@
 
 import os
 import stat
-import warnings
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 
 import numpy as np
 import simplejpeg
@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageFile, UnidentifiedImageError, features
 
 from featx.batch import Fault
+from featx.globals import Shared, ignored
 from featx.messages import BadValueError, ImageError
 
 # By Pillow's name of a kind of file, the number of its reader, which goes up whenever that gives other values than
@@ -35,6 +36,20 @@ _BEYOND = (
     "Unknown Adobe color transform code",
     "Warning: unknown JFIF revision number",
 )
+
+
+@contextmanager
+def _strict_pil() -> Iterator[None]:
+    before = ImageFile.LOAD_TRUNCATED_IMAGES, Image.MAX_IMAGE_PIXELS
+    ImageFile.LOAD_TRUNCATED_IMAGES, Image.MAX_IMAGE_PIXELS = False, MOST_PIXELS // 2
+    try:
+        with ignored(r"PIL\.|featx\.", Warning):  # remarks on palettes and broken EXIF change no pixel
+            yield
+    finally:
+        ImageFile.LOAD_TRUNCATED_IMAGES, Image.MAX_IMAGE_PIXELS = before
+
+
+STRICT_PIL = Shared(_strict_pil)  # whatever else the process sets
 
 
 def read_or_fault(
@@ -92,28 +107,25 @@ def read_image(path: str, value_range: ValueRange | None = None, strict: bool = 
 
 
 def _read(path: str, value_range: ValueRange | None, strict: bool) -> tuple[Pixels, str]:
-    ImageFile.LOAD_TRUNCATED_IMAGES, Image.MAX_IMAGE_PIXELS = False, MOST_PIXELS // 2  # whatever others set
     found = os.stat(path)
     if not stat.S_ISREG(found.st_mode):  # a pipe would be waited for, and /dev/zero has no end
         raise ImageError("a folder, not a file" if stat.S_ISDIR(found.st_mode) else "a pipe or a device, not a file")
     if found.st_size == 0:
         raise ImageError("empty")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # remarks on palettes and broken EXIF change no pixel
-        with open(path, "rb") as file, Image.open(file) as image:
-            _check_depth(image, value_range)
-            kind = "JPEG" if image.format == "MPO" else str(image.format)  # several JPEGs, of which the first is taken
-            if strict and kind == "PNG":
-                with Image.open(path) as twin:  # which cannot be decoded after it
-                    twin.verify()
-            if _is_deep(image):
-                return _scale(image, value_range or SIXTEEN_BITS), kind
-            if strict and kind == "JPEG":
-                file.seek(0)
-                pixels = _decode_jpeg(file.read(), image)
-                if pixels is not None and PIL_HAS_TURBO:
-                    return pixels, kind
-            return np.array(image.convert("RGB")), kind
+    with STRICT_PIL, open(path, "rb") as file, Image.open(file) as image:
+        _check_depth(image, value_range)
+        kind = "JPEG" if image.format == "MPO" else str(image.format)  # several JPEGs, of which the first is taken
+        if strict and kind == "PNG":
+            with Image.open(path) as twin:  # which cannot be decoded after it
+                twin.verify()
+        if _is_deep(image):
+            return _scale(image, value_range or SIXTEEN_BITS), kind
+        if strict and kind == "JPEG":
+            file.seek(0)
+            pixels = _decode_jpeg(file.read(), image)
+            if pixels is not None and PIL_HAS_TURBO:
+                return pixels, kind
+        return np.array(image.convert("RGB")), kind
 
 
 def to_rgb(image: Image.Image, value_range: ValueRange | None = None) -> Pixels:
@@ -127,11 +139,9 @@ def to_rgb(image: Image.Image, value_range: ValueRange | None = None) -> Pixels:
 def check_image(path: str, value_range: ValueRange | None = None) -> None:
     """Raise BadValueError if the file's header says that it needs a ``value_range``, and for no other fault."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            if stat.S_ISREG(os.stat(path).st_mode):
-                with Image.open(path) as image:
-                    _check_depth(image, value_range)
+        if stat.S_ISREG(os.stat(path).st_mode):
+            with STRICT_PIL, Image.open(path) as image:
+                _check_depth(image, value_range)
     except BadValueError as err:
         raise BadValueError(f"{path}: {err}") from err
     except Exception:

@@ -2,7 +2,6 @@
 
 import hashlib
 import os
-import socket
 import threading
 from pathlib import Path
 from urllib.error import HTTPError
@@ -11,6 +10,7 @@ from urllib.request import Request, urlopen
 
 import torch
 from filelock import FileLock
+from tqdm import tqdm
 
 from featx.messages import UserError, first_line, log
 
@@ -20,8 +20,8 @@ TIMEOUT = 20  # seconds without an answer
 def fetch(url: str) -> Path:
     """Download weights into torch's cache, once for all processes, checked against the digest in their name.
 
-    The file appears under its name only when it is whole, as ``torch.hub`` does it; what torch.hub lacks are a
-    timeout, https://github.com/pytorch/pytorch/issues/34934, and the lock.
+    The file appears under its name only when it is whole, as ``torch.hub`` does it; what torch.hub lacks are the lock
+    and a timeout, https://github.com/pytorch/pytorch/issues/34934, which only all sockets of the process could have.
 
     Returns:
         Where the file is.
@@ -38,7 +38,6 @@ def fetch(url: str) -> Path:
         " (--model.weights random for a trial)"
     )
     digest = _digest_in(path.name)
-    before = socket.getdefaulttimeout()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{path}.lock"):
@@ -46,14 +45,33 @@ def fetch(url: str) -> Path:
                 return _check_digest(path)
             knock(url)
             log.info("downloading %s to %s", url, folder)
-            socket.setdefaulttimeout(TIMEOUT)  # the one way to give torch.hub's urlopen a timeout
-            torch.hub.download_url_to_file(url, str(path), digest, progress=True)
-    except (OSError, RuntimeError) as err:  # RuntimeError: another digest
+            _download(url, path, digest)
+    except OSError as err:
         raise UserError(f"weights cannot be downloaded from {url}\n({first_line(err)}). {way_out}") from err
     finally:
-        socket.setdefaulttimeout(before)
         Path(f"{path}.lock").unlink(missing_ok=True)
     return path
+
+
+def _download(url: str, path: Path, digest: str | None) -> None:
+    found = hashlib.sha256()
+    partial = path.with_name(f"{path.name}.partial")
+    request = Request(url, headers={"User-Agent": "featx"})
+    try:
+        with urlopen(request, timeout=TIMEOUT) as answer, partial.open("wb") as file:
+            size = int(answer.headers.get("Content-Length") or 0)
+            with tqdm(total=size or None, unit="B", unit_scale=True) as bar:
+                while block := answer.read(1 << 20):
+                    file.write(block)
+                    found.update(block)
+                    bar.update(len(block))
+        if partial.stat().st_size < size:
+            raise OSError(f"the connection ended after {partial.stat().st_size:,} of {size:,} bytes")
+        if digest and not found.hexdigest().startswith(digest):
+            raise OSError(f"invalid hash: its SHA-256 begins with {found.hexdigest()[:8]}, expected {digest}")
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def _digest_in(name: str) -> str | None:

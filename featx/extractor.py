@@ -6,7 +6,7 @@ import time
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from functools import cached_property
 from typing import Any, Literal, TypeVar
@@ -21,6 +21,7 @@ from featx import network as networks
 from featx.batch import Batch
 from featx.checkpoint import digest, fit, read_checkpoint
 from featx.cores import cores_per_process, usable_cores
+from featx.globals import Shared, one_core
 from featx.layers import Taps, resolve_layers
 from featx.messages import BadValueError, UserError, count, first_line, log
 from featx.network import SEED, Weights
@@ -40,6 +41,30 @@ SLICES_A_CORE = 2  # begun or waiting, so that all cores have work until the nex
 
 T = TypeVar("T")
 Part = tuple[dict[str, Tensor], float]  # of a slice the rows, and the seconds that a core took for them
+
+
+@contextmanager
+def _full_precision() -> Iterator[None]:
+    """Let cuDNN compute convolutions of float32 as such, not with ten bits of mantissa (TF32).
+
+    https://docs.pytorch.org/docs/stable/notes/cuda.html#tensorfloat-32-tf32-on-ampere-and-later-devices
+    """
+    flags: Any = torch.backends.cudnn
+    name: str = "allow_tf32"
+    value: bool | str = False
+    try:
+        before = flags.allow_tf32
+    except RuntimeError:  # not to be read where the process has set the flags of torch 2.9
+        flags, name, value = flags.conv, "fp32_precision", "ieee"
+        before = flags.fp32_precision
+    setattr(flags, name, value)
+    try:
+        yield
+    finally:
+        setattr(flags, name, before)
+
+
+FULL_PRECISION = Shared(_full_precision)
 
 
 class Rows(Mapping[str, Tensor]):
@@ -231,9 +256,6 @@ class FeatureExtractor(LightningModule):
                 )
             return
         self.check()
-        # cuDNN would compute convolutions of float32 with ten bits of mantissa: TF32.
-        # https://docs.pytorch.org/docs/stable/notes/cuda.html#tensorfloat-32-tf32-on-ampere-and-later-devices
-        torch.backends.cudnn.allow_tf32 = False
         weights = self._choose_weights()
         if weights.file:
             self._state = read_checkpoint(weights.file, self.checkpoint_key, self.unsafe_pickle)
@@ -263,14 +285,8 @@ class FeatureExtractor(LightningModule):
 
     def _build(self, seed: int) -> nn.Module:
         self._named_network_built = False
-        dtype = torch.get_default_dtype()  # Lightning has that of --trainer.precision here
-        torch.set_default_dtype(torch.float32)
-        try:
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(seed)  # what stays random is the same in every process and every run
-                network = self.build_network()
-        finally:
-            torch.set_default_dtype(dtype)
+        with networks.seeded(seed, None if self.own_network else self.arch):
+            network = self.build_network()
         if not isinstance(network, nn.Module):
             raise BadValueError(f"--model {self.title}: build_network() returned {network!r}. Expected an nn.Module.")
         return network
@@ -392,7 +408,8 @@ class FeatureExtractor(LightningModule):
             UserError: The network does not take them.
         """
         layout = torch.channels_last if self.memory_layout == "channels_last" else torch.contiguous_format
-        with torch.inference_mode(), self._precision():
+        exactly = FULL_PRECISION if self.device.type == "cuda" else nullcontext()
+        with torch.inference_mode(), self._precision(), exactly:
             pixels = self.preprocessing.normalize(images).to(self._network_dtype()).contiguous(memory_format=layout)
             try:
                 return network(pixels)
@@ -495,7 +512,7 @@ class FeatureExtractor(LightningModule):
 
     def _threads(self) -> ThreadPoolExecutor:
         if self._pool is None:
-            self._pool = ThreadPoolExecutor(self._cores, "network", initializer=torch.set_num_threads, initargs=(1,))
+            self._pool = ThreadPoolExecutor(self._cores, "network", initializer=one_core)
         return self._pool
 
     def _precision(self) -> AbstractContextManager[Any]:

@@ -2,7 +2,8 @@
 
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from importlib import import_module
 from importlib.metadata import packages_distributions, version
@@ -10,10 +11,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import register_module_parameter_registration_hook
+from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision import models
 
 from featx.download import fetch, knock
+from featx.globals import LOCK, Shared
 from featx.messages import BadValueError, MissingPathError, UserError, did_you_mean, first_line
 from featx.preprocess import Preprocessing
 
@@ -125,18 +127,72 @@ def build_empty(arch: str) -> nn.Module:
     """Build a network without computing its values, to look at its modules and shapes."""
     if is_function(arch):
         return _call(arch)
-    # Not on the meta device: RegNet and many of timm's compute their widths with tensors.
-    hook = register_module_parameter_registration_hook(_empty)
-    try:
+    with _Thread(empty=True):
         return build(arch, Weights("none"))
+
+
+@contextmanager
+def seeded(seed: int, arch: str | None) -> Iterator[None]:
+    """Let a network that is built here have the same random numbers in every process and every run.
+
+    The generator and the default dtype of the process are not what this depends on, nor what it uses up.
+
+    Args:
+        seed: Of the random numbers.
+        arch: Name of the network; None where code of the user's builds it.
+    """
+    with ExitStack() as stack:
+        stack.enter_context(FLOAT32)
+        if arch is not None and not is_function(arch):
+            stack.enter_context(_Thread(seed))
+        else:  # which may well seed, or draw from, the process's generator itself
+            stack.enter_context(LOCK)
+            stack.enter_context(torch.random.fork_rng(devices=[]))
+            torch.manual_seed(seed)
+        yield
+
+
+@contextmanager
+def _float32() -> Iterator[None]:
+    before = torch.get_default_dtype()  # the process's own; with some Trainers that of --trainer.precision
+    torch.set_default_dtype(torch.float32)
+    try:
+        yield
     finally:
-        hook.remove()
+        torch.set_default_dtype(before)
 
 
-def _empty(module: nn.Module, name: str, parameter: nn.Parameter | None) -> Any:
-    if parameter is None or parameter.is_meta:
-        return None  # as it is
-    return nn.Parameter(torch.empty_like(parameter, device="meta"), parameter.requires_grad)
+FLOAT32 = Shared(_float32)
+
+
+class _Thread(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """What a network that one thread builds is made of; others build theirs as ever.
+
+    https://docs.pytorch.org/docs/stable/notes/extending.html#extending-all-torch-api-with-modes
+
+    Args:
+        seed: Of the random numbers, which are those of torch's own generator after ``torch.manual_seed``.
+        empty: Whether parameters have a shape and no values. All on the meta device would not do: RegNet and many of
+            timm's networks compute their widths with tensors.
+    """
+
+    def __init__(self, seed: int = SEED, empty: bool = False) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._generator = torch.Generator().manual_seed(seed)
+        self._empty = empty
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Run one of torch's operations."""
+        kwargs = kwargs or {}
+        if self._empty and func is torch.ops.aten.empty.memory_format and 0 not in args[0]:  # as a new storage is
+            return func(*args, **kwargs | {"device": "meta"})
+        if torch.Tag.nondeterministic_seeded not in func.tags:
+            return func(*args, **kwargs)
+        if args and isinstance(args[0], Tensor) and args[0].is_meta:
+            return args[0]  # nothing to fill
+        return func.overloadpacket(*args, **kwargs | {"generator": self._generator})  # the overload that takes one
 
 
 def build(arch: str, weights: Weights, state: dict[str, Tensor] | None = None) -> nn.Module:

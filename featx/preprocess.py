@@ -11,7 +11,7 @@ from torchvision.models import AlexNet_Weights
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as v2
 
-from featx.decode import MOST_PIXELS, Pixels
+from featx.decode import MOST_PIXELS, STRICT_PIL, Pixels
 from featx.messages import BadValueError, ImageError
 
 REVISION = 1  # goes up whenever the steps below give other pixels than before: no run then takes rows of before
@@ -102,11 +102,12 @@ class Preprocessing:
             )
         method = InterpolationMode(self.interpolation)
         image: Any = Image.fromarray(pixels) if decoder == "exact" else torch.from_numpy(pixels).permute(2, 0, 1)
-        if self.resize is not None:
-            size = [self.resize] * (2 if self.squash else 1)  # one number is the short side
-            image = v2.resize(image, size, method, antialias=True)
-        if self.crop is not None:
-            image = v2.center_crop(image, [self.crop, self.crop])
+        with STRICT_PIL:  # a crop, too, is held against what PIL takes for a decompression bomb
+            if self.resize is not None:
+                size = [self.resize] * (2 if self.squash else 1)  # one number is the short side
+                image = v2.resize(image, size, method, antialias=True)
+            if self.crop is not None:
+                image = v2.center_crop(image, [self.crop, self.crop])
         tensor: Tensor = v2.pil_to_tensor(image) if decoder == "exact" else image
         return tensor
 

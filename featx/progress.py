@@ -2,14 +2,15 @@
 
 import sys
 import time
-import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
+from tqdm import TqdmWarning
 
+from featx.globals import ignored
 from featx.messages import count, log
 
 STAGES = ("decode", "resize", "network", "text", "wait", "disk")
@@ -54,8 +55,7 @@ class Progress(Callback):
         if sampler := getattr(trainer.predict_dataloaders, "sampler", None):
             self._total = len(sampler)
         if sys.stderr.isatty() or "ipykernel" in sys.modules:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # where ipywidgets are missing, a notebook's bar is one of text
+            with ignored("", TqdmWarning):  # where ipywidgets are missing, a notebook's bar is one of text
                 from tqdm.auto import tqdm
             share = f"rank 0 of {trainer.world_size}" if trainer.world_size > 1 else None
             total = self._total or None

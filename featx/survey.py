@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from featx import formats, options
 from featx.datamodule import ImageFolderDataModule
 from featx.extractor import SLICE, FeatureExtractor
+from featx.globals import one_core
 from featx.layers import find_aliases, to_rows
 from featx.messages import BadValueError, count, log
 from featx.network import SEED, is_function
@@ -72,7 +73,7 @@ def survey(argv: list[str]) -> int:
     made = parser.instantiate_classes(config)
     model: FeatureExtractor = made.model
     size = _prepare(model, made.data)
-    with ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(1,)) as core:  # as predict's slices have it
+    with ThreadPoolExecutor(1, initializer=one_core) as core:  # as predict's slices have it
         rows = core.submit(measure, model, size).result()
     print(json.dumps([asdict(row) for row in rows], indent=1) if config.json else as_table(rows))
     return 0

@@ -1,17 +1,26 @@
 """From Python: rows in memory and from files, names, errors, mistakes in the command line's words, a notebook."""
 
 import json
+import logging
 import os
+import random
+import signal
+import socket
 import subprocess
 import sys
+import threading
+import time
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from itertools import chain
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import ENV, REPO, make_image, oracle, relative_error
-from PIL import Image
+from conftest import ENV, REPO, make_image, oracle, random_network, relative_error
+from PIL import Image, ImageFile
 from test_writer import Tiny, run
 
 import featx
@@ -195,9 +204,112 @@ def test_what_is_not_there_is_a_file_not_found_error(photos, tmp_path):
     assert issubclass(DiskError, OSError) and issubclass(BusyError, OSError) and issubclass(LostFolderError, OSError)
 
 
+def state_of_the_process():
+    """What belongs to the whole process and a call may not leave changed."""
+    later = []
+    thread = threading.Thread(target=lambda: later.append(torch.get_num_threads()))
+    thread.start()
+    thread.join()
+    return {
+        "pil": (ImageFile.LOAD_TRUNCATED_IMAGES, Image.MAX_IMAGE_PIXELS),
+        "cudnn": (torch.backends.cudnn.allow_tf32, torch.backends.cudnn.benchmark),
+        "default dtype": torch.get_default_dtype(),
+        "warnings": (list(warnings.filters), warnings.showwarning),
+        "logging": {
+            name: logging.getLogger(name).level for name in ("", "lightning.pytorch", "lightning.fabric", "featx")
+        },
+        "random": (torch.get_rng_state().tolist(), random.getstate(), str(np.random.get_state())),
+        "threads": (torch.get_num_threads(), later),
+        "signals": {number: signal.getsignal(number) for number in signal.valid_signals()},
+        "sys": (list(sys.path), sys.excepthook, threading.excepthook),
+        "timeout": socket.getdefaulttimeout(),
+        "environment": (dict(os.environ), os.getcwd()),
+        "torch": (torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.get_float32_matmul_precision()),
+    }
+
+
+def test_nothing_of_the_process_is_left_changed(photos, broken, expected, alexnet_file, tmp_path, monkeypatch):
+    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
+    calls = [
+        lambda: extract(photos),
+        lambda: extract(photos, num_workers=2),
+        lambda: extract(photos, precision="bf16-true"),
+        lambda: extract(photos, out_dir=tmp_path),
+        lambda: extract([Image.new("RGB", (300, 300))]),
+        lambda: extract(broken),
+        lambda: extract(photos, layer="22"),
+        lambda: extract(photos, precision="31"),
+        lambda: extract(iter([Image.new("RGB", (300, 300)), 1])),
+        lambda: featx.extract(photos, "fc8", weights=alexnet_file, num_workers=0),
+        lambda: featx.extract(photos, "avgpool", arch="torchvision.models.squeezenet1_1", num_workers=0),
+    ]
+    torch.set_default_dtype(torch.float64)
+    try:
+        for call in calls:
+            before = state_of_the_process()
+            with suppress(featx.UserError):
+                call()
+            after = state_of_the_process()
+            assert [name for name in before if before[name] != after[name]] == []
+        assert np.array_equal(extract(photos)[1], expected["2"][1])
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_eight_threads_get_the_rows_of_one_and_a_strangers_network_is_built_as_ever(photos, tmp_path):
+    torch.save(random_network("squeezenet1_1").state_dict(), tmp_path / "w.pth")
+    options = {"arch": "squeezenet1_1", "weights": tmp_path / "w.pth"}
+    names, values = featx.extract(photos, "features.12", pool="avg", num_workers=0, **options)
+    torch.manual_seed(7)
+    expected = [torch.nn.Linear(3, 3).weight for _ in range(2000)]
+    torch.manual_seed(7)
+    found = []
+    with ThreadPoolExecutor(8) as pool:
+        futures = [pool.submit(featx.extract, photos, "features.12", pool="avg", **options) for _ in range(8)]
+        while not all(future.done() for future in futures) and len(found) < len(expected):
+            found.append(torch.nn.Linear(3, 3).weight)
+            time.sleep(0.001)
+    assert len(found) > 10 and all(map(torch.equal, found, expected))
+    for future in futures:
+        assert future.result()[0] == names and np.array_equal(future.result()[1], values)
+
+
 def test_python_hears_nothing_but_its_result(photos, capfd):
     extract(photos)
     assert capfd.readouterr() == ("", "")
+
+
+ANYWHERE = """\
+import multiprocessing, sys
+multiprocessing.set_start_method({method!r})
+sys.path.insert(0, {tests!r})
+import featx
+from test_writer import Tiny
+
+def rows(number_of_workers):
+    try:
+        return len(featx.extract({photos!r}, "2", model=Tiny, batch_size=8, num_workers=number_of_workers)[0])
+    except ValueError as err:
+        return str(err)
+
+print(rows(2))
+with multiprocessing.get_context("fork").Pool(1) as pool:
+    print(*pool.map(rows, ["auto", 1]), sep="\\n")
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a process is forked")
+@pytest.mark.parametrize("method", ["forkserver", "spawn"])
+def test_a_script_without_a_guard_and_a_pool_get_their_rows(photos, tmp_path, method):
+    """Whatever the script's own start method; and in a process that was forked after featx has computed."""
+    code = ANYWHERE.format(method=method, tests=str(Path(__file__).parent), photos=str(photos))
+    (tmp_path / "script.py").write_text(code)
+    done = subprocess.run([sys.executable, "script.py"], cwd=tmp_path, env={**ENV, "PYTHONPATH": str(REPO)},
+                          capture_output=True, text=True, timeout=300)  # fmt: skip
+    assert done.stdout.splitlines()[:2] == ["37", "37"] and done.stderr == ""
+    assert "--data.num_workers 1: this is a daemonic process" in done.stdout
 
 
 def test_public_names_are_there_and_none_costs_torch_before_it_is_used():
