@@ -27,7 +27,7 @@ def encode(image, format="JPEG", **options):
 def read(folder, data, name="image.jpg", **how):
     """What featx makes of a file with these bytes."""
     (folder / name).write_bytes(data)
-    return read_or_fault(str(folder), name, **how)
+    return read_or_fault(str(folder), name, **how)[:2]
 
 
 def by_pil(data):
@@ -318,10 +318,10 @@ def test_what_is_wrong_is_told_in_words_without_the_machines_paths(tmp_path):
         "pipe.jpg": ("a pipe or a device, not a file", "ImageError: a pipe or a device, not a file"),
     }
     for name, (reason, exception) in words.items():
-        assert read_or_fault(str(tmp_path), name) == (None, Fault(name, reason, exception))
-        assert read_or_fault(str(tmp_path), name, strict=False) == (None, Fault(name, reason, exception))
+        assert read_or_fault(str(tmp_path), name) == (None, Fault(name, reason, exception), "")
+        assert read_or_fault(str(tmp_path), name, strict=False) == (None, Fault(name, reason, exception), "")
         check_image(str(tmp_path / name))  # looks only for what a value_range could mend
-    _, fault = read_or_fault(str(tmp_path), "float.tif")
+    _, fault, _ = read_or_fault(str(tmp_path), "float.tif")
     assert "32-bit float values" in fault.reason and "--data.value_range" in fault.reason and "\n" not in fault.reason
 
 
