@@ -4,12 +4,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from featx.api import extract
-    from featx.datamodule import ImageFolderDataModule
-    from featx.extractor import FeatureExtractor
-    from featx.messages import ImageError, UserError
-    from featx.preprocess import Preprocessing
-    from featx.reader import load, record
-    from featx.writer import FeatureWriter
+    from featx.data.module import ImageFolderDataModule
+    from featx.data.preprocess import Preprocessing
+    from featx.errors import ImageError, UserError
+    from featx.model.extractor import FeatureExtractor
+    from featx.results import load, record
+    from featx.writer.callback import FeatureWriter
 
 __version__ = "0.1.0"
 __all__ = [
@@ -26,15 +26,15 @@ __all__ = [
 ]
 
 _HOME = {
-    "FeatureExtractor": "featx.extractor",
-    "FeatureWriter": "featx.writer",
-    "ImageError": "featx.messages",
-    "ImageFolderDataModule": "featx.datamodule",
-    "Preprocessing": "featx.preprocess",
-    "UserError": "featx.messages",
+    "FeatureExtractor": "featx.model.extractor",
+    "FeatureWriter": "featx.writer.callback",
+    "ImageError": "featx.errors",
+    "ImageFolderDataModule": "featx.data.module",
+    "Preprocessing": "featx.data.preprocess",
+    "UserError": "featx.errors",
     "extract": "featx.api",
-    "load": "featx.reader",
-    "record": "featx.reader",
+    "load": "featx.results",
+    "record": "featx.results",
 }
 
 

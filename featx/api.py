@@ -19,21 +19,21 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.plugins.precision import DoublePrecision, HalfPrecision
 from PIL import Image
 
-from featx import options as command_line
-from featx.batch import Batch, Fault
-from featx.datamodule import Collate, ImageFolderDataModule, Sample
-from featx.decode import describe, to_rgb
-from featx.extractor import FeatureExtractor
-from featx.formats import Floats
-from featx.globals import Shared, ignored, on_one_core
-from featx.images import ImageTree
-from featx.messages import BadValueError, ImageError, did_you_mean
-from featx.predict import prepare, set_up
-from featx.progress import Progress
-from featx.reader import load, stack
-from featx.state import file_name, read_errors
-from featx.trainer import PLAIN, make_trainer
-from featx.writer import FeatureWriter
+from featx.commands import options as command_line
+from featx.commands.predict import prepare, set_up
+from featx.data.batch import Batch, Fault
+from featx.data.decode import describe, to_rgb
+from featx.data.module import Collate, ImageFolderDataModule, Sample
+from featx.data.sources import ImageTree
+from featx.errors import SEE, BadValueError, ImageError, did_you_mean
+from featx.model.extractor import FeatureExtractor
+from featx.process.lightning import PLAIN, make_trainer
+from featx.process.progress import Progress
+from featx.process.shared import Shared, ignored, on_one_core
+from featx.results import load, stack
+from featx.writer.callback import FeatureWriter
+from featx.writer.folder import file_name, read_errors
+from featx.writer.formats import Floats
 
 Source = str | os.PathLike[str] | Iterable[str | os.PathLike[str]] | Iterable[Image.Image]
 LIBRARIES = r"(lightning|torch|torchvision|torchmetrics|timm|jsonargparse)\b"  # which warn of each other
@@ -127,7 +127,7 @@ def _sort_in(options: dict[str, Any], owners: dict[str, type], files: bool) -> d
             told = f" Did you mean {' or '.join(near)}?" if near else did_you_mean(word, known)
             if homes.get(word) == ["writer"] and not files:
                 told = " It is for files: give out_dir, too."
-            raise BadValueError(f"{word}={value!r}: no such option.{told}\n{command_line.SEE}")
+            raise BadValueError(f"{word}={value!r}: no such option.{told}\n{SEE}")
         group, name = known[word]
         groups[group][name] = os.fspath(value) if isinstance(value, os.PathLike) else value
     return groups

@@ -8,10 +8,10 @@ import traceback
 from typing import Any, NoReturn
 
 from featx import __version__
-from featx.lean import import_lean
-from featx.stop import INTERRUPTED, Stopped, leave_at_once, listen
+from featx.process.signals import INTERRUPTED, Stopped, leave_at_once, listen
+from featx.process.start import import_lean
 
-MODULES = {"predict": "predict", "layers": "survey", "verify": "verify", "show": "show", "completion": "completion"}
+MODULES = {name: name for name in ("predict", "layers", "verify", "completion")} | {"show": "show.page"}
 
 HELP = """\
 usage: featx COMMAND [options]
@@ -122,7 +122,7 @@ def _run(argv: list[str]) -> int:
     if command == "--version":
         print(f"featx {__version__}")
         return 0
-    from featx.messages import UserError, did_you_mean, log, log_to_stderr
+    from featx.errors import UserError, did_you_mean, log, log_to_stderr
 
     log_to_stderr()
     try:
@@ -132,8 +132,8 @@ def _run(argv: list[str]) -> int:
             raise UserError(f"{command}: expected a command before it{':' if line else '.'}{line or near}")
         if command not in MODULES:
             raise UserError(f"{command}: no such command.{did_you_mean(command, MODULES)} featx --help lists them.")
-        module = import_lean(f"featx.{MODULES[command]}")
-        return int(getattr(module, MODULES[command])(rest))
+        module = import_lean(f"featx.commands.{MODULES[command]}")
+        return int(getattr(module, command)(rest))
     except UserError as err:
         log.error("%s", err)
         return err.exit_status

@@ -20,7 +20,7 @@ def prepare(photos: str, pool: str, images: int, weights: str) -> dict[str, Any]
     import torch
     from torchvision import models
 
-    from featx.cores import usable_cores
+    from featx.process.cores import usable_cores
 
     Path(pool).mkdir()
     if photos:
@@ -72,7 +72,7 @@ def featx(photos: str, weights: str, out: str, *options: str) -> None:
 
 def unsynced(photos: str, weights: str, out: str) -> None:
     """The command, but that it neither syncs nor writes its journal before the end: what the two cost."""
-    from featx import disk, stream
+    from featx.writer import disk, stream
 
     disk.sync = lambda file, path: None
     stream.SHARE, stream.LONGEST = 1e-12, float("inf")
@@ -103,7 +103,7 @@ def dataloader(photos: str, weights: str, out: str) -> None:
     from torch.utils.data import DataLoader
     from torchvision.datasets import ImageFolder
 
-    from featx.cores import usable_cores
+    from featx.process.cores import usable_cores
 
     images = ImageFolder(photos, usual_transform())
     names = [os.path.basename(path) for path, _ in images.samples]
@@ -115,7 +115,7 @@ def timm(photos: str, weights: str, out: str) -> None:
     import torch
     from timm.data import create_dataset, create_loader
 
-    from featx.cores import usable_cores
+    from featx.process.cores import usable_cores
 
     images = create_dataset("", root=photos)
     how = {"interpolation": "bilinear", "crop_pct": 224 / 256, "device": torch.device("cpu")}
@@ -160,10 +160,10 @@ def stages(photos: str, weights: str, images: int) -> dict[str, float]:
     import torch
     from torch import nn
 
-    from featx.decode import read_image
-    from featx.extractor import SLICE
-    from featx.formats import csv_row
-    from featx.preprocess import Preprocessing
+    from featx.data.decode import read_image
+    from featx.data.preprocess import Preprocessing
+    from featx.model.extractor import SLICE
+    from featx.writer.formats import csv_row
 
     torch.set_num_threads(1)
     paths = sorted(map(str, Path(photos).rglob("*.*")))[:images]
@@ -224,7 +224,7 @@ def first_row(photos: str, weights: str, out: str, report: str) -> None:
 
 def at_first_batch(act: Callable[[], None]) -> None:
     """Do something as soon as featx's writer has had the first batch of a run."""
-    from featx.writer import FeatureWriter
+    from featx.writer.callback import FeatureWriter
 
     write = FeatureWriter.write_on_batch_end
 
@@ -249,6 +249,6 @@ if __name__ == "__main__":
     name, report, *args = json.loads(sys.argv[1])
     leave_report(report, globals()[name](*args))
     if name in ("featx", "unsynced"):  # they end as the command does
-        from featx.stop import leave_at_once
+        from featx.process.signals import leave_at_once
 
         leave_at_once(0)

@@ -16,9 +16,9 @@ from torch import nn
 from torchvision import models, transforms
 from torchvision.datasets import ImageFolder
 
-from featx.datamodule import ImageFolderDataModule
-from featx.messages import log
-from featx.preprocess import Preprocessing
+from featx.data.module import ImageFolderDataModule
+from featx.data.preprocess import Preprocessing
+from featx.errors import log
 
 REPO = Path(__file__).parent.parent
 ENV = {**os.environ, "PYTHONWARNINGS": "", "TORCH_HOME": "/nonexistent/torch", "COLUMNS": "80"}

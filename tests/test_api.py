@@ -21,13 +21,13 @@ import pytest
 import torch
 from conftest import ENV, REPO, make_image, oracle, random_network, relative_error
 from PIL import Image, ImageFile
-from test_writer import Tiny, run
+from tiny import Tiny, run
 
 import featx
 from featx.cli import main
-from featx.disk import BusyError, DiskError
-from featx.formats import csv_header, csv_rows
-from featx.messages import LostFolderError
+from featx.errors import LostFolderError
+from featx.writer.disk import BusyError, DiskError
+from featx.writer.formats import csv_header, csv_rows
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
@@ -286,7 +286,7 @@ import multiprocessing, sys
 multiprocessing.set_start_method({method!r})
 sys.path.insert(0, {tests!r})
 import featx
-from test_writer import Tiny
+from tiny import Tiny
 
 def rows(number_of_workers):
     try:
@@ -326,7 +326,7 @@ def test_public_names_are_there_and_none_costs_torch_before_it_is_used():
 SCRIPT = """\
 import sys, featx
 sys.path.insert(0, {tests!r})
-from test_writer import Tiny
+from tiny import Tiny
 names, values = featx.extract({photos!r}, "2", model=Tiny, out_dir="out", format="npy", devices=2, strategy="ddp",
                               accelerator="cpu", batch_size=8, num_workers=0)
 sys.stdout.write(f"{{len(names)}} {{values.shape}}\\n")
@@ -346,7 +346,7 @@ def test_a_notebook_shows_a_bar_and_nothing_else(photos, tmp_path):
     nbformat, client = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
     pytest.importorskip("ipykernel")
     cells = [f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); sys.path.insert(0, {str(REPO)!r})\n"
-             "import featx; from test_writer import Tiny",
+             "import featx; from tiny import Tiny",
              f"names, values = featx.extract({str(photos)!r}, '2', model=Tiny)"]  # fmt: skip
     book = nbformat.v4.new_notebook(cells=list(map(nbformat.v4.new_code_cell, cells)))
     client.NotebookClient(book, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}).execute()

@@ -135,7 +135,7 @@ def store(tmp_path_factory):
 def forkserver():
     """Starts processes in which featx is imported already, as a command's start costs more than its work here."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["featx.predict", "featx.survey", "featx.api", "test_readme"])
+    context.set_forkserver_preload(["featx.commands.predict", "featx.commands.layers", "featx.api", "test_readme"])
     before = os.environ.get("PYTHONPATH")
     os.environ["PYTHONPATH"] = os.pathsep.join([str(REPO), str(REPO / "tests"), *([before] if before else [])])
     yield context
@@ -160,9 +160,10 @@ def act(command, folder):
     os.environ.update(ENV | {"CUDA_VISIBLE_DEVICES": "", "TORCH_HOME": os.getcwd()})
     os.environ["PATH"] = f"{folder / 'bin'}:{os.environ['PATH']}"
     sys.path.insert(0, os.getcwd())
-    from featx import network
 
-    network.fetch = lambda url: None  # the digests of the files in the cache are not those in their names
+    from featx.model import build
+
+    build.fetch = lambda url: None  # the digests of the files in the cache are not those in their names
     if isinstance(command, list):
         from featx.cli import main
 
@@ -307,7 +308,7 @@ def test_commands_mean_the_same_pasted_into_any_shell_beside_any_files(shell, pa
 
 
 def test_a_list_is_quoted_wherever_one_is_shown():
-    sources = [path.read_text() for path in (REPO / "featx").glob("*.py")]
+    sources = [path.read_text() for path in (REPO / "featx").rglob("*.py")]
     unquoted = re.compile(r"(?<!['\w.])\[[\w.]+(?:,[\w.]+)+\]")  # in code there is a space after a comma
     assert [shown for text in (TEXT, *sources) for shown in unquoted.findall(text)] == []
 

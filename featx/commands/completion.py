@@ -1,0 +1,74 @@
+"""``featx completion SHELL``: a script by which a shell completes commands, options and their values."""
+
+import argparse
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from featx.commands.options import TRAINER
+from featx.data.module import ImageFolderDataModule
+from featx.errors import BadValueError, did_you_mean
+from featx.model.extractor import FeatureExtractor
+from featx.writer.callback import FeatureWriter
+
+GROUPS: dict[str, Any] = {"data": ImageFolderDataModule, "model": FeatureExtractor, "writer": FeatureWriter}
+SHELLS = ("bash", "zsh", "tcsh")
+PATHS = {"data.dir", "data.files", "model.weights", "writer.out_dir", "config"}
+
+
+def completion(argv: list[str]) -> int:
+    """Print the script for a shell: bash, zsh or tcsh.
+
+    Raises:
+        BadValueError: Another shell, or shtab is not installed.
+    """
+    shell = argv[0] if argv else ""
+    if shell not in SHELLS or argv[1:]:
+        given = " ".join(argv) or "without a shell"
+        raise BadValueError(f"completion {given}: expected {', '.join(SHELLS)}.{did_you_mean(shell, SHELLS)}")
+    try:
+        import shtab
+    except ImportError as err:
+        raise BadValueError("completion: shtab is not installed. pip install 'featx[completion]'") from err
+    print(shtab.complete(_parser(shtab.FILE), shell))
+    return 0
+
+
+def _parser(file: Any) -> argparse.ArgumentParser:
+    """Return a parser of the commands and the names of their options, which only serves to be completed."""
+    parser = argparse.ArgumentParser("featx")
+    commands = parser.add_subparsers()
+    for command in ("predict", "layers"):
+        options = {
+            f"{group}.{name}": _choices(hint)
+            for group, owner in GROUPS.items()
+            for name, hint in get_type_hints(owner.__init__).items()
+            if name != "return"
+        }
+        options |= {f"trainer.{name}": [] for name in TRAINER} | {"config": [], "model": []}
+        sub = commands.add_parser(command, help=command)  # shtab hides those without
+        for name, choices in options.items():
+            action: Any = sub.add_argument(f"--{name}", choices=choices or None)
+            if name in PATHS:
+                action.complete = file
+        for name in ("print_config", "help_all") if command == "predict" else ("json",):
+            sub.add_argument(f"--{name}", action="store_true")
+    for command, options_of in (("verify", ["--images", "--model", "--model.arch"]), ("show", ["--images", "--map"])):
+        sub = commands.add_parser(command, help=command)  # shtab hides those without
+        for option in options_of:
+            one: Any = sub.add_argument(option, choices=["pca", "tsne"] if option == "--map" else None)
+            if option == "--images":
+                one.complete = file
+        several: Any = sub.add_argument("files", nargs="*")
+        several.complete = file
+    commands.add_parser("completion", help="completion").add_argument("shell", choices=SHELLS)
+    return parser
+
+
+def _choices(hint: Any) -> list[str]:
+    """Return the words that a type allows: those of its Literals, true and false, null."""
+    if hint is bool:
+        return ["true", "false"]
+    if hint is type(None):
+        return ["null"]
+    if get_origin(hint) is Literal:
+        return [str(word) for word in get_args(hint)]
+    return [word for part in get_args(hint) if get_origin(hint) is not list for word in _choices(part)]

@@ -1,0 +1,1 @@
+"""``featx show``: a finished file as one HTML page."""

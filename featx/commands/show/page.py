@@ -1,0 +1,230 @@
+"""``featx show``: a finished file as a map of its images, one HTML page that opens from disk."""
+
+import base64
+import gzip
+import html
+import io
+import json
+import os
+import re
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from importlib.resources import files
+from itertools import chain
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+from tqdm import tqdm
+
+from featx import results
+from featx.commands.options import PlainParser
+from featx.commands.show.points import NEAREST, Floats, choose, find_twins, flatten, nearest, usual_distance
+from featx.data.decode import ValueRange, read_or_fault
+from featx.errors import BadValueError, MissingPathError, UserError, count, log, size_in_words
+from featx.results import Finished, find
+from featx.writer import disk
+from featx.writer.folder import error_row
+from featx.writer.records import Json
+
+PAGE_BYTES = 12 * 2**20  # what opens at once, and what mail takes
+SIDES = (256, 192, 128, 96)  # of a thumbnail, in pixels: the largest that leaves room for all
+MOST_POINTS = 100_000
+TWINS = 0.1  # images nearer than this part of the usual distance are near-duplicates
+
+
+def show(argv: list[str]) -> int:
+    """Run ``featx show FILE [--images DIR] [--map pca|tsne]`` and print the page's path."""
+    parser = PlainParser("featx show", description="Write a page on which a file's images are seen.")
+    parser.add_argument("file", metavar="FILE", help="features/fc7.csv, or a folder of shards; makes features/fc7.html")
+    parser.add_argument("--images", metavar="DIR", help="their folder, if it is no longer where they were read")
+    parser.add_argument(
+        "--map", choices=("pca", "tsne"), default="pca", help="pca: at once (default); tsne: groups stand apart, slower"
+    )
+    options = parser.parse_args(argv)
+    file = find(Path(options.file))
+    if not file.is_known:
+        raise BadValueError(
+            f"{file.path}: no record {file.record_path.name} beside it that knows it.\n"
+            "Expected what featx predict wrote, with its record."
+        )
+    script = _bokeh()
+    if options.images is not None and not Path(options.images).is_dir():
+        raise MissingPathError(f"--images {options.images}: no such folder. Expected the one that featx predict read.")
+    shard = f"-{file.path.stem}" if file.is_shard else ""  # beside the folder: in it, it would be read as one
+    page = file.record_path.with_name(f"{file.record_path.stem}{shard}.html")
+    folder = options.images or file.record["run"]["options"]["data"]["dir"]
+    disk.replace(page, make_page(file, folder, options.map, script))
+    log.info("%s", size_in_words(page.stat().st_size))
+    print(page)
+    return 0
+
+
+def _bokeh() -> str:
+    """Return the script of Bokeh, which draws the map."""
+    try:
+        import sklearn  # noqa: F401  asked for here, so that nothing is missed after minutes of work
+        from bokeh.resources import Resources
+    except ImportError as err:
+        raise UserError(
+            f"featx show needs bokeh and scikit-learn, {err.name} is missing: pip install 'featx[show]'"
+        ) from err
+    *parts, _ = Resources(mode="inline", components=["bokeh", "bokeh-api"]).js_raw  # _: its log level
+    return "\n".join(parts).replace("</script", r"<\/script")
+
+
+def make_page(file: Finished, folder: str, kind: str, script: str) -> bytes:
+    """Return the page of a finished file, below ``PAGE_BYTES``.
+
+    Args:
+        file: The file, or a folder of shards.
+        folder: The folder of its images; those that are not there have no thumbnail.
+        kind: How rows become points: ``pca`` or ``tsne``.
+        script: Bokeh's.
+    """
+    names, values = _some_rows(file)
+    notes = []
+    if len(names) < file.record["rows"]:
+        notes.append(f"The page shows {MOST_POINTS:,} of {file.record['rows']:,} rows, evenly chosen.")
+    finite = np.isfinite(values).all(axis=1)
+    if not finite.all():
+        lost = [names[row] for row in np.flatnonzero(~finite)]
+        more = ", …" if len(lost) > 5 else ""
+        notes.append(f"Without {count(len(lost), 'row')} with nan or infinity: {', '.join(lost[:5])}{more}")
+        names, values = [names[row] for row in np.flatnonzero(finite)], values[finite]
+    if not names:
+        raise BadValueError(f"{file.path}: no row of finite values. Expected at least one image to show.")
+
+    near, distances = nearest(values)
+    points, parts, told = flatten(values, kind)
+    usual = usual_distance(values)
+    alone = np.argsort(-distances[:, 0], kind="stable")[:NEAREST] if near.size else np.arange(0)
+    twins = find_twins(near, distances, TWINS * usual)
+    classes, labels = np.unique([os.path.dirname(name).split("/")[0] for name in names], return_inverse=True)
+    page: Json = {
+        "names": names,
+        "classes": classes.tolist(),
+        "colours": _colours(len(classes)),
+        "labels": _packed(labels.astype("<u4")),
+        "points": _packed(points.astype("<f4")),
+        "near": _packed(near.astype("<i4")),
+        "distances": _packed(_rounded(distances)),
+        "columns": near.shape[1],
+        "map": told,
+        "usual": usual,
+        "alone": alone.tolist(),
+        "twins": list(twins)[:100],
+        "apart": list(twins.values())[:100],
+        "twins_all": len(twins),
+        "nearer": TWINS,
+        "faults": list(map(error_row, file.faults)),
+        "notes": notes,
+        "record": file.record,
+        "folder": quote(os.fsencode(os.path.relpath(folder, file.record_path.parent))) + "/",
+        "thumbnails": {},
+    }
+    wanted = {*page["alone"], *chain.from_iterable(page["twins"])}
+    title = f"{file.record['layer']}{'/' + file.path.stem if file.is_shard else ''}: {count(len(names), 'image')}"
+    room = (PAGE_BYTES - len(_html(title, page, script))) * 72 // 100  # base64 takes the rest
+    value_range = file.record["identity"]["value_range"]
+    page["thumbnails"], said = _thumbnails(folder, names, value_range, wanted, parts, room)
+    notes += said
+    for line in notes:
+        log.info("%s", line)
+    return _html(title, page, script)
+
+
+def _some_rows(file: Finished) -> tuple[list[str], Floats]:
+    """Return paths, or where they are not known names, and values, ``(N, D)``, of at most ``MOST_POINTS`` rows."""
+    total, path, at = file.record["rows"], file.path, 0
+    if path.is_dir():  # of several formats the one that is read first
+        kinds = {Path(name).suffix for name in file.record["files"]}
+        path /= next(f"*{kind}" for kind in (".npy", ".parquet", ".csv") if kind in kinds)
+    wanted = np.zeros(total, bool)
+    wanted[np.linspace(0, total - 1, min(total, MOST_POINTS)).astype(int)] = True
+    names, chunks = list[str](), list[Floats]()
+    for some, values in results.read(path):
+        rows = np.flatnonzero(wanted[at : at + len(some)])
+        at += len(some)
+        if rows.size:  # CSV comes row by row, and a million empty arrays are large
+            names += [some[row] for row in rows]
+            chunks.append(values[rows].astype(np.float32))
+    if at != total:
+        raise BadValueError(f"{file.path}: {count(at, 'row')}, expected {total:,}. It was changed.")
+    if file.rows is not None and len(file.rows) == total:
+        names = [file.rows[row] for row in np.flatnonzero(wanted)]
+    return names, results.stack(chunks)
+
+
+def _thumbnails(
+    folder: str, names: Sequence[str], value_range: ValueRange | None, wanted: set[int], parts: Floats, room: int
+) -> tuple[dict[int, str], list[str]]:
+    """Return thumbnails in base64 by row, of all images or of those chosen, and what is to be said of them."""
+
+    def make(index: int, side: int) -> bytes:
+        pixels, *_ = read_or_fault(folder, names[index], value_range, strict=False)
+        if pixels is None:
+            return b""
+        image, data = Image.fromarray(pixels), io.BytesIO()
+        image.thumbnail((side, side))
+        image.save(data, "WEBP", quality=75)
+        return data.getvalue()
+
+    said = []
+    with ThreadPoolExecutor() as pool:
+        some = range(0, len(names), -(-len(names) // 50))
+        for side in SIDES:
+            sizes = [len(data) for data in pool.map(lambda i, side=side: make(i, side), some) if data]
+            fit = int(room / (1.1 * float(np.mean(sizes or [1]))))
+            if fit >= len(names):
+                break
+        chosen = range(len(names)) if fit >= len(names) else choose(parts, wanted, fit)
+        made, missing = {}, 0
+        bar = tqdm(chosen, "thumbnails", leave=False, disable=None if len(chosen) > 500 else True)
+        for index, data in zip(bar, pool.map(lambda i: make(i, side), chosen), strict=True):
+            missing += not data
+            if data and len(data) <= room:
+                room -= len(data)
+                made[index] = base64.b64encode(data).decode()
+    if len(chosen) < len(names):
+        said.append(
+            f"Thumbnails of {len(made):,} of {len(names):,} images: the rows were put into clusters (k-means), and "
+            "each cluster shows the image nearest to its middle."
+        )
+    if missing:
+        lost = count(missing, "image")
+        said.append(f"No thumbnail of {lost} that cannot be read in {folder} now (--images gives another folder).")
+    return made, said
+
+
+def _colours(classes: int) -> Sequence[str]:
+    from bokeh.palettes import Category10_10, Category20_20, Turbo256
+
+    palette: Sequence[str] = Category10_10 if classes <= 10 else Category20_20 if classes <= 20 else Turbo256
+    return palette[:: max(1, len(palette) // classes)]
+
+
+def _rounded(distances: Floats) -> Floats:
+    """Return distances with 12 bits of their 23, which take half the room: the page shows three digits."""
+    return ((distances.view(np.uint32) + 0x400) & 0xFFFFF800).astype("<u4").view("<f4")
+
+
+def _packed(values: NDArray[Any]) -> str:
+    return base64.b64encode(np.ascontiguousarray(values).data).decode()
+
+
+def _html(title: str, page: Json, script: str) -> bytes:
+    """Return the page: what users named stands in its data only, where no browser takes it for HTML."""
+    data = gzip.compress(json.dumps(page).encode(), 9, mtime=0)
+    own = files("featx.commands.show")
+    parts = {
+        "title": html.escape(title),
+        "data": base64.b64encode(data).decode(),
+        "bokeh": script,
+        "show": (own / "page.js").read_text("utf-8"),
+    }
+    template = (own / "page.html").read_text("utf-8")
+    return re.sub(r"\{\{(\w+)\}\}", lambda mark: parts[mark[1]], template).encode("utf-8", "xmlcharrefreplace")

@@ -1,0 +1,235 @@
+"""``featx verify``: a finished file against its record, and some of its rows against their images."""
+
+import os
+import shlex
+import sys
+import textwrap
+from argparse import Namespace
+from collections.abc import Iterator
+from itertools import chain, zip_longest
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+import numpy as np
+
+from featx import results
+from featx.commands.options import Parser, PlainParser
+from featx.data.module import ImageFolderDataModule
+from featx.errors import BadValueError, MissingPathError, UserError, count
+from featx.model.build import is_function
+from featx.model.extractor import FeatureExtractor
+from featx.results import Finished, find
+from featx.writer import formats, journal
+from featx.writer.records import Json
+
+OWN = "featx.FeatureExtractor"
+OWN_BEFORE = "featx.model.extractor.FeatureExtractor"  # as 0.1.0 recorded it
+LEFT_OUT = {"unsafe_pickle": False}  # options that are gone or never come from a record, with the value to ignore
+CLOSE = 1e-4  # relative (L2); another kind of processor stays far below, other weights or pixels far above
+
+
+class Mismatch(UserError):
+    """A file is not what its record says: exit status 1."""
+
+    exit_status = 1
+
+
+def verify(argv: list[str]) -> int:
+    """Run ``featx verify FILE… [--images DIR]``: 0 where all is as recorded, else 1 and a line for each that is not."""
+    parser = PlainParser("featx verify", description="Hold finished files against their records.")
+    parser.add_argument("files", nargs="+", metavar="FILE", help="such as features/fc7.csv, or a folder of shards")
+    parser.add_argument("--images", metavar="DIR", help="also compute some rows again, from the images in this folder")
+    parser.add_argument("--model", metavar="CLASS", help="the class that made the rows, where it is one of your own")
+    parser.add_argument(
+        "--model.arch", dest="arch", metavar="FUNCTION", help="the function that made their network, likewise"
+    )
+    options = parser.parse_args(argv)
+    if not options.images and (named := options.model or options.arch):
+        raise BadValueError(f"{named}: it is for computing rows again. Expected --images DIR with it.")
+    wrong = 0
+    for path in chain.from_iterable(map(_files, map(Path, options.files))):
+        try:
+            record = check_file(path)
+            said = f"{count(record['rows'], 'row')} of {count(record['columns'], 'value')} as recorded"
+            if options.images:
+                said += f"; {check_rows(path, options)}"
+            print(f"{path}: {said}")
+        except Mismatch as err:
+            print(f"{path}: {err}", file=sys.stderr)
+            wrong = 1
+    return wrong
+
+
+def _files(path: Path) -> list[Path]:
+    """Return a file or, of a folder of shards, all that its record knows but the names beside an npy."""
+    if not path.is_dir():
+        return [path]
+    file = _find(path)
+    return [file.path.parent / name for name in file.record["files"] if not name.endswith(".names.txt")]
+
+
+def _find(path: Path) -> Finished:
+    file = find(path)
+    if not file.record:
+        raise MissingPathError(f"{file.record_path}: no such file. Expected what featx predict wrote, its record.")
+    return file
+
+
+def check_file(path: Path) -> Json:
+    """Return a finished file's record, if the file is what it says; of a shard with the number of its own rows.
+
+    Raises:
+        MissingPathError: There is no such file, or no record beside it.
+        Mismatch: It is not; the message says what differs.
+    """
+    file = _find(path)
+    record = file.record
+    if not file.is_known:
+        known = textwrap.shorten(", ".join(record["files"]), 200, placeholder=" …")
+        raise Mismatch(f"{file.record_path.name} does not know it, it knows {known}")
+    names, widths = [], set[int]()
+    for name, columns in _names_and_widths(path, record):
+        names.append(name)
+        widths.add(columns)
+    if len(names) != record["rows"]:
+        raise Mismatch(f"{count(len(names), 'row')}, expected {record['rows']:,}")
+    if names and widths != {record["columns"]}:
+        raise Mismatch(f"rows of {' and '.join(map(str, sorted(widths)))} values, expected {record['columns']:,}")
+    if file.rows is not None:
+        for row, (name, expected) in enumerate(zip_longest(names, [_name(file, image) for image in file.rows]), 1):
+            if name != expected:
+                raise Mismatch(f"row {row} is named {name!r}, expected {expected!r}")
+    said_of = {Path(name).name: said["sha256"] for name, said in record["files"].items()}
+    if journal.digest(path) != said_of[path.name]:
+        raise Mismatch(f"values differ from those written: its SHA-256 is not the recorded {said_of[path.name][:8]}…")
+    listed = path.with_suffix(".names.txt")
+    if path.suffix == ".npy" and journal.digest(listed) != said_of[listed.name]:
+        raise Mismatch(f"names differ from those written: {listed.name} does not have the recorded SHA-256")
+    return record
+
+
+def _names_and_widths(path: Path, record: Json) -> Iterator[tuple[bytes, int]]:
+    if path.suffix == ".csv":  # whose values need not be read to be counted
+        with path.open("rb") as file:
+            yield from formats.read_csv_names(file, record["identity"]["header"])
+        return
+    try:
+        for names, values in results.read(path):
+            yield from ((os.fsencode(name), values.shape[1]) for name in names)
+    except BadValueError as err:
+        raise Mismatch(str(err)) from err
+
+
+def _name(file: Finished, image: str) -> bytes:
+    """Return an image's name as the file has it: Parquet holds nothing but UTF-8."""
+    name = os.fsencode(image if file.record["identity"]["names"] == "relative" else os.path.basename(image))
+    return name.decode(errors="backslashreplace").encode() if file.path.suffix == ".parquet" else name
+
+
+def check_rows(path: Path, options: Namespace) -> str:
+    """Compute the first, a middle and the last batch again, and say by how much they differ from the file.
+
+    Args:
+        path: The file.
+        options: The folder of its images, and whose code may run: ``images``, ``model`` and ``arch``.
+
+    Raises:
+        Mismatch: By more than another processor would explain, or the folder holds other images.
+        UserError: The record wants code run that ``options`` do not name, or cannot be used.
+    """
+    file, folder = _find(path), options.images
+    record, own = file.record, file.own
+    if (used := record["identity"]["precision"]) != "32-true":
+        raise UserError(f"--images: rows of --trainer.precision {used} are not computed again.")
+    model, data = _rebuild(file, options)
+    data.setup()
+    model.configure_model()
+    sample = model.try_out(data.first_batch(model.preprocessing))  # which finds the memory layout
+    if model.weights_digest != (expected := record["identity"]["weights"]):
+        raise Mismatch(
+            f"weights of {model.weights_used} are not those of the record: "
+            f"SHA-256 {expected[:8]}… -> {model.weights_digest[:8]}…"
+        )
+    if record["layer"] not in sample:
+        raise _unusable(file, f"its layer is {record['layer']}, but --model.layer {model.layer}")
+    if (columns := sample[record["layer"]].shape[1]) != record["columns"]:
+        raise Mismatch(f"rows computed again have {count(columns, 'value')}, expected {record['columns']:,}")
+    if len(data.images) != record["inputs"]["images"]:
+        raise Mismatch(f"{folder} holds {count(len(data.images), 'image')}, expected {record['inputs']['images']:,}")
+    lost = {fault.path for fault in file.faults if not fault.used}
+    wanted: dict[int, tuple[str, Any]] = {}  # by index of the row
+    begin, end = own.start // data.batch_size, -(-own.stop // data.batch_size)
+    for number in sorted({begin, (begin + end) // 2, end - 1}):
+        batch = data.read_batch(number, model.preprocessing)
+        start = number * data.batch_size
+        first = sum(data.images.names[i] not in lost for i in range(own.start, start))
+        if batch.names:
+            computed = model.predict_step(batch)[record["layer"]].numpy()
+            wanted |= dict(enumerate(zip(batch.names, computed, strict=True), first))
+    worst = 0.0
+    rows = (pair for names, values in results.read(path) for pair in zip(names, values, strict=True))
+    for i, (written, values) in enumerate(rows):
+        if i in wanted:
+            name, expected = wanted[i]
+            if os.path.basename(os.fsencode(written)) != os.path.basename(_name(file, name)):
+                raise Mismatch(f"row {i + 1} is {written!r}, in {folder} it is {name!r}")
+            expected = expected.astype(values.dtype).astype(np.float32)
+            difference = np.linalg.norm(values.astype(np.float32) - expected)
+            worst = max(worst, float(difference / (np.linalg.norm(expected) or 1)))
+    told = f"{count(len(wanted), 'row')} computed again, the largest relative difference is {worst:.1e}"
+    if worst > CLOSE:
+        raise Mismatch(told)
+    return told
+
+
+def _rebuild(file: Finished, options: Namespace) -> tuple[Any, Any]:
+    """Make the model and the data that a record describes."""
+    recorded = file.record["run"]["options"]
+    made_by = OWN if recorded["model_class"] == OWN_BEFORE else recorded["model_class"]
+    _check_trust(file, options, made_by, recorded["model"].get("arch"))
+    groups = {"model": {}, "data": recorded["data"] | {"dir": options.images}}
+    for name, value in recorded["model"].items():
+        if name not in LEFT_OUT:
+            groups["model"][name] = value
+        elif value != LEFT_OUT[name]:
+            raise BadValueError(f"{file.record_path}: --model.{name} {str(value).lower()} is not taken from a record.")
+    parser = Parser(default_env=False)
+    parser.add_subclass_arguments(FeatureExtractor, "model")
+    parser.add_class_arguments(ImageFolderDataModule, "data")
+    try:
+        for group, owner in (("model", FeatureExtractor), ("data", ImageFolderDataModule)):
+            hints = get_type_hints(owner.__init__)
+            for name, value in groups[group].items():  # of which the parser takes null for any type
+                if value is None and name in hints and type(None) not in get_args(hints[name]):
+                    raise BadValueError(f"--{group}.{name} null: expected a value.")
+        model = {"class_path": made_by, "init_args": groups["model"]}
+        made = parser.instantiate_classes(parser.parse_object({"model": model, "data": groups["data"]}))
+    except BadValueError as err:
+        if str(err).startswith(f"--model {options.model}: "):
+            raise
+        raise _unusable(file, str(err)) from err
+    return made.model, made.data
+
+
+def _check_trust(file: Finished, options: Namespace, made_by: str, arch: Any) -> None:
+    """Raise UserError where making the model would run code that is not featx's and that the user did not name."""
+    named = {"--model": options.model, "--model.arch": options.arch}
+    known = {"--model": made_by, "--model.arch": arch}
+    for option, word in named.items():
+        if word is not None and word != known[option]:
+            raise BadValueError(f"{option} {word}: {file.record_path} says {known[option]}.")
+    foreign = {"--model": made_by != OWN, "--model.arch": isinstance(arch, str) and is_function(arch)}
+    needed = [option for option in named if foreign[option]]
+    if any(named[option] is None for option in needed):
+        words = chain.from_iterable((option, known[option]) for option in needed)
+        command = shlex.join(["featx", "verify", str(file.path), "--images", options.images, *words])
+        raise UserError(
+            f"{file.record_path}: its rows were made by code that is not featx's, and a record alone does not run it.\n"
+            f"If you trust that code: {command}"
+        )
+    if needed:
+        sys.path.append(os.getcwd())
+
+
+def _unusable(file: Finished, why: str) -> BadValueError:
+    return BadValueError(f"{file.record_path}: not a record that featx can use: {why}")

@@ -1,0 +1,422 @@
+"""Images -> batches: ImageFolderDataModule, which deals whole batches to the processes, in order."""
+
+import json
+import math
+import multiprocessing
+import os
+import re
+import shutil
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, replace
+from functools import cache
+from importlib.metadata import version
+from itertools import islice
+from multiprocessing.queues import Queue
+from pathlib import Path
+from statistics import median
+from typing import Any, Literal
+
+import numpy as np
+import PIL
+import torch
+from lightning.pytorch import LightningDataModule
+from torch import Tensor, stack
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
+
+from featx.data import preprocess
+from featx.data.batch import Batch, Fault, Seconds
+from featx.data.decode import READERS, Pixels, ValueRange, check_image, describe, read_or_fault
+from featx.data.preprocess import Decoder, Interpolation, Preprocessing
+from featx.data.sources import ImageTree, check_folder, check_list, is_lost
+from featx.errors import BadValueError, ImageError, LostFolderError, count, first_line, log, size_in_words
+from featx.process.cores import cores_per_process
+from featx.process.shared import on_one_core
+
+Sample = tuple[int, str, Tensor | None, Fault | None, Seconds, str]
+SHM = "/dev/shm"  # where Linux has shared memory and semaphores; Docker gives it 64 MB
+
+
+class ImageFolderDataModule(LightningDataModule):
+    """Where the images are, and what is done to them before the network.
+
+    Args:
+        dir: Folder of the images: one folder a class, as torchvision's ImageFolder takes them, or just images.
+        batch_size: Images a batch.
+        num_workers: Processes that decode images; auto: by the cores that this process may use.
+        resize: Short side after resizing, in pixels; auto: what the weights were trained with; null: no resize.
+        crop: Side of the centre crop, in pixels; auto: what the weights were trained with; null: no crop.
+        interpolation: PIL's filter for resizing; auto: what the weights were trained with.
+        value_range: Values that become black and white in images above 8 bits, as '[0,4095]'; 16-bit: all 65536.
+        files: A file with the images to take, a path below dir a line, in the order of the rows; null: all in dir.
+        on_error: What an image that cannot be read does: list: it has no row, and is listed; stop: it ends the run.
+        strict: Whether an image with damaged data cannot be read; false: what PIL makes of it is used, and listed.
+        decoder: exact: PIL's values to the bit; turbo: faster, to values a few grey levels off.
+
+    Raises:
+        UserError: From ``setup``: no folder, no image, or images that need a ``value_range``. ``ValueError`` and
+            ``FileNotFoundError`` are among its bases.
+    """
+
+    def __init__(
+        self,
+        dir: str,
+        batch_size: int = 64,
+        num_workers: Literal["auto"] | int = "auto",
+        resize: Literal["auto"] | int | None = "auto",
+        crop: Literal["auto"] | int | None = "auto",
+        interpolation: Interpolation = "auto",
+        value_range: ValueRange | None = None,
+        files: str | None = None,
+        on_error: Literal["list", "stop"] = "list",
+        strict: bool = True,
+        decoder: Decoder = "exact",
+    ) -> None:
+        super().__init__()
+        for name, value, least in (
+            ("batch_size", batch_size, 1),
+            ("num_workers", num_workers, 0),
+            ("resize", resize, 1),
+            ("crop", crop, 1),
+        ):
+            if isinstance(value, int) and value < least:
+                raise BadValueError(f"--data.{name} {value}: expected a whole number of at least {least}.")
+        if value_range is not None and not -math.inf < value_range[0] < value_range[1] < math.inf:
+            raise BadValueError(f"--data.value_range {list(value_range)}: expected '[low,high]' with low below high.")
+        if decoder != "exact" and interpolation not in ("auto", "bilinear", "bicubic"):
+            raise BadValueError(
+                f"--data.interpolation {interpolation}: expected bilinear or bicubic with --data.decoder {decoder}.\n"
+                "--data.decoder exact has all of PIL's filters."
+            )
+        self.dir = dir
+        self.batch_size = batch_size
+        self.num_workers = num_workers
+        self.resize = resize
+        self.crop = crop
+        self.interpolation = interpolation
+        self.value_range = value_range
+        self.files = files
+        self.on_error = on_error
+        self.strict = strict
+        self.decoder = decoder
+        self.images: ImageTree | None = None
+        self.batches: Sequence[int] | None = None  # those of this process; None: all
+        self.readers = READERS
+        self.workers = 0
+        self._used = False  # the list of images, by a run
+        # A rank without a batch is no mistake: https://github.com/Lightning-AI/pytorch-lightning/issues/13580
+        self.allow_zero_length_dataloader_with_multiple_devices = True
+
+    def check(self) -> None:
+        """Raise UserError for a folder or a list that is not there."""
+        check_folder(self.dir)
+        if self.files is not None:
+            check_list(self.files)
+
+    def setup(self, stage: str | None = None) -> None:
+        """List the images, once for each run, and look at the first headers."""
+        self.batches = None
+        if self.images is not None and not self._used:
+            return
+        self._used = False
+        images = ImageTree(self.dir, self.files)
+        for index in range(min(len(images), 64)):
+            check_image(images.path(index), self.value_range)
+        classes = f" in {count(len(images.classes), 'class folder')}" if images.classes != [""] else ""
+        listed = f", listed in {self.files}" if self.files else ""
+        log.info("images: %s%s of %s%s", count(len(images), "image"), classes, self.dir, listed)
+        if images.left_out:
+            log.warning("left out of %s: %s", self.dir, images.left_out)
+        self.images = images
+
+    def preprocessing(self, preset: Preprocessing) -> Preprocessing:
+        """Return what the network was trained with, ``preset``, with this module's options put over it."""
+        options = {"resize": self.resize, "crop": self.crop, "interpolation": self.interpolation}
+        given: dict[str, Any] = {name: value for name, value in options.items() if value != "auto"}
+        return replace(preset, **given, source=preset.source + ", with your options") if given else preset
+
+    def identity(self, preset: Preprocessing) -> dict[str, Any]:
+        """Return all of the data's that decides a value, as plain values for JSON."""
+        preprocessing = asdict(self.preprocessing(preset))
+        del preprocessing["source"]  # where the values come from decides nothing
+        return {
+            "preprocessing": json.loads(json.dumps(preprocessing)),
+            "value_range": list(self.value_range) if self.value_range else None,
+            "decoder": self.decoder,
+            "strict": self.strict,
+            "batch_size": self.batch_size,
+            "revisions": {"preprocessing": preprocess.REVISION},
+            "versions": {"pillow": PIL.__version__, "simplejpeg": version("simplejpeg")},
+        }
+
+    def first_batch(self, preset: Preprocessing, samples: Iterable[Sample] | None = None) -> Batch:
+        """Return the first image that can be read as a batch, read in this process, to try a network with.
+
+        Where none of the first 64 can, it is a grey one.
+
+        Args:
+            preset: The preprocessing that the network was trained with.
+            samples: Images that are not in the folder.
+        """
+        if samples is None:
+            images = self._dataset(preset)
+            samples = (images[index] for index in range(len(images)))
+        grey = self.preprocessing(preset).to_tensor(np.full((256, 256, 3), 128, np.uint8), self.decoder)
+        none = (0, "", grey, None, (0.0, 0.0), "")
+        sample = next((sample for sample in islice(samples, 64) if sample[2] is not None), none)
+        return Collate(self.batch_size)([sample])
+
+    def predict_dataloader(self) -> DataLoader[Any]:
+        """Return the loader of this process's batches, a contiguous run of the whole."""
+        assert self.images is not None and self.trainer is not None
+        self._used = True
+        if self.batches is None:  # nobody deals: all of them
+            self.batches = range(math.ceil(len(self.images) / self.batch_size))
+        cores = cores_per_process(self.trainer)
+        device = self.trainer.strategy.root_device
+        on_gpu = device.type == "cuda"
+        # As many as cores, beside as many threads of a network on the CPU: whoever has work takes a core, and none is
+        # idle when images, or the network, are waited for. Fewer workers waited more, and nicer ones starved as soon as
+        # another program ran.
+        workers = self.num_workers if self.num_workers != "auto" else min(cores, max(1, len(self.batches)))
+        if multiprocessing.current_process().daemon:  # as in a multiprocessing.Pool: it may not start any
+            if self.num_workers not in ("auto", 0):
+                raise BadValueError(
+                    f"--data.num_workers {workers}: this is a daemonic process, as multiprocessing.Pool and some task "
+                    "queues start\nthem, which cannot start others. Expected auto or 0: it decodes the images itself."
+                )
+            workers = 0
+        elif self.num_workers == "auto" and threading.current_thread() is not threading.main_thread():
+            workers = 0  # a fork would have the locks that other threads hold, and nobody to release them
+        if workers and (reason := _no_semaphores(workers)):
+            log.warning("no data workers: they need semaphores in %s (%s). Images are decoded slower", SHM, reason)
+            workers = 0
+        self.workers = workers
+        chosen = " (--data.num_workers)" if self.num_workers != "auto" else ""
+        threads = "" if on_gpu else f", {count(cores, 'thread')} for the network"
+        log.info("cores: %d for each process, %s%s%s", cores, count(workers, "data worker"), chosen, threads)
+        preset: Any = self.trainer.lightning_module.preprocessing
+        collate = Collate(self.batch_size)
+        return DataLoader(
+            self._dataset(preset),
+            batch_size=self.batch_size,
+            sampler=_WholeBatches(len(self.images), self.batch_size, self.batches),
+            num_workers=workers,
+            collate_fn=_Send(collate) if workers else collate,
+            pin_memory=on_gpu,
+            worker_init_fn=_leave_the_end_to_the_main_process,
+            # Workers know what this process has imported, and need no script that can be imported again, as with
+            # forkserver, the default of Python 3.14. https://docs.python.org/3/library/multiprocessing.html
+            multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
+            generator=torch.Generator(),  # else it would draw a number from the process's own
+        )
+
+    def on_before_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
+        """Raise, in the main process, where the user hears it, what a fault of a batch's says of the whole run."""
+        if batch.faults and is_lost(self.dir):
+            raise LostFolderError(
+                f"--data.dir {self.dir}: the folder is gone, or empty. It held {batch.faults[0].path}.\n"
+                "Where it lies on a disk or a share that was lost, bring that back and give the same command."
+            )
+        return batch
+
+    def read_batch(self, number: int, preset: Preprocessing) -> Batch:
+        """Return a batch of the run, read in this process."""
+        images = self._dataset(preset)
+        first = number * self.batch_size
+        return Collate(self.batch_size)([images[i] for i in range(first, min(first + self.batch_size, len(images)))])
+
+    def fault(self, name: str, preset: Preprocessing) -> Fault | None:
+        """Return what is wrong with an image now."""
+        return self._dataset(preset).read(name)[1]
+
+    def turbo_saves(self, preset: Preprocessing, images: int = 16) -> float:
+        """Return how many seconds of a core ``--data.decoder turbo`` would save for an image, by the first images."""
+        assert self.images is not None
+        preprocessing, root = self.preprocessing(preset), str(self.images.root)
+        found = (read_or_fault(root, name, self.value_range, self.strict)[0] for name in self.images.names[:images])
+        taken: dict[Decoder, list[float]] = {"exact": [], "turbo": []}
+        with on_one_core():
+            for pixels in (pixels for pixels in found if pixels is not None):
+                for decoder, seconds in taken.items():
+                    begin = time.thread_time()
+                    preprocessing.to_tensor(pixels, decoder)
+                    seconds.append(time.thread_time() - begin)
+        return median(taken["exact"]) - median(taken["turbo"]) if taken["exact"] else 0.0
+
+    def _dataset(self, preset: Preprocessing) -> "_Images":
+        assert self.images is not None
+        return _Images(self.images, self.preprocessing(preset), self.value_range, self.strict, self.decoder)
+
+
+class _Images(Dataset[Sample]):
+    def __init__(
+        self,
+        images: ImageTree,
+        preprocessing: Preprocessing,
+        value_range: ValueRange | None,
+        strict: bool,
+        decoder: Decoder,
+    ) -> None:
+        self.images = images
+        self.preprocessing = preprocessing
+        self.value_range = value_range
+        self.strict = strict
+        self.decoder = decoder
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> Sample:
+        name = self.images.names[index]
+        return index, name, *self.read(name)
+
+    def read(self, name: str) -> tuple[Tensor | None, Fault | None, Seconds, str]:
+        """Return an image, what is wrong with it (raised, it would arrive wrapped), seconds, and the file's kind."""
+        root = str(self.images.root)
+        begin = time.thread_time()
+        pixels, fault, kind = read_or_fault(root, name, self.value_range, self.strict)
+        decoded = time.thread_time()
+        tensor, unfit = self._shape(name, pixels) if pixels is not None else (None, None)
+        return tensor, unfit or fault, (decoded - begin, time.thread_time() - decoded), kind
+
+    def _shape(self, name: str, pixels: Pixels) -> tuple[Tensor | None, Fault | None]:
+        """Return an image as the network takes it, ``(3, H, W) uint8``, or why it cannot be."""
+        try:
+            return self.preprocessing.to_tensor(pixels, self.decoder), None
+        except (ImageError, MemoryError) as err:
+            return None, describe(err, os.path.join(str(self.images.root), name), name)
+
+
+class Collate:
+    """Samples in the order of the rows -> the batch that they are.
+
+    Args:
+        batch_size: Images per batch.
+    """
+
+    def __init__(self, batch_size: int) -> None:
+        self.batch_size = batch_size
+
+    def __call__(self, samples: list[Sample]) -> Batch:
+        """Return a batch; its number goes by its first sample's index."""
+        read = [(name, image) for _, name, image, *_ in samples if isinstance(image, Tensor)]
+        shapes: dict[tuple[int, ...], list[int]] = {}
+        for row, (_, image) in enumerate(read):
+            shapes.setdefault(tuple(image.shape), []).append(row)
+        # (G, 3, H, W) each, in memory as channels_last, which is how decoders write an image
+        groups = [(rows, stack([read[row][1].permute(1, 2, 0) for row in rows]).permute(0, 3, 1, 2))
+                  for rows in shapes.values()]  # fmt: skip
+        faults = [fault for _, _, _, fault, *_ in samples if fault is not None]
+        decode, resize = (sum(stage) for stage in zip(*(seconds for *_, seconds, _ in samples), strict=True))
+        number, names = samples[0][0] // self.batch_size, [name for name, _ in read]
+        kinds = {kind for _, _, image, _, _, kind in samples if image is not None}
+        readers = {kind: READERS.get(kind, 1) for kind in sorted(kinds)}
+        return Batch(number, names, groups, faults, len(samples), (decode, resize), readers)
+
+
+class _Send:
+    """Collates in a worker, and brings the images to where the main process can have them.
+
+    Args:
+        collate: What makes a batch.
+    """
+
+    def __init__(self, collate: Collate) -> None:
+        self.collate = collate
+
+    def __call__(self, samples: list[Sample]) -> Batch:
+        """Return a batch whose images are in shared memory where there is room, else are pickled with their values.
+
+        The DataLoader would do it in a thread of its queue, and where that fails the main process waits forever:
+        https://github.com/pytorch/pytorch/issues/5040
+        """
+        batch = self.collate(samples)
+        groups: Any = [(rows, _share(images)) for rows, images in batch.groups]
+        return batch._replace(groups=groups)
+
+
+def _share(images: Tensor) -> Any:
+    """Return images in shared memory, or where that does not take them, as they go through the queue's pipe."""
+    try:
+        size = shutil.disk_usage(SHM) if os.path.isdir(SHM) else None
+        if size and size.free < 2 * images.nbytes:  # others need some, too, and several workers may look at once
+            return _InPipe(images, f"{size_in_words(size.total)} in {SHM}")
+        return images.share_memory_()  # type: ignore[no-untyped-call]
+    except (OSError, RuntimeError) as err:
+        for name in re.findall(r"</(torch_\w+)>", str(err)):  # torch leaves the file that it could not fill
+            Path(SHM, name).unlink(missing_ok=True)
+        return _InPipe(images, first_line(err).split(": ")[-1])
+
+
+class _InPipe:
+    """Images that a pickle holds with their values; loaded, they are a Tensor.
+
+    Args:
+        images: ``(..., 3, H, W) uint8``, in memory as channels_last.
+        why: Why they are not in shared memory.
+    """
+
+    def __init__(self, images: Tensor, why: str) -> None:
+        self.images = images
+        self.why = why
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _from_pipe, (self.images.movedim(-3, -1).numpy(), self.why)
+
+
+def _from_pipe(values: Any, why: str) -> Tensor:
+    _report_pipe(why)
+    return torch.from_numpy(values).movedim(-1, -3)
+
+
+@cache
+def _report_pipe(why: str) -> None:
+    log.warning(
+        "shared memory is too small for the batches in flight (%s): some go through a pipe, which is slower. "
+        "In a container docker run --shm-size 2g gives more",
+        why,
+    )
+
+
+def _no_semaphores(workers: int) -> str:
+    """Return why the queues of so many workers cannot be made, if so: their semaphores are files in SHM."""
+    try:
+        _ = [multiprocessing.Lock() for _ in range(4 * workers + 8)]
+    except (OSError, ImportError) as err:
+        return getattr(err, "strerror", None) or first_line(err)
+    return ""
+
+
+class _WholeBatches(DistributedSampler[Any]):
+    """The images of one process: whole batches, in order, none twice; only the run's last one is short.
+
+    It is a DistributedSampler so that Lightning puts none of its own in its place, which would deal single images
+    round robin and repeat some: https://github.com/Lightning-AI/pytorch-lightning/issues/10782.
+    """
+
+    def __init__(self, images: int, batch_size: int, batches: Sequence[int]) -> None:
+        self.images = images
+        self.batch_size = batch_size
+        self.batches = batches
+
+    def __iter__(self) -> Iterator[int]:
+        for batch in self.batches:
+            yield from range(batch * self.batch_size, min((batch + 1) * self.batch_size, self.images))
+
+    def __len__(self) -> int:
+        last = len(self.batches) and (self.batches[-1] + 1) * self.batch_size - self.images
+        return len(self.batches) * self.batch_size - max(0, int(last))
+
+
+def _leave_the_end_to_the_main_process(worker: int) -> None:
+    """Prepare a worker: what fails in it ends it, and is reported by the main process alone."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole process group
+    sys.stderr = open(os.devnull, "w")  # noqa: SIM115, until the process ends
+    # A batch that the queue's thread cannot send is dropped there, and the main process waits for it forever. Python
+    # has this hook for concurrent.futures: https://github.com/python/cpython/blob/3.11/Lib/multiprocessing/queues.py
+    Queue._on_queue_feeder_error = staticmethod(lambda err, batch: os._exit(1))  # type: ignore[attr-defined]
+    threading.excepthook = lambda thread: os._exit(1)

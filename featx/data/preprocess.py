@@ -1,0 +1,133 @@
+"""An image -> what the network was trained on: resize, crop, mean and std, read off the weights' own transforms."""
+
+import math
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torchvision.models import AlexNet_Weights
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms.v2 import functional as v2
+
+from featx.data.decode import MOST_PIXELS, STRICT_PIL, Pixels
+from featx.errors import BadValueError, ImageError
+
+REVISION = 1  # goes up whenever the steps below give other pixels than before: no run then takes rows of before
+Decoder = Literal["exact", "turbo"]
+Interpolation = Literal["auto", "nearest", "nearest-exact", "bilinear", "bicubic", "box", "hamming", "lanczos"]
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """Resize the short side, crop the centre, scale to 0..1, subtract the mean, divide by the standard deviation.
+
+    Equal to torchvision's classification transforms on a PIL image, up to float32 rounding; a resize or a crop of
+    None leaves that step out.
+
+    Args:
+        resize: The short side after resizing, in pixels, or None.
+        crop: The side of the centre crop, in pixels, or None.
+        interpolation: PIL's filter, by torchvision's name for it.
+        mean: Mean of each channel, on the scale 0..1.
+        std: Standard deviation of each channel, on the scale 0..1.
+        source: Where these values come from.
+        squash: Whether both sides are resized to ``resize``, so that the image is distorted.
+    """
+
+    resize: int | None
+    crop: int | None
+    interpolation: str
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    source: str
+    squash: bool = False
+
+    @classmethod
+    def of_weights(cls, weights: Any) -> "Preprocessing":
+        """Read the values off a torchvision weights entry's ``transforms()``."""
+        preset = weights.transforms()
+        return cls(
+            resize=preset.resize_size[0],
+            crop=preset.crop_size[0],
+            interpolation=preset.interpolation.value,
+            mean=tuple(preset.mean),
+            std=tuple(preset.std),
+            source=str(weights),
+        )
+
+    @classmethod
+    def of_timm(cls, name: str, data: dict[str, Any]) -> "Preprocessing":
+        """Read the values off a timm network's data config, as timm's own evaluation takes them.
+
+        Raises:
+            BadValueError: It pads the images, or wants them other than square.
+        """
+        _, height, width = data["input_size"]
+        if height != width or data["crop_mode"] not in ("center", "squash"):
+            raise BadValueError(
+                f"--model.arch {name}: it takes images of {width} x {height} pixels, crop mode {data['crop_mode']}.\n"
+                "Expected square ones in crop mode center or squash, which featx can make."
+            )
+        return cls(
+            resize=math.floor(width / data["crop_pct"]),
+            crop=width,
+            interpolation=data["interpolation"],
+            mean=tuple(data["mean"]),
+            std=tuple(data["std"]),
+            source=name,
+            squash=data["crop_mode"] == "squash",
+        )
+
+    @classmethod
+    def usual(cls) -> "Preprocessing":
+        """Return what most ImageNet networks were trained with, as torchvision states it for AlexNet."""
+        return replace(cls.of_weights(AlexNet_Weights.IMAGENET1K_V1), source="the usual one for ImageNet")
+
+    def to_tensor(self, pixels: Pixels, decoder: Decoder = "exact") -> Tensor:
+        """Resize and crop an RGB image to a ``(3, H, W) uint8`` tensor, with antialias; in memory pixel by pixel.
+
+        Args:
+            pixels: The image, ``(H, W, 3) uint8``.
+            decoder: exact: by PIL; else on the tensor, in a third of the time, to values a few grey levels off.
+
+        Raises:
+            ImageError: So long and narrow that resizing would make a decompression bomb of it.
+        """
+        height, width = pixels.shape[:2]
+        if self.resize is not None and self.resize**2 * max(height, width) / min(height, width) > MOST_PIXELS:
+            raise ImageError(
+                f"{width} x {height}: more than {MOST_PIXELS:,} pixels when its short side is {self.resize}"
+            )
+        method = InterpolationMode(self.interpolation)
+        image: Any = Image.fromarray(pixels) if decoder == "exact" else torch.from_numpy(pixels).permute(2, 0, 1)
+        with STRICT_PIL:  # a crop, too, is held against what PIL takes for a decompression bomb
+            if self.resize is not None:
+                size = [self.resize] * (2 if self.squash else 1)  # one number is the short side
+                image = v2.resize(image, size, method, antialias=True)
+            if self.crop is not None:
+                image = v2.center_crop(image, [self.crop, self.crop])
+        tensor: Tensor = v2.pil_to_tensor(image) if decoder == "exact" else image
+        return tensor
+
+    def normalize(self, images: Tensor) -> Tensor:
+        """Turn ``(B, 3, H, W) uint8`` into float32, in the same memory layout.
+
+        As ToTensor and Normalize do, operation for operation.
+        """
+        # Lightning makes another dtype the default, for all threads, where --trainer.precision is a true half.
+        mean, std = (torch.tensor(v, dtype=torch.float32, device=images.device) for v in (self.mean, self.std))
+        if not images.is_contiguous(memory_format=torch.channels_last):
+            return images.float().div_(255).sub_(mean.view(-1, 1, 1)).div_(std.view(-1, 1, 1))
+        batch, channels, height, width = images.shape
+        # The three values of a pixel are too few for vector instructions, those of a line of pixels are not.
+        lines = images.permute(0, 2, 3, 1).reshape(batch, height, width * channels).float()
+        lines = lines.div_(255).sub_(mean.repeat(width)).div_(std.repeat(width))
+        return lines.view(batch, height, width, channels).permute(0, 3, 1, 2)
+
+    def __str__(self) -> str:
+        how = "squash to" if self.squash else "resize"
+        resize = f"{how} {self.resize} {self.interpolation}" if self.resize is not None else "no resize"
+        crop = f"crop {self.crop}" if self.crop is not None else "no crop"
+        return f"{resize}, {crop} ({self.source})"

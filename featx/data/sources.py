@@ -1,0 +1,320 @@
+"""Folder -> images: find every file in ImageFolder's order, and say what was left out."""
+
+import hashlib
+import os
+from array import array
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from typing import overload
+
+import numpy as np
+from numpy.typing import NDArray
+from torchvision.datasets import ImageFolder, VisionDataset
+from torchvision.datasets.folder import IMG_EXTENSIONS
+
+from featx.errors import BadValueError, MissingPathError, UserError, count
+
+
+class Names(Sequence[str]):
+    """Paths of images as one run of bytes: a million of them take little, and no worker process copies it.
+
+    A path that is not UTF-8 comes with surrogates, as the system's file names do in Python.
+
+    Args:
+        blob: All paths, one behind the other.
+        ends: Where each ends, ``(N + 1,) int64``, behind a 0.
+    """
+
+    def __init__(self, blob: bytes, ends: NDArray[np.int64]) -> None:
+        self.blob = blob
+        self.ends = ends
+
+    def __len__(self) -> int:
+        return len(self.ends) - 1
+
+    @overload
+    def __getitem__(self, index: int) -> str: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[str]: ...
+    def __getitem__(self, index: int | slice) -> str | list[str]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        index = range(len(self))[index]  # its IndexError, and what -1 means
+        return self.blob[self.ends[index] : self.ends[index + 1]].decode("utf-8", "surrogateescape")
+
+
+class _Folder:
+    """What is in one folder, itself: its images' names, sizes in bytes and mtimes in ns; the folders in it."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path  # below the root, with / at its end, or ""
+        self.folders: list[str] = []
+        self.names: list[str] = []
+        self.sizes, self.mtimes = array("q"), array("q")
+
+    def add(self, name: str, size: int = -1, mtime: int = -1) -> None:
+        self.names.append(name)
+        self.sizes.append(size)
+        self.mtimes.append(mtime)
+
+    def in_order(self) -> "_Folder":
+        """Return the same with its images in the order of their names."""
+        other = _Folder(self.path)
+        for i in sorted(range(len(self.names)), key=self.names.__getitem__):
+            other.add(self.names[i], self.sizes[i], self.mtimes[i])
+        return other
+
+
+class ImageTree(ImageFolder):  # type: ignore[misc]
+    """torchvision's ImageFolder, which also takes a flat folder or a list, and counts what it leaves out.
+
+    Rows follow its order: class folders sorted, in each the folders by their paths, in each the files::
+
+        root/
+          cats/felix.jpg     row 0
+          cats/tom.png       row 1
+          dogs/old/rex.jpg   row 2
+
+    A root without class folders is one class, named ``""``; folders in which there is no image do not count there,
+    so that an output folder beside the photographs changes nothing. After
+    https://github.com/pytorch/vision/blob/main/torchvision/datasets/folder.py and, for flat folders,
+    https://github.com/pytorch/vision/issues/4925.
+
+    Unlike there, a folder that is named like an image and holds none stands in the place of that image, which then
+    cannot be read; and a link to a folder in which it lies itself is not followed.
+
+    Attributes:
+        names: Paths of the images below ``root``, with ``/``, in the order of the rows.
+        sizes: Their sizes in bytes, ``(N,) int64``; -1 where there is no file.
+        mtimes: When they were last changed, in ns, ``(N,) int64``; -1 where there is no file.
+        classes: Names of the class folders, sorted.
+        left_out: What was found and left out, in words, or ``""``.
+
+    Args:
+        root: The folder.
+        files: A file that lists the images, a path below ``root`` a line, in the order of the rows, or the paths
+            themselves; nothing else is looked for then.
+
+    Raises:
+        MissingPathError: No such folder, or no such list.
+        BadValueError: A file in its place, no image in it, or a list that cannot be used.
+        UserError: A folder in it that cannot be read.
+    """
+
+    def __init__(self, root: str, files: str | Sequence[str] | None = None) -> None:
+        check_folder(root)
+        VisionDataset.__init__(self, root)  # ImageFolder's own keeps a tuple an image: 200 MB a million
+        self.classes = [""]
+        self.left_out = ""
+        self._unknown: Counter[str] = Counter()
+        self._loops: list[str] = []
+        self.names, self.sizes, self.mtimes = _pack(self._find() if files is None else [_listed(root, files)])
+        self.class_to_idx = {name: label for label, name in enumerate(self.classes)}
+        if not self.names:
+            found = f" It holds {self.left_out}." if self.left_out else ""
+            known = " ".join(IMG_EXTENSIONS)
+            raise BadValueError(
+                f"--data.dir {root}: no image in it.{found}\n"
+                f"Expected a folder of images, or of one folder a class, with the suffixes {known}."
+            )
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def path(self, index: int) -> str:
+        """Return the path of an image, to open it."""
+        return os.path.join(str(self.root), self.names[index])
+
+    def digest(self) -> str:
+        """Return the SHA-256 of all names, sizes and mtimes, in order."""
+        digest = hashlib.sha256(self.names.blob)
+        for numbers in (self.names.ends, self.sizes, self.mtimes):
+            digest.update(numbers.data)
+        return digest.hexdigest()
+
+    def digest_of_names(self) -> str:
+        """Return the SHA-256 of all names, in order."""
+        digest = hashlib.sha256(self.names.blob)
+        digest.update(self.names.ends.data)
+        return digest.hexdigest()
+
+    def _find(self) -> Iterator[_Folder]:
+        """Yield the folders that hold images, in order, their images sorted; then say what was left out."""
+        top = self._scan("")
+        unknown, self._unknown = self._unknown, Counter()
+        classes = sorted(top.folders)
+        used = set()
+        for name in classes:
+            for folder in self._walk(name):
+                used.add(name)
+                yield folder
+        flat = False
+        if not used:  # no class folder holds an image: a flat folder, if anything
+            self._unknown += unknown
+            for name in filter(_is_image, classes):
+                top.add(name)
+            flat = bool(top.names)
+        if flat:
+            yield top.in_order()
+        else:
+            self.classes = classes or [""]
+        self.left_out = self._describe_left_out(0 if flat else len(top.names), set(self.classes) - used - {""})
+
+    def _walk(self, name: str) -> list[_Folder]:
+        """Return the folders that hold images, from a class folder down, sorted by their paths."""
+        folders: dict[str, _Folder] = {}  # each before those that it holds
+        waiting = [name]
+        while waiting:
+            path = waiting.pop()
+            folders[path] = self._scan(path)
+            waiting += [f"{path}/{child}" for child in folders[path].folders]
+        holding = set()
+        for path in reversed(folders):
+            above, _, last = path.rpartition("/")
+            if folders[path].names:
+                holding.add(path)
+            if path in holding:
+                holding.add(above)
+            elif above and _is_image(last):
+                folders[above].add(last)
+        return [folders[path].in_order() for path in sorted(folders) if folders[path].names]
+
+    def _scan(self, path: str) -> _Folder:
+        """Look at what is in one folder, once."""
+        folder = _Folder(f"{path}/" if path else "")
+        try:
+            with os.scandir(os.path.join(str(self.root), path)) as entries:
+                for entry in entries:
+                    self._sort_in(entry, folder)
+        except OSError as err:
+            raise UserError(f"--data.dir {self.root}: {err.strerror}: {err.filename}") from err
+        return folder
+
+    def _sort_in(self, entry: os.DirEntry[str], folder: _Folder) -> None:
+        name = entry.name
+        if _is_folder(entry):
+            if entry.is_symlink() and self._leads_back(folder.path + name):
+                self._loops.append(folder.path + name)
+            else:
+                folder.folders.append(name)
+        elif _is_image(name):
+            folder.add(name, *_look(entry))
+        elif not name.startswith("."):
+            self._unknown[os.path.splitext(name)[1] or "none"] += 1
+
+    def _leads_back(self, path: str) -> bool:
+        parts = path.split("/")
+        above = ["/".join(parts[:depth]) for depth in range(len(parts))]  # from the root, "", to its own folder
+        root = str(self.root)
+        return any(os.path.samefile(os.path.join(root, path), os.path.join(root, folder)) for folder in above)
+
+    def _describe_left_out(self, loose: int, empty: set[str]) -> str:
+        parts = []
+        if loose:
+            parts.append(f"{count(loose, 'image')} beside the class folders")
+        if self._unknown:
+            suffixes = [suffix for suffix, _ in self._unknown.most_common()]
+            parts.append(f"{count(self._unknown.total(), 'file')} with other suffixes ({_some(suffixes)})")
+        if empty:
+            parts.append(f"{count(len(empty), 'class folder')} without images ({_some(sorted(empty))})")
+        if self._loops:
+            parts.append(f"{count(len(self._loops), 'link')} back to a folder around ({_some(sorted(self._loops))})")
+        return ", ".join(parts)
+
+
+def check_folder(root: str) -> None:
+    """Raise MissingPathError or BadValueError unless there is a folder of that name."""
+    if not os.path.exists(root):
+        raise MissingPathError(f"--data.dir {root}: no such folder. Expected a folder of images.")
+    if not os.path.isdir(root):
+        raise BadValueError(
+            f"--data.dir {root}: this is a file. Expected a folder of images, such as {os.path.dirname(root) or '.'}"
+        )
+
+
+def is_lost(root: str) -> bool:
+    """Whether there is nothing left of a folder that held images: removed, or a disk that is no longer there."""
+    try:
+        with os.scandir(root) as entries:
+            return next(entries, None) is None
+    except OSError:
+        return True
+
+
+def check_list(path: str) -> None:
+    """Raise MissingPathError unless there is a list of that name."""
+    if not os.path.exists(path):
+        raise MissingPathError(f"--data.files {path}: no such file. Expected a list of images, a path a line.")
+
+
+def read_list(path: str) -> list[str]:
+    """Return the paths of a list of images, one a line, in its order, each as ``a/b.jpg``.
+
+    Raises:
+        MissingPathError: No such file.
+        BadValueError: No path in it, one twice, or one that does not lie below the data folder.
+        UserError: It cannot be read.
+    """
+    check_list(path)
+    try:
+        with open(path, "rb") as file:
+            lines = file.read().removeprefix(b"\xef\xbb\xbf").split(b"\n")
+    except OSError as err:
+        raise UserError(f"--data.files {path}: {err.strerror}. Expected a list of images, a path a line.") from err
+    seen: dict[str, int] = {}
+    for number, line in enumerate(lines, 1):
+        words = line.removesuffix(b"\r").decode("utf-8", "surrogateescape")
+        if not words.strip():
+            continue
+        where = f"--data.files {path}, line {number}: {words[:200]!r}"
+        if os.path.isabs(words) or ".." in words.split("/") or "\0" in words:
+            raise BadValueError(f"{where} does not lie below --data.dir.\nExpected paths below it, as cats/felix.jpg")
+        name = os.path.normpath(words)
+        if name in seen:
+            raise BadValueError(f"{where} stands in line {seen[name]} already.\nExpected each image once.")
+        seen[name] = number
+    if not seen:
+        raise BadValueError(f"--data.files {path}: no path in it. Expected a path below --data.dir a line.")
+    return list(seen)
+
+
+def _listed(root: str, files: str | Sequence[str]) -> _Folder:
+    folder = _Folder("")
+    for name in read_list(files) if isinstance(files, str) else files:
+        folder.add(name, *_look(os.path.join(root, name)))
+    return folder
+
+
+def _pack(folders: Iterable[_Folder]) -> tuple[Names, NDArray[np.int64], NDArray[np.int64]]:
+    blob, ends, sizes, mtimes = bytearray(), array("q", [0]), array("q"), array("q")
+    for folder in folders:
+        for name in folder.names:
+            blob += (folder.path + name).encode("utf-8", "surrogateescape")
+            ends.append(len(blob))
+        sizes += folder.sizes
+        mtimes += folder.mtimes
+    return Names(bytes(blob), np.array(ends, "<i8")), np.array(sizes, "<i8"), np.array(mtimes, "<i8")
+
+
+def _look(path: str | os.DirEntry[str]) -> tuple[int, int]:
+    """Return a file's size in bytes and its mtime in ns, -1 for each if it cannot be looked at."""
+    try:
+        found = os.stat(path)
+    except OSError:
+        return -1, -1
+    return found.st_size, found.st_mtime_ns
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself
+        return False
+
+
+def _is_image(name: str) -> bool:
+    return name.lower().endswith(IMG_EXTENSIONS)
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (", …" if len(names) > 3 else "")

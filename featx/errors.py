@@ -1,0 +1,124 @@
+"""What featx tells its user: mistakes in words, names that were nearly right, notes on stderr."""
+
+import difflib
+import logging
+import os
+import re
+import sys
+import warnings
+from collections.abc import Iterable
+from typing import TextIO
+
+log = logging.getLogger("featx")
+SEE = "featx predict --help lists the options."
+
+
+class UserError(Exception):
+    """A mistake that the user can mend: one short message, no traceback, exit status 2.
+
+    The message names the setting, the value received, what was expected and what to do.
+    """
+
+    exit_status = 2
+
+
+class BadValueError(UserError, ValueError):
+    """An option's value that cannot be used."""
+
+
+class MissingPathError(UserError, FileNotFoundError):
+    """A file or folder that an option names and that does not exist."""
+
+
+class ImageError(UserError, ValueError):
+    """An image that cannot be read: exit status 3."""
+
+    exit_status = 3
+
+
+class LostFolderError(UserError, FileNotFoundError):
+    """The images are no longer there: exit status 4."""
+
+    exit_status = 4
+
+
+def did_you_mean(name: str, known: Iterable[str], most: int = 3) -> str:
+    """Return " Did you mean a, b or c?" for the known names nearest to a mistyped one, or nothing.
+
+    Example:
+        >>> did_you_mean("fc9", ["fc6", "fc7", "features.0"])
+        ' Did you mean fc7 or fc6?'
+    """
+    near = difflib.get_close_matches(name, list(dict.fromkeys(known)), n=most, cutoff=0.6)
+    if not near:
+        return ""
+    return f" Did you mean {' or '.join([', '.join(near[:-1]), near[-1]] if near[1:] else near)}?"
+
+
+def as_list(value: str) -> str:
+    """Return several words or numbers as the command line takes them as a list, one alone as nothing.
+
+    Example:
+        >>> as_list("fc6, fc7")
+        "'[fc6,fc7]'"
+    """
+    words = re.split(r"[\s,;'\"]+", value.strip("[]() \t,;'\""))
+    return f"'[{','.join(words)}]'" if words[1:] else ""
+
+
+def count(number: int, noun: str) -> str:
+    """Return a number with its noun, as ``1 image`` or ``1,200 images``."""
+    plural = noun[:-1] + "ies" if noun.endswith("y") else noun + ("es" if noun.endswith(("ss", "ch")) else "s")
+    return f"{number:,} {noun if number == 1 else plural}"
+
+
+def size_in_words(number: float) -> str:
+    """Return bytes as ``9.3 MB``."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if number < 1000:
+            return f"{number:.3g} {unit}"
+        number /= 1000
+    return f"{number:,.3g} TB"
+
+
+def first_line(err: BaseException) -> str:
+    """Return what an error says on its first line, or its type where it says nothing."""
+    return (str(err).strip() or type(err).__name__).split("\n")[0]
+
+
+def rank() -> int:
+    """Return this process's number among all of the run, 0 where there is one, as its launcher set it."""
+    for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID"):
+        if os.environ.get(name, "").isdigit():
+            return int(os.environ[name])
+    return 0
+
+
+def log_to_stderr() -> None:
+    """Send notes and warnings to stderr, one line each: all of them from rank 0, only errors from the others."""
+    handler = _Stderr()
+    handler.setFormatter(_Line())
+    log.handlers = [handler]
+    log.propagate = False
+    log.setLevel(logging.INFO if rank() == 0 else logging.ERROR)
+    for category in (DeprecationWarning, FutureWarning):  # between libraries
+        warnings.filterwarnings("ignore", category=category)
+    warnings.showwarning = lambda message, *_, **__: log.warning("%s", str(message).strip().split("\n")[0])
+
+
+class _Stderr(logging.StreamHandler[TextIO]):
+    """Writes to what stderr is by then: whoever put another in its place may have closed the one before."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.stream = sys.stderr
+        super().emit(record)
+
+
+class _Line(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        """Format a note as it is, a warning or an error with its level in front."""
+        text = record.getMessage()
+        where = f" [rank {rank()}]" if rank() else ""
+        if record.levelno >= logging.WARNING:
+            return f"featx: {record.levelname.lower()}{where}: {text}"
+        return text

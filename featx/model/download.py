@@ -1,0 +1,112 @@
+"""A URL -> a file in torch's cache, whole and checked, or a reason why not."""
+
+import hashlib
+import os
+import threading
+from pathlib import Path
+from urllib.error import HTTPError
+from urllib.parse import urlparse
+from urllib.request import Request, urlopen
+
+import torch
+from filelock import FileLock
+from tqdm import tqdm
+
+from featx.errors import UserError, first_line, log
+
+TIMEOUT = 20  # seconds without an answer
+
+
+def fetch(url: str) -> Path:
+    """Download weights into torch's cache, once for all processes, checked against the digest in their name.
+
+    The file appears under its name only when it is whole, as ``torch.hub`` does it; what torch.hub lacks are the lock
+    and a timeout, https://github.com/pytorch/pytorch/issues/34934, which only all sockets of the process could have.
+
+    Returns:
+        Where the file is.
+
+    Raises:
+        UserError: It cannot be downloaded, or its digest is not the one in its name.
+    """
+    folder = Path(torch.hub.get_dir()) / "checkpoints"
+    path = folder / os.path.basename(urlparse(url).path)
+    if path.exists():
+        return _check_digest(path)
+    way_out = (
+        f"Put the file into {folder}\nor give weights that are on this machine: --model.weights FILE"
+        " (--model.weights random for a trial)"
+    )
+    digest = _digest_in(path.name)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{path}.lock"):
+            if path.exists():
+                return _check_digest(path)
+            knock(url)
+            log.info("downloading %s to %s", url, folder)
+            _download(url, path, digest)
+    except OSError as err:
+        raise UserError(f"weights cannot be downloaded from {url}\n({first_line(err)}). {way_out}") from err
+    finally:
+        Path(f"{path}.lock").unlink(missing_ok=True)
+    return path
+
+
+def _download(url: str, path: Path, digest: str | None) -> None:
+    found = hashlib.sha256()
+    partial = path.with_name(f"{path.name}.partial")
+    request = Request(url, headers={"User-Agent": "featx"})
+    try:
+        with urlopen(request, timeout=TIMEOUT) as answer, partial.open("wb") as file:
+            size = int(answer.headers.get("Content-Length") or 0)
+            with tqdm(total=size or None, unit="B", unit_scale=True) as bar:
+                while block := answer.read(1 << 20):
+                    file.write(block)
+                    found.update(block)
+                    bar.update(len(block))
+        if partial.stat().st_size < size:
+            raise OSError(f"the connection ended after {partial.stat().st_size:,} of {size:,} bytes")
+        if digest and not found.hexdigest().startswith(digest):
+            raise OSError(f"invalid hash: its SHA-256 begins with {found.hexdigest()[:8]}, expected {digest}")
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _digest_in(name: str) -> str | None:
+    found = torch.hub.HASH_REGEX.search(name)
+    return found.group(1) if found else None
+
+
+def _check_digest(path: Path) -> Path:
+    expected = _digest_in(path.name)
+    if expected:
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        if not digest.startswith(expected):
+            raise UserError(
+                f"{path} is damaged: its SHA-256 begins with {digest[:8]}, expected {expected}.\n"
+                "Remove it, so that it is downloaded again, or put the right file there."
+            )
+    return path
+
+
+def knock(url: str) -> None:
+    """Raise OSError unless the server answers in time, whatever resolver, proxy or number of addresses is between."""
+    failure: list[BaseException] = [TimeoutError(f"no answer within {TIMEOUT} s")]
+
+    def ask() -> None:
+        try:
+            with urlopen(Request(url, method="HEAD", headers={"User-Agent": "featx"}), timeout=TIMEOUT):
+                failure.clear()
+        except HTTPError:
+            failure.clear()  # it answers; what it says to a real request is the message
+        except BaseException as err:
+            failure[:] = [getattr(err, "reason", err)]
+
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(TIMEOUT)
+    if failure:
+        raise OSError(first_line(failure[0])) from failure[0]

@@ -1,0 +1,199 @@
+"""fc6 -> classifier.1; a module's path -> a hook that copies, as a row an image; what is said of a wrong one."""
+
+import threading
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from featx.errors import BadValueError, UserError, as_list, did_you_mean
+from featx.model.trace import PENULTIMATE, SEE_LAYERS, Pool, Shape, Trace, check_pool
+
+
+def find_aliases(network: nn.Module) -> dict[str, str]:
+    """Return ``fc6``, ``fc7`` and ``fc8`` with their module paths for networks built like AlexNet, else nothing.
+
+    That is: three Linears, the last one at the end, in a Sequential called ``classifier``, at the top or in the one
+    network that a network of one's own holds. The names are those of the AlexNet paper's Caffe model,
+    https://github.com/BVLC/caffe/tree/master/models/bvlc_alexnet.
+    """
+    found = []
+    for path, module in network.named_modules():
+        if path.split(".")[-1] == "classifier" and isinstance(module, nn.Sequential):
+            names = [name for name, _ in module.named_children()]
+            linears = [name for name, child in module.named_children() if isinstance(child, nn.Linear)]
+            if len(linears) == 3 and linears[-1] == names[-1]:
+                found.append([f"{path}.{name}" for name in linears])
+    return dict(zip(("fc6", "fc7", "fc8"), found[0], strict=True)) if len(found) == 1 else {}
+
+
+def resolve_layers(
+    network: nn.Module, layers: list[str], what: str, aliases: Mapping[str, str] | None = None
+) -> dict[str, str]:
+    """Return each layer with the path of its module; ``penultimate``, which only a pass can find, with itself.
+
+    Args:
+        network: Where to look them up.
+        layers: Aliases or module paths, as the user gave them.
+        what: What the network is called, for the message.
+        aliases: Names of one's own with the paths that they stand for; they win over those of ``find_aliases``.
+
+    Raises:
+        BadValueError: The network has no such layer, or one is named twice.
+    """
+    known = find_aliases(network) | dict(aliases or {})
+    paths = [path for path, _ in network.named_modules(remove_duplicate=False) if path]
+    found = {}
+    for layer in layers:
+        if layer in found:
+            raise BadValueError(f"--model.layer: {layer} is named twice. Expected each layer once.")
+        path = known.get(layer, layer)
+        if path not in paths and path != PENULTIMATE:
+            stands = f", which stands for {path}" if path != layer else ""
+            if as_list(layer):
+                raise BadValueError(f"--model.layer {layer}: expected a layer, or a list in quotes, {as_list(layer)}.")
+            names = [*known, PENULTIMATE]
+            last = f", such as {paths[-1]}" if paths else ""
+            raise BadValueError(
+                f"--model.layer {layer}{stands}: {what} has no such layer.{did_you_mean(path, [*names, *paths])}\n"
+                f"Expected {', '.join(names)}, or the path of one of its modules{last}.\n{SEE_LAYERS}"
+            )
+        found[layer] = path
+    return found
+
+
+def to_rows(output: Tensor, pool: Pool, axis: int | None) -> Tensor:
+    """Copy a module's output ``(B, ...)`` as rows, ``(B, D) float32``.
+
+    Args:
+        output: What the module gave.
+        pool: What becomes of more dimensions than two; see Taps.
+        axis: Which of them holds the channels, 1 or -1.
+    """
+    values = output.detach()
+    if values.ndim <= 2 or pool == "none":
+        copied = values.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+        return copied.reshape(len(copied), -1)  # row-major: C, H, W
+    if pool == "cls":
+        return values[:, 0].to(torch.float32, copy=True)  # (B, N, D) -> (B, D)
+    assert axis is not None
+    places = [dim for dim in range(1, values.ndim) if dim != axis % values.ndim]
+    return values.float().mean(places) if pool == "avg" else values.float().amax(places)
+
+
+class _Reached(BaseException):
+    """Every layer was seen, and what is behind the deepest need not be computed; no ``except`` of a network's."""
+
+
+class Taps:
+    """Forward hooks that copy the outputs of some modules, whichever thread runs the pass.
+
+    Each output is copied before anything behind its module can change it in place, as AlexNet's ReLUs do:
+    https://docs.pytorch.org/docs/stable/generated/torch.nn.ReLU.html. The first pass is a whole one and finds what
+    cannot be taken; those behind it end at the deepest layer.
+
+    Args:
+        network: The network whose modules are hooked.
+        layers: Each layer with the path of its module; where ``penultimate`` is, the first pass writes into it.
+        pool: What becomes of outputs of more dimensions than (B, D). none: flattened, row-major; avg or max: that
+            of each channel, over all places or tokens; cls: the first token.
+
+    Attributes:
+        shapes: The shape of each layer for one image, before pooling; from the first pass on.
+
+    Example:
+        >>> Taps(alexnet, {"fc7": "classifier.4"})(images)["fc7"].shape
+        torch.Size([64, 4096])
+    """
+
+    def __init__(self, network: nn.Module, layers: dict[str, str], pool: Pool = "none") -> None:
+        self.network = network
+        self.layers = layers
+        self.pool = pool
+        self.shapes: dict[str, Shape] = {}
+        self._pass = threading.local()
+        self._first = threading.Lock()
+
+    def __call__(self, images: Tensor) -> dict[str, Tensor]:
+        """Run one pass, down to the deepest layer, and return each layer's rows, ``(B, D) float32``.
+
+        Args:
+            images: What the network takes, ``(B, 3, H, W)``.
+
+        Raises:
+            UserError: A module was not called, called twice, or returned something else than a tensor of B rows, or
+                one that cannot be pooled.
+        """
+        with self._first:
+            if not self.shapes:
+                self.shapes = self._hook(images[:1])
+        return self.take(images)
+
+    def take(self, images: Tensor) -> dict[str, Tensor]:
+        """Run one pass that is not the first, as ``torch.compile`` can trace it, from here to the deepest layer."""
+        rows: dict[str, Tensor] = {}
+        self._pass.rows, self._pass.images = rows, len(images)
+        try:
+            with suppress(_Reached):
+                self.network(images)
+        finally:
+            self._pass.rows = None  # whoever calls the network otherwise is none of the hooks' business
+        for layer, path in self.layers.items():
+            if layer not in rows:
+                raise UserError(f"--model.layer {layer}: the network did not call {path} for these images.")
+        return {layer: rows[layer] for layer in self.layers}
+
+    def _hook(self, image: Tensor) -> dict[str, Shape]:
+        trace = Trace(self.network, torch.cat([image, image]))
+        shapes: dict[str, Shape] = {}
+        found: dict[str, str] = {}
+        hooks: list[Callable[[], Any]] = []
+        for layer, path in self.layers.items():
+            try:
+                if path == PENULTIMATE:
+                    path = trace.penultimate()
+                    module, shape = trace.calls[path].module, trace.calls[path].received or ()
+                    check_pool(layer, shape, None, self.pool)
+                    found[layer] = f"input of {path}"
+                    hooks.append(partial(module.register_forward_pre_hook, self._input_taker(layer), with_kwargs=True))
+                else:
+                    module = self.network.get_submodule(path)
+                    traced = trace.path_of(module) or path
+                    shape = trace.shape(traced, self.pool)
+                    taker = self._output_taker(layer, path, trace.channel_axis(traced))
+                    hooks.append(partial(module.register_forward_hook, taker))
+            except BadValueError as err:
+                raise BadValueError(f"--model.layer {layer}: {err}\n{SEE_LAYERS}") from err
+            shapes[layer] = shape[1:]
+        self.layers.update(found)
+        for hook in hooks:
+            hook()
+        return shapes
+
+    def _input_taker(self, layer: str) -> Any:
+        def take(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            self._keep(layer, "its Linear", next(iter((*args, *kwargs.values()))), None)
+
+        return take
+
+    def _output_taker(self, layer: str, path: str, axis: int | None) -> Any:
+        def take(module: nn.Module, inputs: Any, output: Tensor) -> None:
+            self._keep(layer, path, output, axis)
+
+        return take
+
+    def _keep(self, layer: str, path: str, output: Tensor, axis: int | None) -> None:
+        rows: dict[str, Tensor] | None = getattr(self._pass, "rows", None)
+        if rows is None:
+            return
+        if layer in rows or len(output) != self._pass.images:
+            raise UserError(
+                f"--model.layer {layer}: for these images the network calls {path} otherwise than for the first one. "
+                "Expected a module that it calls once, for all images."
+            )
+        rows[layer] = to_rows(output, self.pool, axis)
+        if len(rows) == len(self.layers):
+            raise _Reached

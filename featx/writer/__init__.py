@@ -1,0 +1,1 @@
+"""Activations become files that survive: ``--writer.*``."""

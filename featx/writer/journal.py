@@ -1,0 +1,298 @@
+"""What is surely on disk of a layer: parts, each with a journal of the batches in it, and how they become the file."""
+
+import hashlib
+import json
+import re
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, suppress
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from featx.data.batch import Fault
+from featx.errors import BadValueError
+from featx.writer import disk
+
+FORMAT = 2  # of journals and records; docs/promises.md says what each had. Older ones stay readable
+# All that featx makes in a layer's folder below .featx; nothing else there is ever removed.
+NUMBERED = r"(?P<session>\d{6})(-\d{5})?(-\d{5,})?\.(csv|npy|journal)"  # process, shard
+JOINED = r"(joined|rows)(-\d{5,})?\.(csv|npy|parquet|names\.txt)"
+OWN = re.compile(rf"\.?({NUMBERED}|{JOINED}|run\.json|images\.gz)(\.new)?")
+
+Piece = tuple[Path, int, int]  # a file, first byte, byte behind the last
+Span = tuple[int, int, int]  # first byte, byte behind the last, CRC-32 of what is between
+
+
+class Entry(NamedTuple):
+    """What a journal says of one batch.
+
+    Attributes:
+        batch: Its number in the whole run.
+        rows: Rows it gave.
+        columns: Values in each row, or 0 without a row.
+        odd: How many rows hold nan or infinity, how many such values, and how many more float16 made infinite.
+        spans: Where the rows stand in the part of each format.
+        device: What computed them.
+        faults: The images that could not be read.
+        readers: The kinds of image files that were read, each with the number of its reader; None in format 1.
+    """
+
+    batch: int
+    rows: int
+    columns: int
+    odd: tuple[int, ...]
+    spans: dict[str, Span]
+    device: str
+    faults: list[Fault]
+    readers: dict[str, int] | None = None
+
+
+class Head(NamedTuple):
+    """The first line of a journal.
+
+    Attributes:
+        files: Names of the part's files, one per format.
+        run: Digest of the identity of the run that wrote it; empty in format 1, which had none.
+    """
+
+    files: list[str]
+    run: str
+
+
+class Placed(NamedTuple):
+    """An entry whose bytes were found as the journal says, with the part of each format."""
+
+    entry: Entry
+    files: dict[str, Path]
+
+
+def encode_line(value: Any) -> bytes:
+    """Return a journal's line: the CRC-32 of a JSON text, and the text."""
+    text = json.dumps(value, separators=(",", ":")).encode()
+    return b"%08x %b\n" % (zlib.crc32(text), text)
+
+
+def encode(head: Head, entries: Iterable[Entry]) -> bytes:
+    """Return a journal."""
+    first = {"format": FORMAT, "run": head.run, "files": head.files}
+    return b"".join(map(encode_line, [first, *entries]))
+
+
+def read(path: Path) -> tuple[Head, list[Entry]]:
+    """Return a journal's head and its entries, up to the first line that is torn or damaged; raise as ``decode``."""
+    return decode(path.read_bytes(), path)
+
+
+def decode(data: bytes, path: Path) -> tuple[Head, list[Entry]]:
+    """Return the head and the entries of a journal's bytes; ``path`` is for the message.
+
+    Raises:
+        BadValueError: It was written by a newer featx.
+    """
+    values: list[Any] = []
+    for line in data.split(b"\n")[:-1]:  # what comes after the last line break is torn
+        crc, _, text = line.partition(b" ")
+        if crc != b"%08x" % zlib.crc32(text):
+            break
+        values.append(json.loads(text))
+    if not values:
+        return Head([], ""), []
+    first, *entries = values
+    if isinstance(first, list):  # format 1
+        first = {"files": first, "run": ""}
+    check_format(path, first)
+    return Head(first["files"], first["run"]), [_entry(*entry) for entry in entries]
+
+
+def check_format(path: Path, content: dict[str, Any]) -> None:
+    """Raise BadValueError for a journal or a record of a format that this version does not know."""
+    if (found := content.get("format", 1)) not in range(1, FORMAT + 1):
+        raise BadValueError(
+            f"{path}: is in format {found}, of a newer featx; this one reads formats up to {FORMAT}.\n"
+            "Update featx, or give another --writer.out_dir."
+        )
+
+
+def _entry(
+    batch: int,
+    rows: int,
+    columns: int,
+    odd: Any,
+    spans: dict[str, Any],
+    device: str,
+    faults: Any,
+    readers: dict[str, int] | None = None,
+) -> Entry:
+    placed = {format: (start, end, crc) for format, (start, end, crc) in spans.items()}
+    return Entry(batch, rows, columns, tuple(odd), placed, device, [Fault(*fault) for fault in faults], readers)
+
+
+class Part:
+    """The rows that one process writes of one layer, a file a format, and their journal.
+
+    Args:
+        folder: Where they lie.
+        stem: Their name, unused so far.
+        run: Digest of the run's identity.
+        heads: For each format the bytes that a whole file begins with; every part does, so that any can become it.
+    """
+
+    def __init__(self, folder: Path, stem: str, run: str, heads: dict[str, bytes]) -> None:
+        self.journal_path = folder / f"{stem}.journal"
+        self.paths = {format: folder / f"{stem}.{format}" for format in heads}
+        self.sha256 = {format: hashlib.sha256(head) for format, head in heads.items()}
+        self._files = {format: disk.open_to_write(path) for format, path in self.paths.items()}
+        self._ends = dict.fromkeys(heads, 0)
+        self._waiting = [encode(Head([path.name for path in self.paths.values()], run), [])]
+        for format, head in heads.items():
+            disk.write(self._files[format], self.paths[format], head)
+            self._ends[format] = len(head)
+        self._journal = disk.open_to_write(self.journal_path)
+        self.sync()
+
+    def add(self, entry: Entry, texts: dict[str, bytes]) -> None:
+        """Write a batch's rows, whose spans are filled in here; they count as done from the next ``sync`` on."""
+        for format, text in texts.items():
+            disk.write(self._files[format], self.paths[format], text)
+            self.sha256[format].update(text)
+            start, end = self._ends[format], self._ends[format] + len(text)
+            entry.spans[format], self._ends[format] = (start, end, zlib.crc32(text)), end
+        self._waiting.append(encode_line(entry))
+
+    def sync(self) -> None:
+        """Bring the rows to the disk, then the journal's lines that say so."""
+        if not self._waiting:
+            return
+        for format, file in self._files.items():
+            disk.sync(file, self.paths[format])
+        disk.write(self._journal, self.journal_path, b"".join(self._waiting))
+        disk.sync(self._journal, self.journal_path)
+        self._waiting.clear()
+
+    def digests(self) -> dict[Path, str]:
+        """Return the SHA-256 of each file as it is."""
+        return {path: self.sha256[format].hexdigest() for format, path in self.paths.items()}
+
+    def close(self) -> None:
+        """Close the files, all of them, without a sync."""
+        with ExitStack() as stack:
+            for file, path in [*zip(self._files.values(), self.paths.values(), strict=True),
+                               (self._journal, self.journal_path)]:  # fmt: skip
+                stack.callback(disk.close, file, path)
+
+
+def journals(folder: Path) -> Iterator[Path]:
+    """Yield the journals in a folder in the order of their names: older sessions first."""
+    for path in sorted(folder.glob("*.journal")):
+        if re.fullmatch(NUMBERED, path.name) and path.is_file() and not path.is_symlink():
+            yield path
+
+
+def read_parts(
+    folder: Path, formats: Iterable[str], run: str, mine: Callable[[str], bool], session: str = ""
+) -> dict[int, Placed]:
+    """Return, by number, every batch of a run whose rows are on disk whole in all of the formats.
+
+    A later journal wins. Nothing in an older session's is trusted: it must be of the same run, name only files of its
+    own, and a batch counts only if the parts' bytes have the checksums that the journal gives.
+
+    Args:
+        folder: Where the parts are.
+        formats: The formats.
+        run: Digest of the run's identity. A journal of format 1 has none: that of its folder was compared.
+        mine: Whether a name outside the folder, relative to it, is a finished file of this layer.
+        session: The session that is ending, to return only what it wrote, without reading its parts.
+    """
+    done: dict[int, Placed] = {}
+    wanted = set(formats)
+    for path in journals(folder):
+        if not path.name.startswith(session):
+            continue
+        head, entries = read(path)
+        own = [name for name in head.files if _is_part(folder, name) or mine(name)]
+        files = {format: folder / name for name in own if (format := Path(name).suffix[1:]) in wanted}
+        if wanted == files.keys() and head.run in ("", run):
+            damaged = set[int]()
+            for format, file in files.items() if not session else ():
+                damaged |= _damaged(file, format, entries)
+            done |= {entry.batch: Placed(entry, files) for entry in entries if entry.batch not in damaged}
+    return done
+
+
+def _is_part(folder: Path, name: str) -> bool:
+    return re.fullmatch(f"{NUMBERED}|{JOINED}", name) is not None and not (folder / name).is_symlink()
+
+
+def _damaged(path: Path, format: str, entries: list[Entry]) -> set[int]:
+    bad = {entry.batch for entry in entries}
+    with suppress(OSError), path.open("rb") as file:
+        for entry in entries:
+            start, end, crc = entry.spans[format]
+            file.seek(start)
+            data = file.read(end - start)
+            if len(data) == end - start and zlib.crc32(data) == crc:
+                bad.remove(entry.batch)
+    return bad
+
+
+def next_session(folder: Path) -> int:
+    """Return the number that a new session's names begin with: no file has one of them, and its journals come last."""
+    found = (re.fullmatch(NUMBERED, path.name) for path in folder.glob("*"))
+    return 1 + max((int(name["session"]) for name in found if name), default=0)
+
+
+def pieces(format: str, placed: Iterable[Placed]) -> list[Piece]:
+    """Line up the bytes of batches in one format, neighbours in one piece."""
+    found: list[Piece] = []
+    for entry, files in placed:
+        start, end, _ = entry.spans[format]
+        if found and found[-1][0] == files[format] and found[-1][2] == start:
+            found[-1] = (files[format], found[-1][1], end)
+        elif end > start:
+            found.append((files[format], start, end))
+    return found
+
+
+def join(ranges: list[Piece], head: bytes, fresh: Path, keep: Path) -> Path:
+    """Make a whole file of a head and pieces of parts, and return where it is, on disk and ready to be renamed.
+
+    A part that begins as the file does becomes the file; the rest is appended to it by the kernel. Whatever happens
+    on the way, its own batches stay where its journal says.
+
+    Args:
+        ranges: What stands behind the head.
+        head: The first bytes.
+        fresh: Name for a new file, where no part can become it.
+        keep: A finished file, which is only read; where it is whole already, it is what is returned.
+    """
+    path = fresh
+    first = ranges[0][0] if ranges else keep
+    finished = keep.exists() and first.samefile(keep)  # a kept journal names it by another path
+    if finished and ranges == [(first, len(head), keep.stat().st_size)]:
+        with disk.told(keep), keep.open("rb") as old:
+            if old.read(len(head)) == head:
+                return keep
+    if ranges and not finished and ranges[0][1] == len(head) and all(source != first for source, _, _ in ranges[1:]):
+        path = first
+        file = disk.open_to_write(path, ranges[0][2])
+        ranges = ranges[1:]
+    else:
+        file = disk.open_to_write(path)
+        disk.write(file, path, head)
+    try:
+        for source, start, end in ranges:
+            disk.append_range(file, path, source, start, end)
+        file.seek(0)
+        if file.read(len(head)) != head:
+            file.seek(0)
+            disk.write(file, path, head)
+        disk.sync(file, path)
+    finally:
+        disk.close(file, path)
+    return path
+
+
+def digest(path: Path) -> str:
+    """Return the SHA-256 of a file."""
+    with disk.told(path), path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,250 @@
+"""What made this file: the identity of a run, its record LAYER.json, and what two of them differ in."""
+
+import gzip
+import hashlib
+import inspect
+import json
+import re
+import zlib
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, get_args
+
+import numpy as np
+
+from featx.data.batch import Images
+from featx.errors import BadValueError, count
+from featx.writer import disk, formats, journal
+
+Json = dict[str, Any]
+
+NOTHING = type(None)
+SHAPE: dict[str, tuple[type, ...]] = {  # what a record is read for; whatever else it says is left as it is
+    "layer": (str,),
+    "files": (dict,),
+    "rows": (int,),
+    "columns": (int,),
+    "errors": (int,),
+    "errors_used": (int,),
+    "inputs.images": (int,),
+    "inputs.digest": (str,),
+    "identity.weights": (str,),
+    "identity.value_range": (list, NOTHING),
+    "identity.decoder": (str,),
+    "identity.precision": (str,),
+    "identity.names": (str,),
+    "identity.header": (bool,),
+    "identity.shard_rows": (int, NOTHING),
+    "run.options.model_class": (str,),
+    "run.options.model": (dict,),
+    "run.options.data.dir": (str,),
+}
+IN_WORDS = {str: "text", int: "a number", dict: "an object", list: "a list", bool: "true or false", NOTHING: "null"}
+# Keys of an identity that were added to it, each with the value that decided before. Nothing is ever taken out.
+SINCE: Json = {"revisions": {"preprocessing": 1, "pass": 1, "text": 1}}
+
+
+def merge(*parts: Json) -> Json:
+    """Return one identity of several, each of which may have ``versions`` and ``revisions``."""
+    found: Json = {}
+    for part in parts:
+        for key, value in part.items():
+            found[key] = {**found.get(key, {}), **value} if isinstance(value, dict) else value
+    return found
+
+
+def complete(identity: Json) -> Json:
+    """Return an identity with the keys that are newer than it, at the values that decided then."""
+    found = dict(identity)
+    for key, then in SINCE.items():
+        found[key] = {**then, **identity.get(key, {})} if isinstance(then, dict) else identity.get(key, then)
+    found["versions"] = {name: value for name, value in identity["versions"].items() if name != "featx"}  # in format 1
+    return found
+
+
+def digest(identity: Json, images: Images) -> str:
+    """Return the SHA-256 of an identity and the images' names, which stays the same when later versions add keys."""
+    known = complete(identity)
+    for key, then in SINCE.items():
+        if isinstance(then, dict):
+            known[key] = {name: value for name, value in known[key].items() if value != then.get(name)}
+        if known[key] in (then, {}):
+            del known[key]
+    return hashlib.sha256((json.dumps(known, sort_keys=True) + images.digest_of_names()).encode()).hexdigest()
+
+
+def public_name(owner: type) -> str:
+    """Return what a class is called in ``--model`` and in records: featx's own stay the same wherever they move."""
+    package = owner.__module__.split(".")[0]
+    return f"{package if package == 'featx' else owner.__module__}.{owner.__qualname__}"
+
+
+def options(owner: object) -> Json:
+    """Return the options that an object was made with, where it keeps them under their names."""
+    names = inspect.signature(type(owner)).parameters
+    return {name: getattr(owner, name) for name in names if hasattr(owner, name)}
+
+
+def inputs(images: Images) -> Json:
+    """Return how many images there are, and a digest of their names, sizes and times."""
+    return {"images": len(images), "digest": images.digest()}
+
+
+def differences(old: Json, new: Json) -> list[str]:
+    """Return a line for each value of two identities that differs, as ``weights: 3f2a51c0… -> 9c1b77de…``."""
+    old_known, new_known = complete(old), complete(new)
+    if "revisions" not in old:  # format 1 did not have the packages of the network's code
+        new_known["versions"] = {name: new_known["versions"].get(name) for name in old_known["versions"]}
+    return differing(old_known, new_known)
+
+
+def differing(old: Json, new: Json, path: str = "") -> list[str]:
+    """Return a line for each value that differs, as ``preprocessing.crop: 224 -> 200``."""
+    lines = []
+    for key in dict.fromkeys([*old, *new]):
+        before, after = old.get(key), new.get(key)
+        if isinstance(before, dict) and isinstance(after, dict):
+            lines += differing(before, after, f"{path}{key}.")
+        elif before != after:
+            lines.append(f"{path}{key}: {_short(before)} -> {_short(after)}")
+    return lines
+
+
+def _short(value: Any) -> str:
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    return f"{text[:8]}…" if len(text) == 64 and text.isalnum() else text if len(text) <= 60 else f"{text[:57]}…"
+
+
+def as_json(record: Json) -> bytes:
+    """Return a record as indented JSON, names and paths readable."""
+    return json.dumps(record, indent=2, ensure_ascii=False).encode("utf-8", "surrogateescape") + b"\n"
+
+
+def read_record(path: Path, layer: str | None = None) -> dict[str, Any] | None:
+    """Return what LAYER.json says, or None where there is no such file.
+
+    Args:
+        path: LAYER.json.
+        layer: The layer that it must be of, where its files are to be replaced; without it, it may have been renamed.
+
+    Raises:
+        BadValueError: It is no record of featx, or one of a newer featx.
+    """
+    try:
+        found = json.loads(path.read_bytes().decode("utf-8", "surrogateescape"))
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, ValueError, RecursionError) as err:
+        wrong = getattr(err, "strerror", None) or f"it is not JSON ({type(err).__name__}: {err})"
+    else:
+        if isinstance(found, dict):
+            journal.check_format(path, found)
+        wrong = _wrong(found, layer)
+        if not wrong:
+            return dict(found)
+    raise BadValueError(f"{path}: not a record of featx: {wrong}.\nExpected what featx predict wrote with its files.")
+
+
+def is_result_name(layer: str, name: str) -> bool:
+    """Return whether a layer's file may have this name in its record, as ``fc7.csv`` or ``fc7/00000.csv``."""
+    stem, kinds = layer.replace("/", "%2F"), "|".join(["names.txt", *get_args(formats.Format)])
+    allowed = rf"{re.escape(stem)}(/[0-9]{{5,}})?\.({kinds})"
+    return stem not in ("", ".", "..") and re.fullmatch(allowed, name) is not None
+
+
+def _wrong(record: Any, layer: str | None) -> str:
+    """Say what of a record is not as featx writes it, or return nothing."""
+    for key, kinds in SHAPE.items():
+        value = record
+        for word in key.split("."):
+            if not isinstance(value, dict) or word not in value:
+                return f"it has no {key}"
+            value = value[word]
+        if type(value) not in kinds or value == "" or (type(value) is int and value < 0):
+            return f"{key} is {_as_text(value)}, expected {' or '.join(IN_WORDS[kind] for kind in kinds)}"
+    if layer is not None and record["layer"] != layer:
+        return f"layer is {_as_text(record['layer'])}, expected {_as_text(layer)}"
+    bounds, size = record["identity"]["value_range"] or [0, 1], record["identity"]["shard_rows"]
+    if len(bounds) != 2 or not all(type(bound) in (int, float) for bound in bounds) or not bounds[0] < bounds[1]:
+        return f"identity.value_range is {_as_text(bounds)}, expected two numbers, the lower first"
+    for name, said in record["files"].items():
+        of_shards = name.partition("/")[2].partition(".")[0]
+        right = is_result_name(record["layer"], name) and bool(of_shards) == (size is not None)
+        if not right or (size is not None and int(of_shards) * size >= record["inputs"]["images"]):
+            return f"files names {_as_text(name)}, which is no file of layer {_as_text(record['layer'])}"
+        known = said if isinstance(said, dict) else {}
+        counts = [known.get("bytes"), known.get("rows", 0)]
+        sha256 = known.get("sha256")
+        if not all(type(number) is int and number >= 0 for number in counts) or not isinstance(sha256, str):
+            return f"files says {_as_text(said)} of {name}, expected sha256 and bytes"
+    return "" if record["files"] else "files names none"
+
+
+def _as_text(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 60 else f"{text[:57]}…"
+
+
+def read_json(path: Path) -> Json | None:
+    """Return a record, or None where there is none that can be read."""
+    with suppress(OSError, ValueError):
+        record = json.loads(path.read_bytes().decode("utf-8", "surrogateescape"))
+        return record if isinstance(record, dict) else None
+    return None
+
+
+def read_run(path: Path) -> Json | None:
+    """Return what ``run.json`` says of an unfinished run, or None where there is none that can be read.
+
+    Raises:
+        BadValueError: It is none of featx's, or of a newer featx.
+    """
+    if (run := read_json(path)) is None:
+        return None
+    journal.check_format(path, run)
+    if not all(isinstance(run.get(key), dict) for key in ("identity", "inputs")):
+        raise BadValueError(f"{path}: not as featx writes it. Remove it, or give another --writer.out_dir.")
+    return run
+
+
+def save_inputs(path: Path, images: Images) -> None:
+    """Keep the list of images, with sizes and times, to tell later what changed."""
+    lines = (f"{size} {mtime} {json.dumps(name)}\n".encode()
+             for name, size, mtime in zip(images.names, images.sizes, images.mtimes, strict=True))  # fmt: skip
+    disk.replace(path, gzip.compress(b"".join(lines), 1))
+
+
+def read_inputs(path: Path, some: slice = slice(None)) -> list[tuple[str, int, int]]:
+    """Return names, sizes and times of some of the images that ``save_inputs`` kept.
+
+    Raises:
+        OSError: There is no such list; or EOFError, ValueError or zlib.error: it is damaged.
+    """
+    lines = (line.split(b" ", 2) for line in gzip.decompress(path.read_bytes()).splitlines()[some])
+    return [(json.loads(name), int(size), int(mtime)) for size, mtime, name in lines]
+
+
+def changed_inputs(path: Path, images: Images, excused: Sequence[str]) -> str:
+    """Say how many images were added, removed or changed since ``save_inputs``, or return nothing.
+
+    Args:
+        path: The list kept then.
+        images: The images now.
+        excused: Images that could not be read then: they may have changed.
+    """
+    try:
+        before = {name: (size, mtime) for name, size, mtime in read_inputs(path)}
+    except (OSError, EOFError, ValueError, zlib.error):
+        return "the list of images is another"
+    same_order = list(before) == list(images.names)
+    free = set(excused)
+    added = changed = 0
+    for name, size, mtime in zip(images.names, np.asarray(images.sizes), np.asarray(images.mtimes), strict=True):
+        found = before.pop(name, None)
+        added += found is None
+        changed += found is not None and found != (size, mtime) and name not in free
+    told = {"added": added, "removed": len(before), "changed": changed}
+    if not (added or before or same_order):
+        return "the order of the images changed"
+    return ", ".join(f"{count(number, 'image')} {word}" for word, number in told.items() if number)

@@ -1,0 +1,115 @@
+"""``featx verify``: one line for what is wrong with a file, and rows computed again."""
+
+import shutil
+
+import pytest
+from conftest import make_image
+from tiny import run
+
+from featx.cli import main
+
+TINY = ("--model", "tiny.Tiny")  # whose code a record alone does not run
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("made")
+    (folder / "photos").mkdir()
+    for i in range(20):
+        make_image(i, (30, 30)).save(folder / "photos" / f"{i:02}.png")
+    (folder / "photos" / "a,b.png").write_bytes(b"broken")
+    make_image(77, (30, 30)).save(folder / "photos" / 'c"d\ne,.png')
+    for name, options in (("plain", {}), ("header", {"header": True, "names": "relative"})):
+        run(folder / "photos", folder / name, **options)
+    return folder
+
+
+@pytest.fixture
+def copy(made, tmp_path):
+    shutil.copytree(made / "plain", tmp_path / "plain")
+    return tmp_path / "plain" / "2.csv"
+
+
+@pytest.mark.parametrize("name", ["plain", "header"])
+def test_a_file_as_it_was_written_is_right(made, name, capsys):
+    assert main(["verify", str(made / name / "2.csv"), "--images", str(made / "photos"), *TINY]) == 0
+    assert "21 rows of 4 values as recorded; 21 rows computed again, the largest relative difference is 0.0e+00" in (
+        capsys.readouterr().out
+    )
+
+
+def change_a_digit(data):
+    return data.replace(b"1", b"2", 1)
+
+
+def swap_rows(data):
+    lines = data.split(b"\n")
+    lines[2], lines[3] = lines[3], lines[2]
+    return b"\n".join(lines)
+
+
+HARM = {
+    "values differ": lambda data: data[:-2] + (b"1" if data[-2:-1] != b"1" else b"2") + data[-1:],
+    "row 3 is named b'03.png', expected b'02.png'": swap_rows,
+    "20 rows, expected 21": lambda data: data[data.index(b"\n") + 1 :],
+    "rows of 4 and 5 values, expected 4": lambda data: data[:-1] + b",1.0\n",
+}
+
+
+@pytest.mark.parametrize("words", HARM)
+def test_what_is_wrong_is_one_line_and_exit_1(copy, words, capsys):
+    copy.write_bytes(HARM[words](copy.read_bytes()))
+    assert main(["verify", str(copy)]) == 1
+    told = capsys.readouterr().err
+    assert words in told and told.count("\n") == 1
+
+
+def test_a_folder_of_shards_is_told_shard_by_shard(made, tmp_path, capsys):
+    run(made / "photos", tmp_path, shard_rows=8, format=["csv", "npy"])
+    assert main(["verify", str(tmp_path / "2"), "--images", str(made / "photos"), *TINY]) == 0
+    told = capsys.readouterr().out.splitlines()
+    assert len(told) == 6 and "2/00002.npy: 5 rows of 4 values as recorded; 5 rows computed again" in told[-1]
+    assert sum("8 rows of 4" in line for line in told) == 4 and "relative difference is 0.0e+00" in told[2]
+    shard = tmp_path / "2" / "00001.csv"
+    shard.write_bytes(swap_rows(shard.read_bytes()))
+    assert main(["verify", str(shard), str(tmp_path / "2" / "00000.csv")]) == 1
+    out, err = capsys.readouterr()
+    assert "2/00001.csv: row 3 is named" in err and "2/00000.csv: " in out
+    (tmp_path / "2" / "00001.npy").unlink()
+    assert main(["verify", str(tmp_path / "2")]) == 2
+    assert "2/00001.npy: no such file" in capsys.readouterr().err
+    assert main(["verify", str(tmp_path)]) == 2
+    assert f"{tmp_path}.json: no such file" in capsys.readouterr().err
+
+
+def test_several_files_are_each_told(copy, made, capsys):
+    copy.write_bytes(copy.read_bytes()[:-5])
+    assert main(["verify", str(made / "plain" / "2.csv"), str(copy)]) == 1
+    out, err = capsys.readouterr()
+    assert out.count("as recorded") == 1 and err.count("\n") == 1
+
+
+def test_other_images_give_other_rows(made, tmp_path, capsys):
+    shutil.copytree(made / "photos", tmp_path / "photos")
+    make_image(99, (30, 30)).save(tmp_path / "photos" / "00.png")
+    assert main(["verify", str(made / "plain" / "2.csv"), "--images", str(tmp_path / "photos"), *TINY]) == 1
+    assert "the largest relative difference is" in capsys.readouterr().err
+
+
+def test_what_is_no_result_is_exit_2(tmp_path, capsys):
+    (tmp_path / "x.csv").touch()
+    assert main(["verify", str(tmp_path / "x.csv")]) == 2
+    assert "x.json: no such file" in capsys.readouterr().err
+    assert main(["verify"]) == 2
+
+
+@pytest.mark.parametrize(("old", "new", "words"), [
+    ('"precision": "32-true"', '"precision": "bf16-mixed"', "--trainer.precision bf16-mixed are not computed again"),
+])  # fmt: skip
+def test_rows_that_this_machine_would_compute_otherwise_are_not_compared(made, copy, old, new, words, capsys, caplog):
+    record = copy.with_suffix(".json")
+    assert old in record.read_text()
+    record.write_text(record.read_text().replace(old, new))
+    assert main(["verify", str(copy), "--images", str(made / "photos"), *TINY]) == 2
+    assert words in capsys.readouterr().err + caplog.text

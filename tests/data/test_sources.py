@@ -1,0 +1,220 @@
+"""Folder -> images: ImageFolder's order, what is left out, lists, and what they cost in memory."""
+
+import errno
+import os
+import pickle
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import make_image
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torchvision.datasets import ImageFolder
+
+from featx.data.sources import ImageTree, Names, is_lost
+from featx.errors import BadValueError, MissingPathError, UserError
+
+
+def test_rows_follow_imagefolder(photos):
+    ours, theirs = ImageTree(str(photos)), ImageFolder(str(photos))
+    assert [ours.path(i) for i in range(len(ours))] == [path for path, _ in theirs.samples]
+    assert len(ours) == 37 and ours.classes == theirs.classes
+    assert ours.names[0] == "ants/image-00.jpg" and "bees/wild/image-01.JPEG" in ours.names
+    assert ours.left_out == ""
+
+
+def test_a_trailing_slash_changes_no_name(photos):
+    assert list(ImageTree(f"{photos}/").names) == list(ImageTree(str(photos)).names)
+
+
+def test_a_flat_folder_is_taken_as_it_is(tmp_path):
+    for name in ("b.png", "a.jpg", "C.png"):
+        make_image(1, (8, 8)).save(tmp_path / name)
+    (tmp_path / "features").mkdir()
+    (tmp_path / "features" / "fc7.csv").touch()
+    tree = ImageTree(str(tmp_path))
+    assert list(tree.names) == ["C.png", "a.jpg", "b.png"] and tree.classes == [""]
+    assert tree.left_out == "1 file with other suffixes (.csv)"
+
+
+def test_what_imagefolder_leaves_out_is_counted(tmp_path):
+    for folder in ("cats", "dogs", "empty"):
+        (tmp_path / folder).mkdir()
+    for name in ("cats/1.png", "cats/2.png", "loose.png"):
+        make_image(1, (8, 8)).save(tmp_path / name)
+    for name in ("cats/.DS_Store", "cats/x.gif", "dogs/y.gif", "dogs/notes"):
+        (tmp_path / name).touch()
+    tree = ImageTree(str(tmp_path))
+    assert list(tree.names) == ["cats/1.png", "cats/2.png"]
+    assert tree.left_out == (
+        "1 image beside the class folders, 3 files with other suffixes (.gif, none), "
+        "2 class folders without images (dogs, empty)"
+    )
+
+
+def test_no_folder_a_file_and_no_image_are_told(tmp_path):
+    with pytest.raises(MissingPathError, match=r"--data.dir .*nowhere: no such folder"):
+        ImageTree(str(tmp_path / "nowhere"))
+    (tmp_path / "file").touch()
+    with pytest.raises(BadValueError, match=r"this is a file. Expected a folder of images"):
+        ImageTree(str(tmp_path / "file"))
+    (tmp_path / "file").rename(tmp_path / "a.txt")
+    with pytest.raises(BadValueError, match=r"no image in it. It holds 1 file with other suffixes \(.txt\)"):
+        ImageTree(str(tmp_path))
+
+
+# Names that sort and encode awkwardly: case, what sorts before and behind "/", dots, not UTF-8, beyond the BMP.
+PIECES = st.sampled_from(
+    ["a", "A", "a-b", "a.b", "a!", "a0", "é", "e\u0301", "日本", "\U0001f431", "\udcff", ".hid", "x y", "z,"]
+)
+SUFFIXES = st.sampled_from([".jpg", ".JPG", ".png", ".txt", "", ".webp"])
+TREES = st.lists(st.tuples(st.lists(PIECES, min_size=1, max_size=3), PIECES, SUFFIXES), max_size=12)
+
+
+@settings(max_examples=150, deadline=None)
+@given(TREES)
+def test_any_tree_of_class_folders_comes_in_imagefolders_order(files):
+    with tempfile.TemporaryDirectory() as root:
+        for folders, name, suffix in files:
+            folder = Path(root, *folders)
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / f"{name}{suffix}").touch()
+        theirs = [path for path, _ in ImageFolder(root, allow_empty=True).samples] if files else []
+        if theirs:
+            ours = ImageTree(root)
+            assert [ours.path(i) for i in range(len(ours))] == theirs
+            assert ours.sizes.tolist() == [0] * len(theirs)
+        else:
+            with pytest.raises(BadValueError, match="no image in it"):
+                ImageTree(root)
+
+
+@given(st.lists(st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]) | st.just("\udcfe"))))
+def test_names_are_a_sequence_that_pickles(names):
+    blobs = [os.fsencode(name) for name in names]
+    packed = Names(b"".join(blobs), np.cumsum([0, *map(len, blobs)]))
+    assert list(packed) == list(pickle.loads(pickle.dumps(packed))) == names
+    assert packed[::-1] == names[::-1] and packed[-2:] == names[-2:] and len(packed) == len(names)
+    with pytest.raises(IndexError):
+        packed[len(names)]
+
+
+def test_sizes_and_mtimes_stand_beside_the_names(tmp_path):
+    (tmp_path / "a.png").write_bytes(b"12345")
+    os.utime(tmp_path / "a.png", ns=(1, 1_700_000_000_123_456_789))
+    os.symlink("nowhere", tmp_path / "b.png")
+    tree = ImageTree(str(tmp_path))
+    assert (list(tree.names), tree.sizes.tolist()) == (["a.png", "b.png"], [5, -1])
+    assert tree.mtimes.tolist() == [1_700_000_000_123_456_789, -1]
+
+
+def test_the_digest_notices_a_name_a_size_and_a_time(tmp_path):
+    def touch(name, content=b"", ns=10**18):
+        (tmp_path / name).write_bytes(content)
+        os.utime(tmp_path / name, ns=(ns, ns))
+        return ImageTree(str(tmp_path)).digest()
+
+    first = touch("a.png")
+    assert touch("a.png") == first and len(first) == 64
+    digests = [first, touch("a.png", b"1"), touch("a.png", ns=10**18 + 1), touch("b.png"), touch("a.pngb.png")]
+    assert len(set(digests)) == 5
+
+
+def test_a_folder_named_like_an_image_stands_in_the_place_of_that_image(tmp_path):
+    for folder in ("cats/b.jpg", "cats/d.jpg/deep", "cats/e.jpg/inner.png", "dogs.jpg"):
+        (tmp_path / folder).mkdir(parents=True)
+    for name in ("cats/a.jpg", "cats/c.jpg", "cats/d.jpg/deep/x.jpg", "dogs.jpg/1.jpg"):
+        (tmp_path / name).touch()
+    tree = ImageTree(str(tmp_path))
+    assert list(tree.names) == [
+        "cats/a.jpg",
+        "cats/b.jpg",
+        "cats/c.jpg",
+        "cats/d.jpg/deep/x.jpg",
+        "cats/e.jpg/inner.png",
+        "dogs.jpg/1.jpg",
+    ]
+    assert tree.classes == ["cats", "dogs.jpg"] and tree.sizes[1] == -1
+
+
+def test_a_folder_named_like_an_image_in_a_flat_folder(tmp_path):
+    (tmp_path / "b.jpg").mkdir()
+    for name in ("a.jpg", "c.jpg"):
+        (tmp_path / name).touch()
+    tree = ImageTree(str(tmp_path))
+    assert list(tree.names) == ["a.jpg", "b.jpg", "c.jpg"] and tree.classes == [""] and tree.left_out == ""
+
+
+def test_links_to_folders_are_followed_but_not_in_a_circle(tmp_path):
+    (tmp_path / "root" / "cats" / "old").mkdir(parents=True)
+    (tmp_path / "root" / "cats" / "a.jpg").touch()
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "b.jpg").touch()
+    os.symlink(tmp_path / "elsewhere", tmp_path / "root" / "cats" / "link")
+    os.symlink("../..", tmp_path / "root" / "cats" / "old" / "up")
+    os.symlink("..", tmp_path / "root" / "cats" / "old" / "around")
+    os.symlink(tmp_path / "root" / "cats", tmp_path / "elsewhere" / "far")
+    os.symlink("self.jpg", tmp_path / "root" / "cats" / "self.jpg")
+    tree = ImageTree(str(tmp_path / "root"))
+    assert list(tree.names) == ["cats/a.jpg", "cats/self.jpg", "cats/link/b.jpg"]
+    assert tree.left_out == "3 links back to a folder around (cats/link/far, cats/old/around, cats/old/up)"
+
+
+def test_a_folder_that_cannot_be_read_is_told(photos, monkeypatch):
+    scandir = os.scandir
+
+    def refuse(path):
+        if str(path).endswith("wild"):
+            raise PermissionError(errno.EACCES, "Permission denied", path)
+        return scandir(path)
+
+    monkeypatch.setattr("os.scandir", refuse)
+    with pytest.raises(UserError, match=r"--data.dir .*: Permission denied: .*bees/wild"):
+        ImageTree(str(photos))
+
+
+def write_list(folder, content):
+    (folder / "list.txt").write_bytes(content)
+    return str(folder / "list.txt")
+
+
+def test_a_list_says_which_images_and_in_which_order(photos, tmp_path):
+    content = b"\xef\xbb\xbfcats/image-02.jpg\r\n\n./ants//image-00.jpg\n  \nlost/\xff.jpg\nants/image-03.JPEG"
+    tree = ImageTree(str(photos), write_list(tmp_path, content))
+    assert list(tree.names) == ["cats/image-02.jpg", "ants/image-00.jpg", "lost/\udcff.jpg", "ants/image-03.JPEG"]
+    assert tree.sizes.tolist()[:2] == [os.path.getsize(tree.path(0)), os.path.getsize(tree.path(1))]
+    assert (tree.sizes[2], tree.mtimes[2]) == (-1, -1) and (tree.classes, tree.left_out) == ([""], "")
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"\n \r\n", r"list.txt: no path in it. Expected a path below --data.dir a line"),
+        (b"a.jpg\n/b.jpg\n", r"list.txt, line 2: '/b.jpg' does not lie below --data.dir"),
+        (b"a/../../b.jpg\n", r"line 1: 'a/../../b.jpg' does not lie below --data.dir.\nExpected .*cats/felix.jpg"),
+        (b"a.jpg\0b.jpg\0", r"line 1: .* does not lie below"),
+        (b"a.jpg\nb.jpg\n\n./a.jpg", r"line 4: './a.jpg' stands in line 1 already.\nExpected each image once"),
+    ],
+)
+def test_a_list_that_cannot_be_used_is_told_with_its_line(tmp_path, content, words):
+    with pytest.raises(BadValueError, match=words):
+        ImageTree(str(tmp_path), write_list(tmp_path, content))
+
+
+def test_a_list_that_is_missing_or_a_folder_is_told(tmp_path):
+    with pytest.raises(MissingPathError, match=r"--data.files nowhere.txt: no such file. Expected a list of images"):
+        ImageTree(str(tmp_path), "nowhere.txt")
+    with pytest.raises(UserError, match=r"--data.files .*: Is a directory. Expected a list of images"):
+        ImageTree(str(tmp_path), str(tmp_path))
+
+
+def test_a_folder_is_lost_when_it_is_gone_or_empty(tmp_path):
+    (tmp_path / "root").mkdir()
+    (tmp_path / "root" / "a.png").touch()
+    assert not is_lost(str(tmp_path / "root"))
+    (tmp_path / "root" / "a.png").unlink()
+    assert is_lost(str(tmp_path / "root"))  # an unmounted disk leaves its folder
+    (tmp_path / "root").rmdir()
+    assert is_lost(str(tmp_path / "root"))

@@ -1,0 +1,419 @@
+"""Checkpoints that people have: each is loaded to the bit, or refused in a few lines; nothing is loaded halfway."""
+
+import argparse
+import os
+import zipfile
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+from conftest import featx, random_network
+from torch import nn
+from torchvision import models
+
+from featx import FeatureExtractor
+from featx.errors import BadValueError, UserError
+from featx.model import checkpoint
+from featx.model.checkpoint import digest, fit, read_checkpoint
+
+
+def trained(arch="resnet18", **options):
+    """A network whose running statistics are not those of a new one."""
+    network = random_network(arch, seed=5, **options)
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.normal_()
+            module.num_batches_tracked.fill_(7)
+    return network
+
+
+@pytest.fixture(scope="module")
+def resnet():
+    return trained()
+
+
+@pytest.fixture(autouse=True)
+def few_archs(monkeypatch):
+    """What a wrong file is compared with: building all of torchvision's takes seconds."""
+    monkeypatch.setattr(
+        checkpoint.models, "list_models", lambda module: ["resnet18", "resnet34", "squeezenet1_1", "mobilenet_v3_small"]
+    )
+
+
+def under(prefix, state):
+    return {prefix + name: value for name, value in state.items()}
+
+
+def other(state):
+    """Another network's weights, which must not be the ones that are taken."""
+    return {name: torch.zeros_like(value) for name, value in state.items()}
+
+
+def optimizer(network):
+    return torch.optim.SGD(network.parameters(), 0.1, momentum=0.9).state_dict()
+
+
+def without(state, *ends):
+    return {name: value for name, value in state.items() if not name.endswith(ends)}
+
+
+def imagenet_example(n, s):
+    return {"epoch": 90, "arch": "resnet18", "state_dict": under("module.", s), "best_acc1": torch.tensor(69.8),
+            "optimizer": optimizer(n), "scheduler": {"last_epoch": 90}}  # fmt: skip
+
+
+def lightning(n, s):
+    return {"epoch": 3, "global_step": 12, "pytorch-lightning_version": "2.5.0", "state_dict": under("model.", s),
+            "loops": {"fit_loop": {"state_dict": {}}}, "callbacks": {"ModelCheckpoint": {"best": torch.tensor(1.0)}},
+            "optimizer_states": [optimizer(n)], "lr_schedulers": [], "hyper_parameters": {"lr": 0.1}}  # fmt: skip
+
+
+RIGHT = {
+    "a bare state dict": lambda n, s: s,
+    "PyTorch's imagenet example, DataParallel": imagenet_example,
+    "torchvision's references, an EMA beside": lambda n, s: {
+        "model_ema": {"n_averaged": torch.tensor(3), **under("module.", other(s))}, "model": s, "epoch": 1},
+    "timm's training, an EMA beside": lambda n, s: {"state_dict_ema": other(s), "state_dict": s, "arch": "resnet18"},
+    "model_state_dict": lambda n, s: {"model_state_dict": s, "optimizer_state_dict": optimizer(n), "loss": 0.1},
+    "net": lambda n, s: {"net": under("module.", s), "acc": 93.1, "epoch": 7},
+    "network inside model": lambda n, s: {"model": {"network": s, "step": 3}},
+    "a Lightning module": lightning,
+    "a Lightning module, with a criterion and an EMA": lambda n, s: {
+        "state_dict": {**under("model.", s), "criterion.weight": torch.ones(1000), **under("ema.", other(s))}},
+    "torch.compile": lambda n, s: under("_orig_mod.", s),
+    "torch.compile in DDP in a module": lambda n, s: under("module.model._orig_mod.", s),
+    "network in model": lambda n, s: under("model.network.", s),
+    "a backbone with a projector": lambda n, s: {**under("backbone.", s), "projector.0.weight": torch.ones(9, 512)},
+    "torch.optim.swa_utils.AveragedModel": lambda n, s: {"n_averaged": torch.tensor(5), **under("module.", s)},
+    "a second head": lambda n, s: {**s, "rotation_head.weight": torch.ones(4, 512)},
+    "before num_batches_tracked": lambda n, s: without(s, "num_batches_tracked"),
+    "thop's counters": lambda n, s: {**s, "layer1.0.conv1.total_ops": torch.ones(1), "total_params": torch.ones(1)},
+    "float64": lambda n, s: {k: v.double() if v.is_floating_point() else v for k, v in s.items()},
+}  # fmt: skip
+
+
+def load(path, arch="resnet18", layer="fc", **options):
+    model = FeatureExtractor(layer, arch=arch, weights=str(path), **options)
+    model.configure_model()
+    return model
+
+
+def assert_same(network, state):
+    found = network.state_dict()
+    assert all(torch.equal(found[name], value) for name, value in state.items() if not name.endswith("tracked"))
+    assert found["conv1.weight"].dtype == torch.float32
+
+
+def assert_same_output(model, network, columns):
+    images = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
+    (found,) = model(images).values()
+    with torch.no_grad():
+        assert torch.equal(found, network(model.preprocessing.normalize(images)))
+    assert found.shape == (2, columns)
+
+
+@pytest.mark.parametrize("what", RIGHT)
+def test_a_checkpoint_that_has_the_network_is_loaded_to_the_bit(tmp_path, resnet, what):
+    state = resnet.state_dict()
+    torch.save(RIGHT[what](resnet, state), tmp_path / "w.pth.tar")
+    model = load(tmp_path / "w.pth.tar")
+    assert_same(model.network, state)
+    assert model.weights_told == [] and model.weights_used == str(tmp_path / "w.pth.tar")
+
+
+def test_a_loaded_network_computes_what_the_saved_one_did(tmp_path, resnet):
+    torch.save(imagenet_example(resnet, resnet.state_dict()), tmp_path / "w.pth.tar")
+    assert_same_output(load(tmp_path / "w.pth.tar"), resnet, 1000)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("form", ["safetensors", "zip", "legacy"])
+def test_every_form_of_file_and_half_precision_are_read(tmp_path, resnet, form, dtype):
+    state = {k: v.to(dtype) if v.is_floating_point() else v for k, v in resnet.state_dict().items()}
+    if form == "safetensors":
+        safetensors.torch.save_file(state, tmp_path / "w")
+    else:
+        torch.save(state, tmp_path / "w", _use_new_zipfile_serialization=form == "zip")
+    assert_same(load(tmp_path / "w").network, {k: v.float() for k, v in state.items()})
+
+
+def test_data_parallel_features_of_pytorchs_imagenet_example_are_read(tmp_path):
+    network = trained("squeezenet1_1")
+    state = {n.replace("features.", "features.module."): v for n, v in network.state_dict().items()}
+    torch.save({"state_dict": state, "arch": "squeezenet1_1"}, tmp_path / "w.pth.tar")
+    model = load(tmp_path / "w.pth.tar", "squeezenet1_1", "classifier.1")
+    assert digest(model.network) == digest(network)
+
+
+class Spec:
+    """What people pickle beside their weights, from a file that is no longer there."""
+
+
+def module_list(tmp_path, network):
+    return {"model": network, "args": argparse.Namespace(lr=0.1)}
+
+
+REFUSED = {
+    "another, deeper arch of the same keys": (lambda n, s: random_network("resnet34").state_dict(),
+                                              r"not in the network: layer1.2.conv1.weight.*\n.*fits resnet34"),
+    "another arch in a Lightning module": (
+        lambda n, s: under("model.", random_network("squeezenet1_1").state_dict()),
+        r"missing in the file: conv1.weight; bn1.weight; bn1.bias and \d+ more\n.*fits squeezenet1_1"),
+    "no classifier": (lambda n, s: without(s, "fc.weight", "fc.bias"), "missing in the file: fc.weight; fc.bias\n"),
+    "a head of two layers": (lambda n, s: {**without(s, "fc.weight", "fc.bias"), "fc.1.weight": torch.ones(10, 512)},
+                             r"(?s)missing in the file: fc.weight; fc.bias\n.*not in the network: fc.1.weight"),
+    "no running statistics": (lambda n, s: without(s, "running_mean", "running_var"),
+                              r"missing in the file: bn1.running_mean; .* and 37 more\n"),
+    "another kernel": (lambda n, s: {**s, "conv1.weight": torch.ones(64, 3, 3, 3)},
+                       r"another shape or kind: conv1.weight \(64, 3, 3, 3\), expected \(64, 3, 7, 7\)"),
+    "weights in int8": (lambda n, s: {**s, "conv1.weight": torch.ones(64, 3, 7, 7, dtype=torch.int8)},
+                        r"another shape or kind: conv1.weight \(64, 3, 7, 7\) int8, expected"),
+    "MoCo, two encoders": (lambda n, s: {"state_dict": under("module.encoder_q.", s) | under("module.encoder_k.", s)},
+                           "2 networks in it .* encoder_q; encoder_k.*\n.*--model.checkpoint_key encoder_k"),
+    "a GAN, nothing under a known key": (lambda n, s: {"generator": s, "discriminator": s, "epoch": 1},
+                                         "State dicts: generator; discriminator; --model.checkpoint_key"),
+    "only an EMA": (lambda n, s: {"state_dict_ema": s, "epoch": 1}, "State dicts: state_dict_ema; --model.check"),
+    "no weights": (lambda n, s: {"epoch": 3}, r"no state dict.*\n.*holds epoch"),
+    "nothing": (lambda n, s: {}, r"no state dict.*\n.*holds nothing"),
+    "a list": (lambda n, s: [1, 2], r"no state dict.*\n.*holds list"),
+    "a network pickled whole": (lambda n, s: n, r"could run code.*\(torchvision.models.resnet.ResNet\)(?s:.*)unsafe"),
+    "args of argparse": (lambda n, s: {"state_dict": s, "args": argparse.Namespace()}, r"\(argparse.Namespace\)"),
+    "an accuracy of numpy": (lambda n, s: {"state_dict": s, "acc": np.float64(0.9)}, r"\(numpy.*multiarray.scalar\)"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_a_checkpoint_that_has_not_the_network_is_refused_in_words(tmp_path, resnet, what):
+    make, words = REFUSED[what]
+    torch.save(make(resnet, resnet.state_dict()), tmp_path / "w.pth")
+    with pytest.raises(BadValueError, match=words) as caught:
+        load(tmp_path / "w.pth")
+    assert f"--model.weights {tmp_path}/w.pth: " in str(caught.value)
+    assert len(str(caught.value).splitlines()) <= 12 and "unsafe_pickle true" not in words
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+@pytest.mark.parametrize(
+    "content", [b"", b"not a checkpoint", b"version https://git-lfs.github.com/spec/v1\noid", "half"]
+)
+def test_a_file_that_is_no_checkpoint_is_refused(tmp_path, suffix, content):
+    if content == "half":
+        save = safetensors.torch.save_file if suffix == ".safetensors" else torch.save
+        save({"weight": torch.ones(500)}, tmp_path / "whole")
+        content = (tmp_path / "whole").read_bytes()[:900]
+    (tmp_path / f"w{suffix}").write_bytes(content)
+    with pytest.raises(BadValueError, match=rf"w{suffix}: the file is no PyTorch checkpoint, or damaged"):
+        read_checkpoint(str(tmp_path / f"w{suffix}"))
+
+
+@pytest.mark.filterwarnings("ignore:.*deprecated:FutureWarning")  # of the format, not of such files
+def test_a_zip_of_something_else_and_a_torchscript_are_refused(tmp_path):
+    with zipfile.ZipFile(tmp_path / "w.pt", "w") as archive:
+        archive.writestr("photo.jpg", b"")
+    with pytest.raises(BadValueError, match="no PyTorch checkpoint"):
+        read_checkpoint(str(tmp_path / "w.pt"))
+    torch.jit.save(torch.jit.script(nn.Linear(2, 2)), tmp_path / "s.pt")
+    with pytest.raises(BadValueError, match=r"a TorchScript program.*\n.*torch.jit.load\(FILE\).state_dict"):
+        read_checkpoint(str(tmp_path / "s.pt"), unsafe_pickle=True)
+
+
+class Hostile:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_hostile_pickle_runs_nothing(tmp_path, zipped):
+    content = {"state_dict": Hostile(str(tmp_path / "ran"))}
+    torch.save(content, tmp_path / "evil.pth", _use_new_zipfile_serialization=zipped)
+    with pytest.raises(BadValueError, match=r"evil.pth: the file holds objects that could run code.*mkdir"):
+        read_checkpoint(str(tmp_path / "evil.pth"))
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("wrap", [lambda n: n, lambda n: {"model": nn.DataParallel(n), "ema": None}])
+def test_unsafe_pickle_takes_a_whole_network_with_a_warning(tmp_path, resnet, caplog, wrap):
+    torch.save(wrap(resnet), tmp_path / "w.pt")
+    assert_same(load(tmp_path / "w.pt", unsafe_pickle=True).network, resnet.state_dict())
+    assert "unsafe_pickle true: " in caplog.text and "runs whatever code its maker put into it" in caplog.text
+
+
+def test_unsafe_pickle_runs_nothing_where_it_is_not_needed(tmp_path, resnet, caplog):
+    torch.save(resnet.state_dict(), tmp_path / "w.pt")
+    load(tmp_path / "w.pt", unsafe_pickle=True)
+    assert "unsafe" not in caplog.text
+
+
+def test_a_class_that_is_not_here_is_told(tmp_path, monkeypatch):
+    monkeypatch.setattr(Spec, "__module__", "lost_project.models")
+    monkeypatch.setitem(__import__("sys").modules, "lost_project.models", __import__("sys").modules[__name__])
+    monkeypatch.setitem(__import__("sys").modules, "lost_project", __import__("sys").modules[__name__])
+    torch.save({"state_dict": {}, "spec": Spec()}, tmp_path / "w.pt")
+    monkeypatch.undo()
+    with pytest.raises(BadValueError, match=r"\(lost_project.models.Spec\)"):
+        read_checkpoint(str(tmp_path / "w.pt"))
+    with pytest.raises(BadValueError, match="unpickling it failed: ModuleNotFoundError: No module named 'lost_project"):
+        read_checkpoint(str(tmp_path / "w.pt"), unsafe_pickle=True)
+
+
+def test_the_choice_among_several_is_printed_and_the_key_decides(tmp_path, resnet, caplog):
+    caplog.set_level("INFO", "featx")
+    state = resnet.state_dict()
+    ema = {name: value + 1 for name, value in state.items()}
+    torch.save({"model": {"ema": ema, "state_dict": state}, "queue": under("encoder_k.", ema)}, tmp_path / "w.pth")
+    assert_same(load(tmp_path / "w.pth").network, state)
+    assert "model.state_dict of" in caplog.text and "not model.ema; queue; --model.checkpoint_key" in caplog.text
+    for key in ("model.ema", "queue", "queue.encoder_k"):
+        assert_same(load(tmp_path / "w.pth", checkpoint_key=key).network, ema)
+    assert_same(load(tmp_path / "w.pth", checkpoint_key="model").network, state)
+    with pytest.raises(BadValueError, match=r"checkpoint_key model.emma: .* Did you mean model.ema"):
+        load(tmp_path / "w.pth", checkpoint_key="model.emma")
+
+
+def test_the_key_decides_between_two_encoders(tmp_path, resnet):
+    state = resnet.state_dict()
+    content = {"state_dict": {**under("module.encoder_q.", state), **under("module.encoder_k.", other(state))}}
+    torch.save(content, tmp_path / "w.pth")
+    for key in ("encoder_q", "state_dict.encoder_q"):
+        assert_same(load(tmp_path / "w.pth", checkpoint_key=key).network, state)
+
+
+def test_names_that_begin_otherwise_are_told(tmp_path, resnet, caplog):
+    caplog.set_level("INFO", "featx")
+    state = resnet.state_dict()
+    torch.save({**under("student.", state), "loss.center": torch.ones(3)}, tmp_path / "w.pth")
+    assert_same(load(tmp_path / "w.pth").network, state)
+    assert (
+        "names that begin with student. are taken" in caplog.text and "not of the network: loss.center" in caplog.text
+    )
+
+
+def test_a_prefix_that_the_network_has_itself_stays(tmp_path):
+    class Wrapped(nn.Module):
+        def __init__(self, outputs):
+            super().__init__()
+            self.module = nn.Linear(3, outputs)
+
+    source, target = Wrapped(2), Wrapped(2)
+    fit(target, under("module.", source.state_dict()), "f", "Wrapped")
+    assert digest(source) == digest(target)
+
+
+@pytest.mark.parametrize(
+    ("arch", "last", "output"),
+    [
+        ("resnet18", "fc", "fc"),
+        ("squeezenet1_1", "classifier.1", "classifier"),
+        ("mobilenet_v3_small", "classifier.3", "classifier"),
+    ],
+)
+def test_a_classifier_with_another_number_of_classes_is_fitted_and_told(tmp_path, caplog, arch, last, output):
+    caplog.set_level("INFO", "featx")
+    network = trained(arch, num_classes=10)
+    torch.save({"state_dict": under("module.", network.state_dict())}, tmp_path / "w.pth.tar")
+    model = load(tmp_path / "w.pth.tar", arch, output)
+    assert digest(model.network) == digest(network)
+    assert_same_output(model, network, 10)
+    assert model.weights_told == [f"{last} is fitted to the 10 classes of the file, {arch} has 1000"]
+    assert model.weights_told[0] in caplog.text
+
+
+def test_auxiliary_classifiers_are_fitted_too():
+    def inception(classes):
+        return models.inception_v3(num_classes=classes, init_weights=False)
+
+    source, target = inception(7), inception(1000)
+    fit(target, source.state_dict(), "f", "inception_v3")
+    assert digest(source) == digest(target) and target.AuxLogits.fc.out_features == 7
+
+
+def test_not_strict_loads_what_fits_and_says_what_stays_random(tmp_path, resnet, caplog):
+    state = without(resnet.state_dict(), "fc.weight", "fc.bias") | {"layer4.9.weight": torch.ones(3)}
+    state["conv1.weight"] = torch.ones(64, 3, 3, 3)
+    torch.save(state, tmp_path / "w.pth")
+    model = load(tmp_path / "w.pth", strict=False)
+    assert_same(
+        model.network, {name: state[name] for name in state if "layer4.9" not in name and name != "conv1.weight"}
+    )
+    told = "not strict: 3 of 102 tensors stay as built, random: conv1.weight; fc.weight; fc.bias"
+    assert model.weights_told == [told] and told in caplog.text
+    assert torch.equal(model.network.fc.weight, load(tmp_path / "w.pth", strict=False).network.fc.weight)
+    torch.save({"a.weight": torch.ones(3)}, tmp_path / "w.pth")
+    with pytest.raises(BadValueError, match="does not fit resnet18"):
+        load(tmp_path / "w.pth", strict=False)
+
+
+def test_what_does_not_fit_changes_nothing(resnet):
+    target = random_network("resnet18", seed=9)
+    before = digest(target)
+    with pytest.raises(BadValueError):
+        fit(target, without(resnet.state_dict(), "bn1.bias"), "f", "resnet18")
+    assert digest(target) == before
+
+
+def test_weights_that_are_not_finite_are_told(tmp_path, resnet, caplog):
+    torch.save({**resnet.state_dict(), "fc.bias": torch.full((1000,), torch.nan)}, tmp_path / "w.pth")
+    load(tmp_path / "w.pth")
+    assert "values that are not finite: fc.bias" in caplog.text
+
+
+def test_names_of_old_torchvision_versions_are_read():
+    network = trained("densenet121")
+    old = {n.replace("norm1.", "norm.1.").replace("norm2.", "norm.2.").replace("conv1.", "conv.1.")
+           .replace("conv2.", "conv.2."): v for n, v in network.state_dict().items()}  # fmt: skip
+    assert len([name for name in old if "conv.1." in name]) == 58
+    fit(target := random_network("densenet121"), without(old, "num_batches_tracked"), "f", "densenet121")
+    assert torch.equal(target.features.denseblock4.denselayer16.conv2.weight,
+                       network.features.denseblock4.denselayer16.conv2.weight)  # fmt: skip
+
+    def vit():
+        return models.VisionTransformer(32, 16, 2, 2, 8, 16, num_classes=3)
+
+    source, target = vit(), vit()
+    names = {"mlp.0.": "mlp.linear_1.", "mlp.3.": "mlp.linear_2."}
+    old = {next((n.replace(a, b) for a, b in names.items() if a in n), n): v for n, v in source.state_dict().items()}
+    assert len([name for name in old if "linear_2" in name]) == 4
+    fit(target, old, "f", "vit")
+    assert digest(source) == digest(target)
+
+
+def test_index_tables_need_not_be_in_the_file_and_mnasnet_is_read():
+    def swin():
+        return models.SwinTransformer([4, 4], 8, [2], [2], [4, 4], num_classes=3)
+
+    source, target = swin(), swin()
+    fit(target, without(source.state_dict(), "relative_position_index"), "f", "swin")
+    assert digest(source) == digest(target)
+    source, target = trained("mnasnet0_5"), random_network("mnasnet0_5")
+    fit(target, dict(source.state_dict()), "f", "mnasnet0_5")  # its loader asks for a version
+    assert digest(source) == digest(target)
+
+
+def test_the_digest_sees_every_value_name_shape_and_dtype_and_no_layout():
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+    first = digest(network)
+    assert digest(network.to(memory_format=torch.channels_last)) == first
+    network[1].running_var[2] += 1e-3
+    assert digest(network) != first
+    assert digest(network.half()) != first
+    assert digest(nn.Flatten()) == digest(nn.Flatten()) != first
+
+
+def test_how_a_file_is_read_says_nothing_without_a_file():
+    for options in ({"strict": False}, {"unsafe_pickle": True}, {"checkpoint_key": "ema"}):
+        with pytest.raises(UserError, match=f"--model.{next(iter(options))} .*--model.weights random is none"):
+            FeatureExtractor("fc", arch="resnet18", weights="random", **options).check()
+
+
+def test_a_wrong_checkpoint_ends_the_command_with_2_and_few_lines(tmp_path, three_photos, resnet):
+    torch.save({"state_dict": under("module.", resnet.state_dict())}, tmp_path / "w.pth.tar")
+    done = featx("predict", "--data.dir", three_photos, "--model.arch", "squeezenet1_1", "--model.layer", "features.0",
+                 "--model.weights", tmp_path / "w.pth.tar", "--writer.out_dir", tmp_path / "out")  # fmt: skip
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert "does not fit squeezenet1_1" in done.stderr and "It fits resnet18: --model.arch resnet18" in done.stderr
+    error = done.stderr[done.stderr.index("featx: error") :]
+    assert len(error.splitlines()) <= 12 and not (tmp_path / "out").exists()

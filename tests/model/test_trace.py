@@ -1,0 +1,126 @@
+"""What one pass shows of a network's modules."""
+
+import pytest
+import torch
+from conftest import random_network
+from torch import nn
+from torchvision import models
+
+from featx.errors import BadValueError
+from featx.model.trace import Trace
+
+
+def traced(network: nn.Module, *shape: int) -> Trace:
+    with torch.inference_mode():
+        return Trace(network.eval(), torch.rand(2, *shape))
+
+
+class Aux(nn.Module):
+    """Has a head beside its own that no pass in eval mode calls, and that stands last."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(6, 4)
+        self.head = nn.Linear(4, 3)
+        self.aux = nn.Linear(4, 3)
+
+    def forward(self, x):
+        hidden = self.fc(x)
+        return (self.head(hidden), self.aux(hidden)) if self.training else self.head(hidden)
+
+
+def test_modules_stand_in_the_order_of_execution():
+    assert list(traced(nn.Sequential(nn.Sequential(nn.Linear(3, 3), nn.ReLU()), nn.Linear(3, 2)), 3).calls) == [
+        "0.0",
+        "0.1",
+        "0",
+        "1",
+    ]
+
+
+def test_no_hook_stays():
+    traced(network := nn.Sequential(nn.Linear(3, 2)), 3)
+    assert not network[0]._forward_hooks
+
+
+def test_the_last_linear_is_the_last_one_called():
+    assert traced(Aux(), 6).penultimate() == "head"
+
+
+@pytest.mark.parametrize(
+    ("arch", "path"),
+    [
+        ("alexnet", "classifier.6"),
+        ("vgg11_bn", "classifier.6"),
+        ("resnet18", "fc"),
+        ("mobilenet_v3_small", "classifier.3"),
+        ("densenet121", "classifier"),
+        ("googlenet", "fc"),
+        ("swin_t", "head"),
+    ],
+)
+def test_the_last_linear_of_torchvisions(arch, path):
+    extra = {"init_weights": False} if arch == "googlenet" else {}
+    assert traced(random_network(arch, **extra), 3, 64, 64).penultimate() == path
+
+
+def test_a_network_without_a_linear_is_told_what_to_take():
+    with pytest.raises(BadValueError, match=r"calls no Linear.\nTake what comes before it, as --model.layer features "):
+        traced(random_network("squeezenet1_1"), 3, 64, 64).penultimate()
+
+
+def test_a_last_linear_of_tokens_or_called_twice_is_refused():
+    with pytest.raises(BadValueError, match=r"last Linear, 1, receives \(2, 5, 3\) for 2 images, and not \(B, D\)"):
+        traced(nn.Sequential(nn.LayerNorm(3), nn.Linear(3, 2)), 5, 3).penultimate()
+    same = nn.Linear(3, 3)
+    with pytest.raises(BadValueError, match=r"calls its last Linear, 0, 2 times in a pass.\nTake another"):
+        traced(nn.Sequential(same, same), 3).penultimate()
+
+
+@pytest.mark.parametrize("arch", ["swin_t", "swin_v2_t", "convnext_tiny", "maxvit_t", "resnet18", "efficientnet_b0"])
+def test_the_channels_are_found_where_the_width_of_the_network_says(arch):
+    """The oracle knows each network's layout by the names of its modules; none may be taken for the other."""
+    trace = traced(random_network(arch), 3, *((224, 224) if arch == "maxvit_t" else (64, 96)))
+    found = {path: trace.channel_axis(path) for path, call in trace.calls.items()
+             if len(call.returned) == 4 and call.returned[0] == 2}  # fmt: skip
+    last = set()
+    if arch.startswith("swin"):  # from the first Permute to the last one, all is (B, H, W, C)
+        last = {path for path in found if path not in ("features.0.0", "permute", "avgpool")}
+    if arch.startswith("convnext"):  # inside each block, from one Permute to the next
+        last = {path for path in found if ".block." in path and path.split(".")[-1] in "12345" and path[-2] == "."}
+    if arch == "maxvit_t":
+        parts = ("partition", "attn_layer", "mlp_layer", "stochastic_dropout")
+        last = {path for path in found if any(part in path for part in parts) and not path.endswith("departition_op")}
+        last -= {path for path in found if path.endswith(("window_attention", "grid_attention"))}
+    for path, axis in found.items():
+        assert axis in (None, -1 if path in last else 1), path
+    told = [path for path, axis in found.items() if axis]
+    assert len(told) >= 0.9 * len(found)
+
+
+def test_a_shape_that_both_layouts_share_is_refused():
+    class Block(nn.Module):
+        def forward(self, x):
+            return x + 1
+
+    network = nn.Sequential(nn.Conv2d(4, 4, 1), nn.Linear(4, 4), Block())
+    trace = traced(network, 4, 4, 4)
+    assert trace.channel_axis("0") == 1 and trace.channel_axis("1") == -1
+    with pytest.raises(BadValueError, match=r"which dimension of \(4, 4, 4\), which 2 returns"):
+        trace.shape("2", "avg")
+    assert trace.shape("2", "none") == (2, 4, 4, 4)
+
+
+def test_a_shape_that_none_shares_is_refused_where_both_layouts_are():
+    network = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Flatten(2), nn.ReLU())
+    assert traced(network, 3, 5, 6).channel_axis("2") is None  # (B, 4, 30): 30 tokens of 4, but as (B, C, L)
+    assert (
+        traced(nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(), nn.Upsample(scale_factor=2)), 3, 5, 6).channel_axis("2")
+        == 1
+    )
+
+
+def test_conv1d_gives_channels_first_and_a_transformer_tokens():
+    assert traced(nn.Sequential(nn.Conv1d(3, 5, 1), nn.ReLU()), 3, 7).channel_axis("1") == 1
+    encoder = models.vit_b_16(image_size=32).encoder
+    assert traced(encoder, 5, 768).channel_axis("layers.encoder_layer_0") == -1
