@@ -2,8 +2,10 @@
 
 import inspect
 import logging
+import multiprocessing
 import os
 import signal
+import sys
 import threading
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sized
@@ -78,6 +80,11 @@ def extract(
         FileNotFoundError: A folder, a list or a file of weights is not there.
         OSError: The disk failed.
     """
+    if getattr(multiprocessing.current_process(), "_inheriting", False):  # a worker, as it imports the script again
+        sys.exit(
+            "featx.extract: where processes are not forked, data workers import the script, which calls it again.\n"
+            "Call it below if __name__ == '__main__', or with num_workers=0."
+        )
     if errors not in ("raise", "return"):
         raise BadValueError(f"errors={errors!r}: expected 'raise' or 'return'.")
     dir = os.fspath(source) if isinstance(source, str | os.PathLike) else ""

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import multiprocessing
 import os
 import random
 import signal
@@ -310,6 +311,13 @@ def test_a_script_without_a_guard_and_a_pool_get_their_rows(photos, tmp_path, me
                           capture_output=True, text=True, timeout=300)  # fmt: skip
     assert done.stdout.splitlines()[:2] == ["37", "37"] and done.stderr == ""
     assert "--data.num_workers 1: this is a daemonic process" in done.stdout
+
+
+def test_a_worker_that_imports_the_script_again_says_what_to_do(photos, monkeypatch):
+    """As with spawn, where the script has no guard."""
+    monkeypatch.setattr(multiprocessing.current_process(), "_inheriting", True, raising=False)
+    with pytest.raises(SystemExit, match="Call it below if __name__ == '__main__', or with num_workers=0"):
+        extract(photos)
 
 
 def test_public_names_are_there_and_none_costs_torch_before_it_is_used():
