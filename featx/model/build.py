@@ -127,8 +127,12 @@ def build_empty(arch: str) -> nn.Module:
     """Build a network without computing its values, to look at its modules and shapes."""
     if is_function(arch):
         return _call(arch)
-    with _Thread(empty=True):
-        return build(arch, Weights("none"))
+    try:
+        with _Thread(empty=True):
+            return build(arch, Weights("none"))
+    except RuntimeError:  # hybrids of timm's run a picture through their stem to see its shape, which takes values
+        with _Thread():
+            return build(arch, Weights("none"))
 
 
 @contextmanager

@@ -51,6 +51,10 @@ def test_the_empty_network_has_the_tensors_of_the_real_one_and_no_values(arch):
     assert shapes[0] == shapes[1] and not any(parameter.is_meta for parameter in real.parameters())
 
 
+def test_a_network_that_takes_values_to_find_its_shapes_is_built_with_them():
+    assert build_empty("timm/vit_tiny_r_s16_p8_224").head.out_features == 1000
+
+
 @pytest.mark.parametrize("arch", ["resnet18", "swin_t", "timm/levit_128s"])
 def test_random_numbers_are_torchs_own_of_the_seed_and_the_process_keeps_its_own(arch):
     with torch.random.fork_rng(devices=[]):
