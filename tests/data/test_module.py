@@ -281,7 +281,7 @@ class Unsent:
     def __reduce__(self):
         FAIL
 
-datamodule._share = lambda images: Unsent()
+module._share = lambda images: Unsent()
 sys.exit(main(sys.argv[1:]))
 """
 
