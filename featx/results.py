@@ -2,24 +2,22 @@
 
 import os
 import zlib
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import orjson
 
 from featx.data.batch import Fault
 from featx.errors import BadValueError, MissingPathError, count, did_you_mean
-from featx.writer import formats, parquet, records
+from featx.writer import records
 from featx.writer.folder import HIDDEN, file_name, read_errors
-from featx.writer.formats import Floats
+from featx.writer.formats import FORMATS, Floats, Rows
 from featx.writer.records import Json
 
-Rows = tuple[list[str], Floats]  # names and values, (R, D)
 PathLike = str | os.PathLike[str]
 
 
@@ -93,24 +91,19 @@ def stack(chunks: list[Floats]) -> Floats:
 
 def read(path: Path, mmap: bool = True) -> Iterator[Rows]:
     """Yield names and values, ``(R, D)``, of some rows after the others; what ``load`` raises is raised here."""
-    readers: dict[str, Callable[[Path], Iterator[Rows]]] = {
-        ".csv": _read_csv,
-        ".npy": partial(_read_npy, mmap=mmap),
-        ".parquet": parquet.read,
-    }
     if path.is_dir() or path.stem == "*":
-        return chain.from_iterable(read(shard, mmap) for shard in _shards(path, readers))
-    if path.suffix not in readers:
-        raise BadValueError(f"{path}: no such format. Expected a file that ends with {', '.join(readers)}.")
+        return chain.from_iterable(read(shard, mmap) for shard in _shards(path))
+    if (format := FORMATS.get(path.suffix[1:])) is None:
+        raise BadValueError(f"{path}: no such format. Expected a file that ends with .{', .'.join(FORMATS)}.")
     if not path.is_file():
         raise MissingPathError(f"{path}: no such file. Expected what featx predict wrote.")
-    return readers[path.suffix](path)
+    return format.read(path, mmap)
 
 
-def _shards(path: Path, suffixes: Collection[str]) -> list[Path]:
+def _shards(path: Path) -> list[Path]:
     """Return the shards in a folder, or those of ``LAYER/*.npy``, in order: one format, and all there."""
-    folder, wanted = (path, suffixes) if path.is_dir() else (path.parent, [path.suffix])
-    found = sorted(file for file in folder.glob("[0-9]*") if file.suffix in wanted and file.stem.isdigit())
+    folder, wanted = (path, list(FORMATS)) if path.is_dir() else (path.parent, [path.suffix[1:]])
+    found = sorted(file for file in folder.glob("[0-9]*") if file.suffix[1:] in wanted and file.stem.isdigit())
     if not found:
         raise MissingPathError(f"{path}: no shards. Expected what featx predict wrote with --writer.shard_rows.")
     if len(kinds := sorted({file.suffix for file in found})) > 1:
@@ -118,49 +111,6 @@ def _shards(path: Path, suffixes: Collection[str]) -> list[Path]:
     if len(found) != int(found[-1].stem) + 1:
         raise BadValueError(f"{path}: {count(len(found), 'shard')}, the last is {found[-1].name}. Some are missing.")
     return found
-
-
-def _read_csv(path: Path) -> Iterator[Rows]:
-    columns, parse = None, _json_parser()
-    with path.open("rb", buffering=1 << 20) as file:
-        for number, (name, text) in enumerate(formats.csv_lines(file, _has_header(path)), 1):
-            try:  # JSON knows neither nan nor inf
-                found = parse(b"[" + text + b"]") if b"n" not in text else list(map(float, text.split(b",")))
-                values = np.array(found, np.float32)  # (D,)
-            except (ValueError, TypeError) as err:
-                raise BadValueError(f"{path}: row {number}: {err}. Expected numbers behind the name.") from err
-            if len(values) != (columns := len(values) if columns is None else columns):
-                raise BadValueError(f"{path}: row {number}: {count(len(values), 'value')}, expected {columns:,}.")
-            yield [os.fsdecode(name)], values[None]
-
-
-def _has_header(path: Path) -> bool:
-    with path.open("rb") as file:
-        return next(formats.csv_lines(file, False), (b"", b""))[0] == b"image"  # an image's name has a suffix
-
-
-def _json_parser() -> Callable[[bytes], Any]:
-    """Return what reads a list of numbers: simdjson, which makes no Python object of each, or orjson."""
-    try:
-        import simdjson
-    except ImportError:
-        return orjson.loads
-    parser: Any = simdjson.Parser()
-    return lambda text: np.frombuffer(parser.parse(text).as_buffer(of_type="d"))
-
-
-def _read_npy(path: Path, mmap: bool) -> Iterator[Rows]:
-    listed = path.with_suffix(".names.txt")
-    if not listed.is_file():
-        raise MissingPathError(f"{listed}: no such file. Expected the names of the rows of {path.name}, one a line.")
-    names = [os.fsdecode(name) for name in formats.read_name_lines(listed.read_bytes())]
-    try:
-        values = np.load(path, mmap_mode="r" if mmap else None)
-    except (ValueError, EOFError) as err:
-        raise BadValueError(f"{path}: {err}. Expected an array as featx writes it.") from err
-    if values.ndim != 2 or len(values) != len(names):
-        raise BadValueError(f"{path}: {count(len(values), 'row')}, but {count(len(names), 'name')} in {listed.name}.")
-    yield names, values
 
 
 @dataclass(frozen=True)

@@ -1,15 +1,12 @@
 """Activations -> files that survive: FeatureWriter(BasePredictionWriter), which shares out what is left, and joins."""
 
-import math
 import os
 import platform
-import shutil
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import numpy as np
 import torch.distributed as dist
@@ -18,13 +15,14 @@ from lightning.pytorch.callbacks import BasePredictionWriter
 from torch import Tensor
 
 from featx.data.batch import Batch, Fault, Images
-from featx.errors import BadValueError, ImageError, UserError, count, log, rank, size_in_words
+from featx.errors import BadValueError, ImageError, UserError, count, log, rank
 from featx.process import progress
 from featx.process.cores import device_name, usable_cores
-from featx.writer import disk, formats, journal, parquet, records
+from featx.writer import checks, disk, journal, records
 from featx.writer.disk import DiskError, Lock
-from featx.writer.folder import HIDDEN, SUFFIXES, Found, LayerState
-from featx.writer.formats import Format
+from featx.writer.folder import HIDDEN, LayerState
+from featx.writer.formats import FORMATS, REVISION, Format
+from featx.writer.join import finish
 from featx.writer.journal import Placed
 from featx.writer.stream import RowStream
 
@@ -73,7 +71,7 @@ class FeatureWriter(BasePredictionWriter):
     ) -> None:
         super().__init__(write_interval="batch")
         self.formats: list[Format] = [format] if isinstance(format, str) else list(dict.fromkeys(format))
-        if not self.formats or set(self.formats) - set(get_args(Format)):
+        if not self.formats or set(self.formats) - FORMATS.keys():
             raise BadValueError(
                 f"--writer.format {format}: expected csv, npy, parquet, or a list of them, as '[csv,npy]'."
             )
@@ -90,12 +88,10 @@ class FeatureWriter(BasePredictionWriter):
         self.dry_run = dry_run
         self.shard_rows = shard_rows
         self.records: dict[str, dict[str, Any]] = {}
-        self._columns: dict[str, int] = {}
         self._looked: tuple[Any, Any, Any] | None = None  # at the run of which Trainer, model and data
         self._locked = False  # whether it was locked then
         self._all: dict[str, LayerState] = {}
         self._states: dict[str, LayerState] = {}  # of the layers with something to do
-        self._found: dict[str, Found] = {}
         self._done: dict[str, dict[int, Placed]] = {}
         self._stream: RowStream | None = None  # of a process with something to do
         self._device = self._session = ""
@@ -126,31 +122,17 @@ class FeatureWriter(BasePredictionWriter):
 
     def check(self) -> None:
         """Raise UserError where ``out_dir`` is a file, cannot be written to or is in use; nothing is made yet."""
-        nearest = folder = Path(self.out_dir)
-        if folder.suffix in SUFFIXES and not folder.exists():
-            raise BadValueError(
-                f"--writer.out_dir {folder}: expected a folder, this looks like a file.\n"
-                f"--writer.out_dir {folder.with_suffix('')} writes {folder.with_suffix('')}/LAYER{folder.suffix}."
-            )
-        while not nearest.exists() and nearest != nearest.parent:
-            nearest = nearest.parent
-        if not nearest.is_dir():
-            raise BadValueError(f"--writer.out_dir {self.out_dir}: {nearest} is a file. Expected a folder.")
-        if "parquet" in self.formats:
-            parquet.check()
-        if not os.access(nearest, os.W_OK | os.X_OK) or not shutil.disk_usage(nearest).total:  # /proc has no space
-            raise BadValueError(f"--writer.out_dir {self.out_dir}: {nearest} cannot be written to.")
+        checks.check_folder(Path(self.out_dir), self.formats)
         if (Path(self.out_dir) / HIDDEN / "lock").exists():
             self._take_lock()
 
     def check_shards(self, batch_size: int) -> None:
-        """Raise BadValueError where ``shard_rows`` is not whole batches, which are what is dealt and resumed."""
-        rows = self.shard_rows
-        if rows is not None and (rows < 1 or rows % batch_size):
-            above = math.ceil(max(rows, 1) / batch_size) * batch_size
-            raise BadValueError(
-                f"--writer.shard_rows {rows}: expected a multiple of --data.batch_size {batch_size}, as {above}."
-            )
+        """Raise BadValueError where ``shard_rows`` is not whole batches."""
+        checks.check_shards(self.shard_rows, batch_size)
+
+    def check_space(self, images: Images, sample: dict[str, Tensor], processes: int) -> int:
+        """Hold the size of what is left to do against the free space, as ``checks.check_space`` does."""
+        return checks.check_space(Path(self.out_dir), self._states, images, sample, processes)
 
     def look(self, trainer: Trainer, model: Any, data: Any, columns: dict[str, int]) -> bool:
         """Find out what is in ``out_dir`` already, and whether there is anything to do.
@@ -167,69 +149,30 @@ class FeatureWriter(BasePredictionWriter):
         Raises:
             UserError: Another run's rows are there.
         """
-        self._columns, self._looked = columns, (trainer, model, data)
         settings = {"names": self.names, "header": self.header, "dtype": self.dtype, "shard_rows": self.shard_rows,
-                    "revisions": {"text": formats.REVISION}}  # fmt: skip
-        self._all = {}
+                    "revisions": {"text": REVISION}}  # fmt: skip
+        self._all, self._locked = {}, self._lock is not None
         for layer in model.layers:
             parts = model.identity(layer, str(trainer.precision)), data.identity(model.preprocessing), settings
             identity = records.merge(*parts)
-            self._all[layer] = LayerState(Path(self.out_dir), layer, self.formats, identity, data.images, data.readers)
-        self._locked = self._lock is not None
+            self._all[layer] = LayerState(
+                Path(self.out_dir), layer, columns[layer], self.formats, identity, data.images, data.readers
+            )
         self._decide(data, model.preprocessing)
+        self._looked = trainer, model, data
         return bool(self._states)
 
     def _decide(self, data: Any, preset: Any) -> None:
         """Find out what is in the folder, and keep the layers with something to do."""
         self._states, self.records = dict(self._all), {}
         for layer, state in self._all.items():
-            if state.sharded and state.shards_folder.is_file():
-                raise BadValueError(f"{state.shards_folder}: is a file. --writer.shard_rows makes a folder there.")
-            self._found[layer] = state.look(self.overwrite)
-            if self._found[layer] == "finished":
-                record = records.read_record(state.record_path, layer) or {}
-                if all(data.fault(fault.path, preset) == fault for fault in state.listed()):
-                    if state.run_path.exists() and rank() == 0:  # it ended while it tidied up
-                        self._take_lock()
-                        state.settle(record)
-                    self.records[layer] = record
-                    del self._states[layer]
-
-    def check_space(self, images: Images, sample: dict[str, Tensor], processes: int) -> int:
-        """Hold the size of the output against the free space, tell both, and return the size in bytes.
-
-        Args:
-            images: All images.
-            sample: A row of each layer, ``(1, D) float32``.
-            processes: How many write a part; those of all but one are copied at the end.
-
-        Raises:
-            DiskError: It cannot fit.
-        """
-        name = os.fsencode(self._name(images.names[0]))
-        text = sum(len(formats.csv_rows([name], sample[layer].numpy())) for layer in self._states)
-        raw = sum(self._columns[layer] for layer in self._states) * np.dtype(self.dtype).itemsize
-        sizes = {"csv": text, "npy": raw + len(name) + 1, "parquet": raw + 2 * len(name)}
-        needed = sum(sizes[kind] for kind in self.formats) * len(images)
-        parts = [
-            path for state in self._states.values() for kind in state.kinds for path in state.folder.glob(f"*.{kind}")
-        ]
-        there = sum(path.stat().st_size for path in parts)
-        rows = (("csv" in self.formats) * text + (self.formats != ["csv"]) * raw) * len(images)
-        copied = rows * (processes - 1) // processes
-        if self.shard_rows:  # of each process at most a shard that it began within
-            copied = min(copied, rows * self.shard_rows * (processes - 1) // len(images))
-        left = max(0, rows - there) + copied
-        left += ("parquet" in self.formats) * sizes["parquet"] * len(images)  # written when the rows are joined
-        nearest = next(path for path in (Path(self.out_dir), *Path(self.out_dir).absolute().parents) if path.exists())
-        free = shutil.disk_usage(nearest).free
-        log.info("output: about %s, %s free", size_in_words(needed), size_in_words(free))
-        if left > free:
-            raise DiskError(
-                f"--writer.out_dir {self.out_dir}: about {size_in_words(left)} more are needed, "
-                f"{size_in_words(free)} are free on its disk. Free some, or give a folder on another."
-            )
-        return needed
+            record = state.look(self.overwrite)
+            if record and all(data.fault(fault.path, preset) == fault for fault in state.listed()):
+                if state.run_path.exists() and rank() == 0:  # it ended while it tidied up
+                    self._take_lock()
+                    state.settle(record)
+                self.records[layer] = record
+                del self._states[layer]
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Agree with the other processes on what is left to do, take a share of it, and start the writing thread."""
@@ -240,13 +183,12 @@ class FeatureWriter(BasePredictionWriter):
             )
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         model: Any = pl_module
-        looked, self._looked = self._looked, None
-        if looked is None or any(one is not other for one, other in zip(looked, (trainer, model, data), strict=True)):
+        if self._looked != (trainer, model, data):
             self.check_shards(data.batch_size)  # the command line has looked already, a user's own Trainer has not
             model.configure_model()
             sample = model.try_out(data.first_batch(model.preprocessing))
             self.look(trainer, model, data, {layer: rows.shape[1] for layer, rows in sample.items()})
-            self._looked = None
+        self._looked = None
         device = trainer.strategy.root_device
         self._device = device_name(device)
         self._started, self._stream, self._group, self._done = datetime.now(UTC), None, None, {}
@@ -255,7 +197,7 @@ class FeatureWriter(BasePredictionWriter):
             self._group = dist.new_group(backend="gloo", timeout=timedelta(days=365))
         session, left = 0, np.arange(0)
         if trainer.is_global_zero:
-            self._warn_of_names(data.images.names)
+            checks.warn_of_names(data.images.names, self.names)
             session, left = self._begin(data, model.preprocessing)
         everyones = self._gather((session, left, list(self._states), data.images.digest()))
         session, left, layers, _ = everyones[0]
@@ -274,9 +216,7 @@ class FeatureWriter(BasePredictionWriter):
             stem = f"{self._session}-{trainer.global_rank:05}"
             on_gpu, first = device.type != "cpu", int(data.batches[0])
             computing = model.batches_at_once(data.batch_size)
-            self._stream = RowStream(
-                self._states, self._columns, stem, self._device, on_gpu, first, computing, self._name
-            )
+            self._stream = RowStream(self._states, stem, self._device, on_gpu, first, computing)
 
     def _begin(self, data: Any, preset: Any) -> tuple[int, Any]:
         """Return the session's number and the batches that are not on disk yet, in order."""
@@ -288,15 +228,11 @@ class FeatureWriter(BasePredictionWriter):
         self._take_lock()
         if not self._locked:  # another run may have been here since
             self._decide(data, preset)
-        left: set[int] = set()
-        session = 1
-        batches = math.ceil(len(data.images) / data.batch_size)
+        left, session = set[int](), 1
+        batches = -(-len(data.images) // data.batch_size)
         for layer, state in self._states.items():
-            if self.overwrite:
-                state.wipe()
-            state.begin(self._found[layer])
-            done = state.done(still)
-            self._done[layer] = done
+            state.begin(self.overwrite)
+            done = self._done[layer] = state.done(still)
             left |= set(range(batches)) - done.keys()
             session = max(session, journal.next_session(state.folder))
             if done:
@@ -335,8 +271,7 @@ class FeatureWriter(BasePredictionWriter):
             known = self._stream.digests() if self._stream else {}
             for layer, state in self._states.items():
                 done = self._done[layer] | state.placed(self._session)
-                record = state.finish(done, self._columns[layer], known, self._about(trainer))
-                self.records[layer] = record
+                record = self.records[layer] = finish(state, done, known, _about(self, trainer, self._started))
                 if overflowed := record["values_overflowed"]:
                     log.warning("%s: %s beyond float16 became infinite: --writer.dtype float32 keeps them",
                                 layer, count(overflowed, "value"))  # fmt: skip
@@ -371,48 +306,6 @@ class FeatureWriter(BasePredictionWriter):
             self._lock.release()
             self._lock = None
 
-    def _name(self, path: str) -> str:
-        return path if self.names == "relative" else os.path.basename(path)
-
-    def _about(self, trainer: Trainer) -> dict[str, Any]:
-        """Return what the record says of the run and what decides no value."""
-        data: Any = trainer.datamodule  # type: ignore[attr-defined]
-        model: Any = trainer.lightning_module
-        return {
-            "weights": model.weights_used,
-            "weights_told": model.weights_told,
-            "preprocessing": data.preprocessing(model.preprocessing).source,
-            "options": {
-                "model_class": records.public_name(type(model)),
-                "model": records.options(model),
-                "data": records.options(data) | {"dir": os.path.abspath(data.dir)},
-            },
-            "host": platform.node(),
-            "processes": trainer.world_size,
-            "workers": data.workers,
-            "cores": usable_cores(),
-            "stages": progress.stages(trainer, model, self),
-            "started": self._started.isoformat(timespec="seconds"),
-            "seconds": round((datetime.now(UTC) - self._started).total_seconds(), 3),
-        }
-
-    def _warn_of_names(self, paths: Sequence[str]) -> None:
-        names = paths if self.names == "relative" else [os.path.basename(path) for path in paths]
-        odd = sum(not formats.is_plain(os.fsencode(name)) for name in names)
-        if odd:
-            log.warning(
-                "%s with a comma, a quote, a line break or a leading #: quoted as CSV wants it, DEMUD misreads it",
-                count(odd, "name"),
-            )
-        if len(set(names)) < len(names):
-            twice = [name for name, times in Counter(names).items() if times > 1]
-            log.warning(
-                "%s in several folders (%s%s): --writer.names relative tells the rows apart",
-                f"{count(len(twice), 'file name')} {'stands' if len(twice) == 1 else 'stand'}",
-                os.fsencode(twice[0]).decode(errors="replace"),
-                ", …" if len(twice) > 1 else "",
-            )
-
     def _gather(self, value: Any) -> list[Any]:
         """Return everybody's value, in the order of the ranks; counts and names, never features."""
         if self._group is None:
@@ -420,3 +313,26 @@ class FeatureWriter(BasePredictionWriter):
         values: list[Any] = [None] * dist.get_world_size(self._group)
         dist.all_gather_object(values, value, group=self._group)
         return values
+
+
+def _about(writer: FeatureWriter, trainer: Trainer, started: datetime) -> dict[str, Any]:
+    """Return what the record says of the run and what decides no value."""
+    data: Any = trainer.datamodule  # type: ignore[attr-defined]
+    model: Any = trainer.lightning_module
+    return {
+        "weights": model.weights_used,
+        "weights_told": model.weights_told,
+        "preprocessing": data.preprocessing(model.preprocessing).source,
+        "options": {
+            "model_class": records.public_name(type(model)),
+            "model": records.options(model),
+            "data": records.options(data) | {"dir": os.path.abspath(data.dir)},
+        },
+        "host": platform.node(),
+        "processes": trainer.world_size,
+        "workers": data.workers,
+        "cores": usable_cores(),
+        "stages": progress.stages(trainer, model, writer),
+        "started": started.isoformat(timespec="seconds"),
+        "seconds": round((datetime.now(UTC) - started).total_seconds(), 3),
+    }

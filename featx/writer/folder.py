@@ -3,21 +3,20 @@
 import csv
 import io
 import os
-from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
-from typing import Literal, NamedTuple, get_args
+from typing import NamedTuple
 
 from PIL import Image
 
 from featx.data.batch import Fault, Images
 from featx.errors import BadValueError
-from featx.writer import disk, formats, journal, parquet, records
+from featx.writer import disk, journal, records
 from featx.writer.disk import DiskError
-from featx.writer.formats import Format
+from featx.writer.formats import FORMATS
 from featx.writer.journal import Entry, Head, Placed
 from featx.writer.records import Json
 
@@ -25,8 +24,6 @@ HIDDEN = ".featx"
 ERRORS_HEADER = ("path", "reason", "exception")
 USED = "used all the same: "
 AFRESH = "Give another --writer.out_dir, or --writer.overwrite true, which starts afresh."
-SUFFIXES = [f".{kind}" for kind in get_args(Format)]
-Found = Literal["fresh", "unfinished", "finished"]
 
 
 def file_name(layer: str, suffix: str = "") -> str:
@@ -39,21 +36,17 @@ class Shard(NamedTuple):
 
     Attributes:
         images: The images, by index.
+        batches: Which of all batches they are.
         label: What tells the shard's parts from others', as ``-00007``; nothing where there is one file.
-        files: The files asked for.
-        rows: What parts are joined to. Parquet is made of the rows as npy has them, which stay hidden if nobody asked.
-        names: ``names.txt`` beside an npy.
+        results: The files asked for, by suffix.
+        rows: What parts are joined to, by format: results, or hidden files that others are made of.
     """
 
     images: range
+    batches: slice
     label: str
-    files: dict[Format, Path]
+    results: dict[str, Path]
     rows: dict[str, Path]
-    names: Path
-
-    def results(self) -> list[Path]:
-        """Return the files asked for, and the names beside an npy."""
-        return [*self.files.values(), *([self.names] if "npy" in self.files else [])]
 
 
 class LayerState:
@@ -62,7 +55,8 @@ class LayerState:
     Args:
         out_dir: The output folder.
         layer: The layer, as the user named it.
-        kinds: The formats asked for.
+        columns: Values in each row.
+        formats: The formats asked for.
         identity: Everything that decides a value.
         images: The images, in the order of the rows.
         readers: The number of the reader of each kind of image file, 1 for others.
@@ -72,61 +66,64 @@ class LayerState:
         self,
         out_dir: Path,
         layer: str,
-        kinds: Sequence[Format],
+        columns: int,
+        formats: Sequence[str],
         identity: Json,
         images: Images,
         readers: Mapping[str, int],
     ) -> None:
         self.layer = layer
+        self.columns = columns
         self.identity = identity
         self.images = images
         self.readers = readers
         self.folder = out_dir / HIDDEN / file_name(layer)
         self.shards_folder = out_dir / file_name(layer)
-        self.sharded = identity["shard_rows"] is not None
-        self.shards = self._divide(kinds, identity["shard_rows"] or len(images))
-        self.kinds = list(self.shards[0].rows)  # of the parts
-        self.results = [path for shard in self.shards for path in shard.results()]
         self.record_path = out_dir / file_name(layer, "json")
         self.errors_path = out_dir / file_name(layer, "errors.csv")
         self.run_path = self.folder / "run.json"
         self.inputs_path = self.folder / "images.gz"
-        self.inputs = records.inputs(images)
+        self.inputs = {"images": len(images), "digest": images.digest()}
         self.digest = records.digest(identity, images)
+        self.formats = [FORMATS[name](layer, columns, identity) for name in formats]
+        self.parts = {format.part: format for format in self.formats}
+        self.sharded = identity["shard_rows"] is not None
+        self.shards = self._divide(identity["shard_rows"] or len(images))
+        self.results = [path for shard in self.shards for path in shard.results.values()]
 
-    def _divide(self, kinds: Sequence[Format], size: int) -> list[Shard]:
+    def _divide(self, size: int) -> list[Shard]:
         starts = range(0, len(self.images), size)
         digits = max(5, len(str(len(starts) - 1)))  # so that their names sort as their rows do
-        shards = []
+        suffixes = [format.suffixes[0] for format in self.formats]
+        suffixes += [suffix for format in self.formats for suffix in format.suffixes[1:]]
+        batch, shards = self.identity["batch_size"], []
         for number, start in enumerate(starts):
             name = f"{number:0{digits}}"
             stem, label = (self.shards_folder / name, f"-{name}") if self.sharded else (self.shards_folder, "")
-            files = {kind: Path(f"{stem}.{kind}") for kind in kinds}
-            rows: dict[str, Path] = {kind: path for kind, path in files.items() if kind != "parquet"}
-            if "parquet" in kinds:
-                rows.setdefault("npy", self.folder / f"rows{label}.npy")
             images = range(start, min(start + size, len(self.images)))
-            shards.append(Shard(images, label, files, rows, Path(f"{stem}.names.txt")))
+            results = {suffix: Path(f"{stem}.{suffix}") for suffix in suffixes}
+            rows = {part: results.get(part, self.folder / f"rows{label}.{part}") for part in self.parts}
+            shards.append(Shard(images, slice(start // batch, -(-images.stop // batch)), label, results, rows))
         return shards
 
     def shard_of(self, batch: int) -> int:
         """Return the index of the shard that a batch belongs to."""
         return batch * int(self.identity["batch_size"]) // len(self.shards[0].images)
 
-    def heads(self, shard: Shard, columns: int) -> dict[str, bytes]:
-        """Return the first bytes of a shard's files; of an npy right, if all images can be read."""
-        heads = {
-            "csv": formats.csv_header(self.layer, columns) if self.identity["header"] else b"",
-            "npy": formats.npy_head(len(shard.images), columns, self.identity["dtype"]),
-        }
-        return {kind: heads[kind] for kind in self.kinds}
+    def heads(self, shard: Shard) -> dict[str, bytes]:
+        """Return the first bytes of a shard's parts, which are the file's too, if all images can be read."""
+        return {part: format.head(len(shard.images)) for part, format in self.parts.items()}
 
-    def _key(self, path: Path) -> str:
+    def key(self, path: Path) -> str:
         """Return a result's name in the record, as ``fc7.csv`` or ``fc7/00000.csv``."""
         return path.relative_to(self.record_path.parent).as_posix()
 
-    def look(self, afresh: bool = False) -> Found:
-        """Return what is there, without changing anything.
+    def read_record(self) -> Json | None:
+        """Return the record, or None where there is none; raise BadValueError where it is of something else."""
+        return records.read_record(self.record_path, self.layer)
+
+    def look(self, afresh: bool = False) -> Json | None:
+        """Return the record if all files are there as it says, without changing anything.
 
         Args:
             afresh: Whether what another run of featx wrote is to be removed.
@@ -135,40 +132,42 @@ class LayerState:
             UserError: Another run's results or parts are there, the images have changed, or files that featx did not
                 write are in the place of the results.
         """
-        record, run = records.read_record(self.record_path, self.layer), records.read_run(self.run_path)
+        if self.sharded and self.shards_folder.is_file():
+            raise BadValueError(f"{self.shards_folder}: is a file. --writer.shard_rows makes a folder there.")
+        record, run = self.read_record(), records.read_run(self.run_path)
         if strangers := self._strangers(record, run):
             raise BadValueError(
                 f"{strangers[0]}: exists, and no record says that featx wrote it.\n"
                 "Move it elsewhere, or give another --writer.out_dir."
             )
         if afresh:
-            return "fresh"
+            return None
         made = self._differences(record, record.get("readers", self._readers_by_suffix)) if record else []
-        begun = self._differences(run, self._readers()) if run else []
-        for what, lines in (("made", made), ("begun", begun)):
+        begun = self._differences(run, self.readers_of(chain.from_iterable(self._journals()))) if run else []
+        what = self.record_path.with_suffix("")
+        for how, lines in (("made", made), ("begun", begun)):
             if lines:
                 more = [f"  and {len(lines) - 7} more"] if len(lines) > 7 else []
                 listed = "\n".join([f"  {line}" for line in lines[:7]] + more)
-                raise BadValueError(
-                    f"{self.record_path.with_suffix('')}: was {what} by another run. What differs:\n{listed}\n{AFRESH}"
-                )
-        if old := run or record:
-            self._check_images(old)
-        if record and self.inputs == record["inputs"]:
-            whole = [self._is_whole(path, record, bool(run)) for path in self.results]
-            if all(whole):
-                return "finished"
-        return "unfinished" if run else "fresh"
+                raise BadValueError(f"{what}: was {how} by another run. What differs:\n{listed}\n{AFRESH}")
+        if (old := run or record) and old["inputs"] != self.inputs:
+            unread = {fault.path for fault in self.listed()}
+            if changed := records.changed_inputs(self.inputs_path, self.images, unread):
+                raise BadValueError(f"{what}: {changed} since that run began; its rows would not match.\n{AFRESH}")
+        if record is None or self.inputs != record["inputs"]:
+            return None
+        whole = [self._is_whole(path, record, bool(run)) for path in self.results]
+        return record if all(whole) else None
 
     def _differences(self, old: Json, readers: dict[str, int]) -> list[str]:
         """Return a line for all that decided a value of another run and is not the same now."""
         now = {kind: self.readers.get(kind, 1) for kind in readers}
-        return records.differences(old["identity"], self.identity) + records.differing(readers, now, "readers.")
+        return records.differences(old["identity"] | {"readers": readers}, self.identity | {"readers": now})
 
-    def _readers(self, entries: Iterable[Entry] | None = None) -> dict[str, int]:
-        """Return the readers of the images of some batches, or of all that the journals know."""
+    def readers_of(self, entries: Iterable[Entry]) -> dict[str, int]:
+        """Return the kinds of files that batches' images have, each with the number of its reader."""
         found: dict[str, int] = {}
-        for entry in chain.from_iterable(some for _, some in self._journals()) if entries is None else entries:
+        for entry in entries:
             found |= self._readers_by_suffix if entry.readers is None else entry.readers
         return dict(sorted(found.items()))
 
@@ -185,28 +184,20 @@ class LayerState:
         if record is None and run is None:
             places.append(self.errors_path)
         if self.sharded and self.shards_folder.is_dir():
-            beside = sorted(self.shards_folder.iterdir())
-            places += [path for path in beside if self._is_mine(path) or (not known and path.suffix in SUFFIXES)]
-        return [path for path in places if os.path.lexists(path) and self._key(path) not in known]
+            for path in sorted(self.shards_folder.iterdir()):
+                if records.is_result_name(self.layer, self.key(path)) or (not known and path.suffix[1:] in FORMATS):
+                    places.append(path)
+        return [path for path in places if os.path.lexists(path) and self.key(path) not in known]
 
-    def _is_mine(self, path: Path) -> bool:
-        """Whether a path is one of those that the files of this layer have."""
-        return records.is_result_name(self.layer, self._key(path))
+    def _journals(self) -> Iterator[list[Entry]]:
+        return (journal.read(path)[1] for path in journal.journals(self.folder))
 
-    def _journals(self) -> Iterator[tuple[Head, list[Entry]]]:
-        return map(journal.read, journal.journals(self.folder))
-
-    def _check_images(self, old: Json) -> None:
-        if old["inputs"] == self.inputs:
-            return
-        told = records.changed_inputs(self.inputs_path, self.images, [fault.path for fault in self.listed()])
-        if told:
-            raise BadValueError(
-                f"{self.record_path.with_suffix('')}: {told} since that run began; its rows would not match.\n{AFRESH}"
-            )
+    def listed(self) -> list[Fault]:
+        """Return the images that could not be read, as the journals know them."""
+        return [fault for entries in self._journals() for entry in entries for fault in entry.faults]
 
     def _is_whole(self, path: Path, record: Json, unfinished: bool) -> bool:
-        said = record["files"].get(self._key(path))
+        said = record["files"].get(self.key(path))
         if said is None or self._place(path, said, unfinished) is not None:
             return said is not None
         if path.exists() and not unfinished:
@@ -222,27 +213,25 @@ class LayerState:
                     return place
         return None
 
-    def listed(self) -> list[Fault]:
-        """Return the images that could not be read, as the journals know them."""
-        return [fault for _, entries in self._journals() for entry in entries for fault in entry.faults]
-
-    def begin(self, found: Found) -> None:
+    def begin(self, afresh: bool = False) -> None:
         """Write down what run this is, so that no other goes on with it; what is left of another is removed.
 
         Args:
-            found: What ``look`` found, under the lock.
+            afresh: Whether to remove all that featx wrote of the layer, and nothing else, before.
         """
+        if afresh:
+            self._wipe()
         with disk.told(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
-        if found == "fresh" and records.read_record(self.record_path, self.layer) is None:
+        if self.read_record() is None and records.read_run(self.run_path) is None:
             self._clear()
         records.save_inputs(self.inputs_path, self.images)
         run = {"format": journal.FORMAT, "identity": self.identity, "inputs": self.inputs}
         disk.replace(self.run_path, records.as_json(run))
 
-    def wipe(self) -> None:
-        """Remove all that featx wrote of the layer, and nothing else; the record, which knows the files, comes last."""
-        record = records.read_record(self.record_path, self.layer)
+    def _wipe(self) -> None:
+        """Remove what featx wrote of the layer; the record, which knows the files, comes last."""
+        record = self.read_record()
         self._clear()
         for name in record["files"] if record else ():
             disk.remove(self.record_path.parent / name)
@@ -265,11 +254,7 @@ class LayerState:
         Args:
             still: Whether an image has the fault that it had.
         """
-        return {
-            number: placed
-            for number, placed in self.placed().items()
-            if all(still(fault) for fault in placed.entry.faults)
-        }
+        return {number: one for number, one in self.placed().items() if all(map(still, one.entry.faults))}
 
     def placed(self, session: str = "") -> dict[int, Placed]:
         """Return this run's batches whose rows are on disk; of a session that is ending, what it wrote, unchecked."""
@@ -278,125 +263,23 @@ class LayerState:
         def is_result(name: str) -> bool:
             return name.startswith(above) and records.is_result_name(self.layer, name.removeprefix(above))
 
-        return journal.read_parts(self.folder, self.kinds, self.digest, is_result, session)
+        return journal.read_parts(self.folder, self.parts, self.digest, is_result, session)
 
-    def finish(self, done: dict[int, Placed], columns: int, known: dict[Path, str], about: Json) -> Json:
-        """Join the parts to the final files, beside their record and the list of errors, and return the record.
-
-        The record comes before the files get their names, so that no file of featx's is ever without one: a run that
-        ends in between is unfinished, and the next one joins again.
+    def keep_journal(self, session: int, shard: Shard, entries: list[Entry]) -> None:
+        """Write down where a finished file has the rows of each batch: to repair single images, the others are taken.
 
         Args:
-            done: All batches.
-            columns: Values in each row.
-            known: SHA-256 of parts as they are.
-            about: What the record says besides.
+            session: The journal's.
+            shard: The files.
+            entries: Their batches, as they were in the parts.
         """
-        placed = [done[number] for number in sorted(done)]
-        entries = [one.entry for one in placed]
-        faults = [fault for entry in entries for fault in entry.faults]
-        rows = sum(entry.rows for entry in entries)
-        lost = sum(not fault.used for fault in faults)
-        assert [entry.batch for entry in entries] == list(range(len(entries))), f"{self.layer}: batches are missing"
-        assert rows + lost == len(self.images), f"{self.layer}: {rows} rows, {lost} errors, {len(self.images)} images"
-        files: Json = {}
-        # Formats that an earlier run wrote stay, if they say the same.
-        if old := records.read_record(self.record_path, self.layer):
-            same = old["inputs"] == self.inputs and (old["errors"], old["rows"]) == (lost, rows)
-            mine = set(map(self._key, self.results))
-            for name, said in old["files"].items():
-                if same:
-                    files[name] = said
-                elif name not in mine:
-                    disk.remove(self.record_path.parent / name)
-        joined: dict[Path, Path] = {}
-        for shard in self.shards:
-            some = placed[self._batches(shard)]
-            joined |= self._join(shard, some, columns, known)
-            said = {"rows": sum(one.entry.rows for one in some)} if self.sharded else {}
-            for target in shard.results():
-                path = joined[target]
-                sha256, size = known.get(path) or journal.digest(path), path.stat().st_size
-                files[self._key(target)] = {"sha256": sha256, "bytes": size} | said
-        record = {
-            "format": journal.FORMAT,
-            "layer": self.layer,
-            "files": files,
-            "rows": rows,
-            "columns": columns,
-            "errors": lost,
-            "errors_used": len(faults) - lost,
-            "rows_not_finite": sum(entry.odd[0] for entry in entries),
-            "values_not_finite": sum(entry.odd[1] for entry in entries),
-            "values_overflowed": sum(entry.odd[2] for entry in entries),
-            "inputs": self.inputs,
-            "readers": self._readers(entries),
-            "identity": self.identity,
-            "run": {**about, "batches_by_device": Counter(entry.device for entry in entries)},
-        }
-        if faults:  # to repair single images, their neighbours' rows are taken from the finished files
-            session = journal.next_session(self.folder)
-            for shard in self.shards:
-                self._keep_journal(session, shard, entries[self._batches(shard)], self.heads(shard, columns))
-            disk.replace(self.errors_path, _errors_csv(faults))
-        else:
-            disk.remove(self.errors_path)
-        disk.replace(self.record_path, records.as_json(record))
-        if self.sharded:
-            with disk.told(self.shards_folder):
-                self.shards_folder.mkdir(exist_ok=True)
-        for target, path in joined.items():
-            disk.rename(path, target)
-        self.tidy(keep_journal=bool(faults))
-        return record
-
-    def _batches(self, shard: Shard) -> slice:
-        """Return which of all batches are a shard's."""
-        size = self.identity["batch_size"]
-        return slice(shard.images.start // size, -(-shard.images.stop // size))
-
-    def _join(self, shard: Shard, placed: list[Placed], columns: int, known: dict[Path, str]) -> dict[Path, Path]:
-        """Make a shard's files, and return where each is, ready to be renamed; ``known`` is left what is still true."""
-        faults = [fault for one in placed for fault in one.entry.faults]
-        rows, lost = sum(one.entry.rows for one in placed), sum(not fault.used for fault in faults)
-        heads = self.heads(shard, columns)
-        fresh = self.folder / f"joined{shard.label}"
-        joined = {}
-        for kind, target in shard.rows.items():
-            head = formats.npy_head(rows, columns, self.identity["dtype"]) if kind == "npy" else heads[kind]
-            ranges = journal.pieces(kind, placed)
-            path = joined[target] = journal.join(ranges, head, Path(f"{fresh}.{kind}"), target)
-            if head != heads[kind] or ranges != [(path, len(head), path.stat().st_size)]:
-                known.pop(path, None)  # it is no longer as it was written
-        if "npy" in shard.files:
-            joined[shard.names] = Path(f"{fresh}.names.txt")
-            lines = (formats.name_line(os.fsencode(self._row_name(path))) for path in self._readable(shard, faults))
-            disk.replace(joined[shard.names], b"".join(lines))
-        if "parquet" in shard.files:
-            path = joined[shard.files["parquet"]] = Path(f"{fresh}.parquet")
-            decided = {"layer": self.layer, "rows": rows, "columns": columns, "errors": lost, "identity": self.identity}
-            relative, said = self.identity["names"] == "relative", records.as_json(decided)
-            paths = self._readable(shard, faults)
-            parquet.write(path, joined[shard.rows["npy"]], self.layer, paths, relative, said)
-        return joined
-
-    def _readable(self, shard: Shard, faults: list[Fault]) -> Iterator[str]:
-        lost = {fault.path for fault in faults if not fault.used}
-        paths = (self.images.names[index] for index in shard.images)
-        return (path for path in paths if path not in lost)
-
-    def _row_name(self, path: str) -> str:
-        return path if self.identity["names"] == "relative" else os.path.basename(path)
-
-    def _keep_journal(self, session: int, shard: Shard, entries: list[Entry], heads: dict[str, bytes]) -> None:
-        ends = {format: len(head) for format, head in heads.items()}
-        moved = []
+        ends, moved = {part: len(head) for part, head in self.heads(shard).items()}, []
         for entry in entries:
             spans = {}
-            for format in heads:
-                start, end, crc = entry.spans[format]
-                spans[format] = (ends[format], ends[format] + end - start, crc)
-                ends[format] = spans[format][1]
+            for part in ends:
+                start, end, crc = entry.spans[part]
+                spans[part] = (ends[part], ends[part] + end - start, crc)
+                ends[part] = spans[part][1]
             moved.append(entry._replace(spans=spans))
         names = [os.path.relpath(path, self.folder) for path in shard.rows.values()]
         kept = journal.encode(Head(names, self.digest), moved)
@@ -405,7 +288,7 @@ class LayerState:
     def settle(self, record: Json) -> None:
         """Do what a run that ended while it named its files had left to do."""
         for path in self.results:
-            place = self._place(path, record["files"][self._key(path)], True)
+            place = self._place(path, record["files"][self.key(path)], True)
             if place is not None and place != path:
                 with disk.told(path):
                     path.parent.mkdir(exist_ok=True)
@@ -417,16 +300,14 @@ class LayerState:
         keep = {self.inputs_path}
         if keep_journal:
             last = f"{journal.next_session(self.folder) - 1:06}"
-            keep |= {*self.folder.glob(f"{last}*.journal"), *self.folder.glob("rows*.npy")}
+            keep |= {*self.folder.glob(f"{last}*.journal"), *self.folder.glob("rows*")}
         self._clear(keep)
 
 
-def _errors_csv(faults: list[Fault]) -> bytes:
+def errors_csv(faults: list[Fault]) -> bytes:
+    """Return the list of errors, as ``read_errors`` reads it."""
     text = io.StringIO(newline="")
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(ERRORS_HEADER)
-    for fault in faults:
-        writer.writerow(error_row(fault))
+    csv.writer(text, lineterminator="\n").writerows([ERRORS_HEADER, *map(error_row, faults)])
     return text.getvalue().encode("utf-8", "surrogateescape")
 
 

@@ -4,7 +4,7 @@ import hashlib
 import json
 import re
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,11 +12,12 @@ from typing import Any, NamedTuple
 from featx.data.batch import Fault
 from featx.errors import BadValueError
 from featx.writer import disk
+from featx.writer.formats import PARTS, SUFFIXES
 
 FORMAT = 2  # of journals and records; docs/promises.md says what each had. Older ones stay readable
 # All that featx makes in a layer's folder below .featx; nothing else there is ever removed.
-NUMBERED = r"(?P<session>\d{6})(-\d{5})?(-\d{5,})?\.(csv|npy|journal)"  # process, shard
-JOINED = r"(joined|rows)(-\d{5,})?\.(csv|npy|parquet|names\.txt)"
+NUMBERED = rf"(?P<session>\d{{6}})(-\d{{5}})?(-\d{{5,}})?\.({'|'.join(PARTS)}|journal)"  # process, shard
+JOINED = rf"(joined|rows)(-\d{{5,}})?\.({'|'.join(map(re.escape, SUFFIXES))})"
 OWN = re.compile(rf"\.?({NUMBERED}|{JOINED}|run\.json|images\.gz)(\.new)?")
 
 Piece = tuple[Path, int, int]  # a file, first byte, byte behind the last
@@ -40,7 +41,7 @@ class Entry(NamedTuple):
     batch: int
     rows: int
     columns: int
-    odd: tuple[int, ...]
+    odd: Sequence[int]
     spans: dict[str, Span]
     device: str
     faults: list[Fault]
@@ -101,7 +102,7 @@ def decode(data: bytes, path: Path) -> tuple[Head, list[Entry]]:
     if isinstance(first, list):  # format 1
         first = {"files": first, "run": ""}
     check_format(path, first)
-    return Head(first["files"], first["run"]), [_entry(*entry) for entry in entries]
+    return Head(first["files"], first["run"]), list(map(_entry, entries))
 
 
 def check_format(path: Path, content: dict[str, Any]) -> None:
@@ -113,18 +114,10 @@ def check_format(path: Path, content: dict[str, Any]) -> None:
         )
 
 
-def _entry(
-    batch: int,
-    rows: int,
-    columns: int,
-    odd: Any,
-    spans: dict[str, Any],
-    device: str,
-    faults: Any,
-    readers: dict[str, int] | None = None,
-) -> Entry:
-    placed = {format: (start, end, crc) for format, (start, end, crc) in spans.items()}
-    return Entry(batch, rows, columns, tuple(odd), placed, device, [Fault(*fault) for fault in faults], readers)
+def _entry(values: list[Any]) -> Entry:
+    entry = Entry(*values)
+    spans = {format: (start, end, crc) for format, (start, end, crc) in entry.spans.items()}
+    return entry._replace(spans=spans, faults=[Fault(*fault) for fault in entry.faults])
 
 
 class Part:

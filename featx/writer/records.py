@@ -6,43 +6,31 @@ import inspect
 import json
 import re
 import zlib
-from collections.abc import Sequence
+from collections.abc import Collection
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, get_args
-
-import numpy as np
+from typing import Any
 
 from featx.data.batch import Images
 from featx.errors import BadValueError, count
-from featx.writer import disk, formats, journal
+from featx.writer import disk, journal
+from featx.writer.formats import SUFFIXES
 
 Json = dict[str, Any]
 
 NOTHING = type(None)
-SHAPE: dict[str, tuple[type, ...]] = {  # what a record is read for; whatever else it says is left as it is
-    "layer": (str,),
-    "files": (dict,),
-    "rows": (int,),
-    "columns": (int,),
-    "errors": (int,),
-    "errors_used": (int,),
-    "inputs.images": (int,),
-    "inputs.digest": (str,),
-    "identity.weights": (str,),
-    "identity.value_range": (list, NOTHING),
-    "identity.decoder": (str,),
-    "identity.precision": (str,),
-    "identity.names": (str,),
-    "identity.header": (bool,),
-    "identity.shard_rows": (int, NOTHING),
-    "run.options.model_class": (str,),
-    "run.options.model": (dict,),
-    "run.options.data.dir": (str,),
+SHAPE: dict[tuple[type, ...], str] = {  # what a record is read for; whatever else it says is left as it is
+    (str,): "layer inputs.digest identity.weights identity.decoder identity.precision identity.names "
+    "run.options.model_class run.options.data.dir",
+    (int,): "rows columns errors errors_used inputs.images",
+    (dict,): "files run.options.model",
+    (bool,): "identity.header",
+    (list, NOTHING): "identity.value_range",
+    (int, NOTHING): "identity.shard_rows",
 }
 IN_WORDS = {str: "text", int: "a number", dict: "an object", list: "a list", bool: "true or false", NOTHING: "null"}
 # Keys of an identity that were added to it, each with the value that decided before. Nothing is ever taken out.
-SINCE: Json = {"revisions": {"preprocessing": 1, "pass": 1, "text": 1}}
+SINCE: Json = {"revisions.preprocessing": 1, "revisions.pass": 1, "revisions.text": 1}
 
 
 def merge(*parts: Json) -> Json:
@@ -54,23 +42,19 @@ def merge(*parts: Json) -> Json:
     return found
 
 
-def complete(identity: Json) -> Json:
-    """Return an identity with the keys that are newer than it, at the values that decided then."""
-    found = dict(identity)
-    for key, then in SINCE.items():
-        found[key] = {**then, **identity.get(key, {})} if isinstance(then, dict) else identity.get(key, then)
-    found["versions"] = {name: value for name, value in identity["versions"].items() if name != "featx"}  # in format 1
+def flat(record: Json, path: str = "") -> Json:
+    """Return all values at dotted keys, as ``preprocessing.crop``."""
+    found: Json = {}
+    for key, value in record.items():
+        found |= flat(value, f"{path}{key}.") if isinstance(value, dict) else {f"{path}{key}": value}
     return found
 
 
 def digest(identity: Json, images: Images) -> str:
     """Return the SHA-256 of an identity and the images' names, which stays the same when later versions add keys."""
-    known = complete(identity)
-    for key, then in SINCE.items():
-        if isinstance(then, dict):
-            known[key] = {name: value for name, value in known[key].items() if value != then.get(name)}
-        if known[key] in (then, {}):
-            del known[key]
+    newer = {name: one for name, one in identity["revisions"].items() if one != SINCE.get(f"revisions.{name}")}
+    known = {key: value for key, value in identity.items() if key != "revisions"}
+    known |= {"revisions": newer} if newer else {}
     return hashlib.sha256((json.dumps(known, sort_keys=True) + images.digest_of_names()).encode()).hexdigest()
 
 
@@ -86,29 +70,14 @@ def options(owner: object) -> Json:
     return {name: getattr(owner, name) for name in names if hasattr(owner, name)}
 
 
-def inputs(images: Images) -> Json:
-    """Return how many images there are, and a digest of their names, sizes and times."""
-    return {"images": len(images), "digest": images.digest()}
-
-
 def differences(old: Json, new: Json) -> list[str]:
-    """Return a line for each value of two identities that differs, as ``weights: 3f2a51c0… -> 9c1b77de…``."""
-    old_known, new_known = complete(old), complete(new)
+    """Return a line for each value of two identities that differs, as ``preprocessing.crop: 224 -> 200``."""
+    before, after = flat(old), flat(new)
+    before.pop("versions.featx", None)  # in format 1
     if "revisions" not in old:  # format 1 did not have the packages of the network's code
-        new_known["versions"] = {name: new_known["versions"].get(name) for name in old_known["versions"]}
-    return differing(old_known, new_known)
-
-
-def differing(old: Json, new: Json, path: str = "") -> list[str]:
-    """Return a line for each value that differs, as ``preprocessing.crop: 224 -> 200``."""
-    lines = []
-    for key in dict.fromkeys([*old, *new]):
-        before, after = old.get(key), new.get(key)
-        if isinstance(before, dict) and isinstance(after, dict):
-            lines += differing(before, after, f"{path}{key}.")
-        elif before != after:
-            lines.append(f"{path}{key}: {_short(before)} -> {_short(after)}")
-    return lines
+        after = {key: value for key, value in after.items() if not key.startswith("versions.") or key in before}
+    pairs = [(key, before.get(key, SINCE.get(key)), after.get(key, SINCE.get(key))) for key in {**before, **after}]
+    return [f"{key}: {_short(then)} -> {_short(now)}" for key, then, now in pairs if then != now]
 
 
 def _short(value: Any) -> str:
@@ -132,7 +101,7 @@ def read_record(path: Path, layer: str | None = None) -> dict[str, Any] | None:
         BadValueError: It is no record of featx, or one of a newer featx.
     """
     try:
-        found = json.loads(path.read_bytes().decode("utf-8", "surrogateescape"))
+        found = _load(path)
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError, RecursionError) as err:
@@ -140,22 +109,25 @@ def read_record(path: Path, layer: str | None = None) -> dict[str, Any] | None:
     else:
         if isinstance(found, dict):
             journal.check_format(path, found)
-        wrong = _wrong(found, layer)
-        if not wrong:
+        if not (wrong := _wrong(found, layer)):
             return dict(found)
     raise BadValueError(f"{path}: not a record of featx: {wrong}.\nExpected what featx predict wrote with its files.")
 
 
+def _load(path: Path) -> Any:
+    return json.loads(path.read_bytes().decode("utf-8", "surrogateescape"))
+
+
 def is_result_name(layer: str, name: str) -> bool:
     """Return whether a layer's file may have this name in its record, as ``fc7.csv`` or ``fc7/00000.csv``."""
-    stem, kinds = layer.replace("/", "%2F"), "|".join(["names.txt", *get_args(formats.Format)])
+    stem, kinds = layer.replace("/", "%2F"), "|".join(map(re.escape, SUFFIXES))
     allowed = rf"{re.escape(stem)}(/[0-9]{{5,}})?\.({kinds})"
     return stem not in ("", ".", "..") and re.fullmatch(allowed, name) is not None
 
 
 def _wrong(record: Any, layer: str | None) -> str:
     """Say what of a record is not as featx writes it, or return nothing."""
-    for key, kinds in SHAPE.items():
+    for kinds, key in ((kinds, key) for kinds, keys in SHAPE.items() for key in keys.split()):
         value = record
         for word in key.split("."):
             if not isinstance(value, dict) or word not in value:
@@ -186,21 +158,16 @@ def _as_text(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:57]}…"
 
 
-def read_json(path: Path) -> Json | None:
-    """Return a record, or None where there is none that can be read."""
-    with suppress(OSError, ValueError):
-        record = json.loads(path.read_bytes().decode("utf-8", "surrogateescape"))
-        return record if isinstance(record, dict) else None
-    return None
-
-
 def read_run(path: Path) -> Json | None:
     """Return what ``run.json`` says of an unfinished run, or None where there is none that can be read.
 
     Raises:
         BadValueError: It is none of featx's, or of a newer featx.
     """
-    if (run := read_json(path)) is None:
+    run = None
+    with suppress(OSError, ValueError):
+        run = _load(path)
+    if not isinstance(run, dict):
         return None
     journal.check_format(path, run)
     if not all(isinstance(run.get(key), dict) for key in ("identity", "inputs")):
@@ -225,7 +192,7 @@ def read_inputs(path: Path, some: slice = slice(None)) -> list[tuple[str, int, i
     return [(json.loads(name), int(size), int(mtime)) for size, mtime, name in lines]
 
 
-def changed_inputs(path: Path, images: Images, excused: Sequence[str]) -> str:
+def changed_inputs(path: Path, images: Images, excused: Collection[str]) -> str:
     """Say how many images were added, removed or changed since ``save_inputs``, or return nothing.
 
     Args:
@@ -238,13 +205,13 @@ def changed_inputs(path: Path, images: Images, excused: Sequence[str]) -> str:
     except (OSError, EOFError, ValueError, zlib.error):
         return "the list of images is another"
     same_order = list(before) == list(images.names)
-    free = set(excused)
-    added = changed = 0
-    for name, size, mtime in zip(images.names, np.asarray(images.sizes), np.asarray(images.mtimes), strict=True):
-        found = before.pop(name, None)
-        added += found is None
-        changed += found is not None and found != (size, mtime) and name not in free
-    told = {"added": added, "removed": len(before), "changed": changed}
-    if not (added or before or same_order):
+    found = {"added": 0, "removed": 0, "changed": 0}
+    for name, size, mtime in zip(images.names, images.sizes, images.mtimes, strict=True):
+        if (then := before.pop(name, None)) is None:
+            found["added"] += 1
+        elif then != (size, mtime) and name not in excused:
+            found["changed"] += 1
+    found["removed"] = len(before)
+    if not (found["added"] or before or same_order):
         return "the order of the images changed"
-    return ", ".join(f"{count(number, 'image')} {word}" for word, number in told.items() if number)
+    return ", ".join(f"{count(number, 'image')} {word}" for word, number in found.items() if number)

@@ -5,7 +5,7 @@ import queue
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +13,8 @@ from torch import Tensor
 
 from featx.data.batch import Batch
 from featx.errors import UserError
-from featx.writer import formats
 from featx.writer.folder import LayerState
+from featx.writer.formats import row_name
 from featx.writer.journal import Entry, Part
 
 WAITING = 4  # batches that may wait for the disk, besides those that are computed; then the network waits
@@ -27,13 +27,11 @@ class RowStream:
 
     Args:
         states: Of each layer what its folder holds, and so which parts there are to be.
-        columns: Values in each row, by layer.
         stem: What the names of this process's parts begin with.
         device: What computes the rows, as the journal calls it.
         on_gpu: Whether it is a GPU, for which the thread waits.
         first: The first batch's number.
         computing: Batches that may still be computed while they wait here.
-        name: An image's path -> its row's name.
 
     Attributes:
         computed: Images so far.
@@ -43,22 +41,18 @@ class RowStream:
     def __init__(
         self,
         states: Mapping[str, LayerState],
-        columns: Mapping[str, int],
         stem: str,
         device: str,
         on_gpu: bool,
         first: int,
         computing: int,
-        name: Callable[[str], str],
     ) -> None:
         self.computed = 0
         self.stages: dict[str, float] = defaultdict(float)
         self._states = states
-        self._columns = columns
         self._stem = stem
         self._device = device
         self._on_gpu = on_gpu
-        self._name = name
         self._parts: dict[str, Part] = {}  # of the shard that is being written
         self._shard = -1
         self._finished: dict[Path, str] = {}  # SHA-256 of the parts before
@@ -154,37 +148,34 @@ class RowStream:
         self._shard = shard
         for layer, state in self._states.items():
             one = state.shards[shard]
-            heads = state.heads(one, self._columns[layer])
-            self._parts[layer] = Part(state.folder, self._stem + one.label, state.digest, heads)
+            self._parts[layer] = Part(state.folder, self._stem + one.label, state.digest, state.heads(one))
 
     def _write(self, batch: Batch, features: Mapping[str, Tensor]) -> None:
-        names = [os.fsencode(self._name(name)) for name in batch.names]
         begin = time.monotonic()
         rows = {layer: values.cpu().numpy() for layer, values in features.items()}
         if self._on_gpu:
             self.stages["network"] += time.monotonic() - begin
         self._turn_to(batch.number)
-        for layer, part in self._parts.items():
-            columns = self._columns[layer]
-            values = rows.get(layer, np.empty((0, columns), np.float32))  # (B, D)
+        for layer, state in self._states.items():
+            names = [os.fsencode(row_name(path, state.identity["names"])) for path in batch.names]
+            values = rows.get(layer, np.empty((0, state.columns), np.float32))  # (B, D)
             assert len(values) == len(names), f"{layer}: {len(values)} rows for {len(names)} images"
-            if len(names) and values.shape[1] != columns:
+            if len(names) and values.shape[1] != state.columns:
                 raise UserError(
-                    f"--model.layer {layer}: from {batch.names[0]} on {values.shape[1]} columns, expected {columns} as "
-                    "before. Rows differ with the images' shapes.\nGive them one shape with --data.crop, or take a "
-                    "layer behind the pooling."
+                    f"--model.layer {layer}: from {batch.names[0]} on {values.shape[1]} columns, expected "
+                    f"{state.columns} as before. Rows differ with the images' shapes.\n"
+                    "Give them one shape with --data.crop, or take a layer behind the pooling."
                 )
             begin = time.thread_time()
             odd = ~np.isfinite(values)
-            texts, overflowed = {}, 0
-            if "csv" in part.paths:
-                texts["csv"] = formats.csv_rows(names, values)
-            if "npy" in part.paths:
-                texts["npy"], overflowed = formats.npy_rows(values, self._states[layer].identity["dtype"])
+            encoded = {part: format.encode(names, values) for part, format in state.parts.items()}
             self.stages["text"] += time.thread_time() - begin
+            overflowed = sum(number for _, number in encoded.values())
             counts = (int(odd.any(axis=1).sum()), int(odd.sum()), overflowed)
             begin = time.monotonic()
-            entry = Entry(batch.number, len(names), columns, counts, {}, self._device, batch.faults, batch.readers)
-            part.add(entry, texts)
+            entry = Entry(
+                batch.number, len(names), state.columns, counts, {}, self._device, batch.faults, batch.readers
+            )
+            self._parts[layer].add(entry, {part: data for part, (data, _) in encoded.items()})
             self.stages["disk"] += time.monotonic() - begin
         self.computed += batch.size

@@ -122,7 +122,7 @@ def test_parquet_says_what_made_it_and_is_compressed_by_byte_streams(photos, tmp
 def test_parquet_comes_in_row_groups_that_a_reader_can_hold(photos, tmp_path, monkeypatch):
     pytest.importorskip("pyarrow")
     run(photos, tmp_path / "whole", format="parquet")
-    monkeypatch.setattr("featx.writer.parquet.GROUP_BYTES", 10 * 4 * 4)
+    monkeypatch.setattr("featx.writer.formats.parquet.GROUP_BYTES", 10 * 4 * 4)
     run(photos, tmp_path / "tens", format="parquet")
     assert [len(names) for names, _ in read(tmp_path / "tens" / "2.parquet")] == [10, 10, 10, 7]
     whole, tens = load(tmp_path / "whole" / "2.parquet"), load(tmp_path / "tens" / "2.parquet")

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from conftest import REPO
 
-from featx.writer import parquet
-from featx.writer.formats import NPY_HEAD, csv_header, csv_row, is_plain, name_line, npy_head, read_name_lines
+from featx.writer.formats import csv_header, csv_row, is_plain, parquet
+from featx.writer.formats.npy import NPY_HEAD, name_line, npy_head, read_name_lines
 
 
 def test_every_float32_reads_back_the_same():
@@ -84,7 +84,8 @@ def test_other_readers_get_all_rows_as_docs_shows(block, tmp_path, monkeypatch):
     Path("features/fc7.csv").write_bytes(b"".join(map(csv_row, names, values)))
     np.save("features/fc7.npy", values)
     Path("features/fc7.names.txt").write_bytes(b"".join(map(name_line, names)))
-    parquet.write(Path("features/fc7.parquet"), Path("features/fc7.npy"), "fc7", map(os.fsdecode, names), False, b"{}")
+    paths = map(os.fsdecode, names)
+    parquet.write(Path("features/fc7.parquet"), Path("features/fc7.npy"), "fc7", paths, "basename", b"{}")
     scope = {}
     for lines in block.split("\n\n"):
         exec(lines, scope)

@@ -1,4 +1,4 @@
-"""Rows -> Parquet, and back: what needs pyarrow, the extra ``parquet``."""
+"""Parquet, which needs pyarrow, the extra ``parquet``."""
 
 import os
 from collections.abc import Iterable, Iterator
@@ -10,21 +10,54 @@ import numpy as np
 
 from featx.errors import BadValueError
 from featx.writer import disk
-from featx.writer.formats import Floats
+from featx.writer.formats.base import Floats, Rows, row_name
+from featx.writer.formats.npy import Npy
 
 GROUP_BYTES = 64 << 20  # of values in a row group, enough to be read fast, and few enough to be read a piece at a time
 GROUP_ROWS = 122_880  # at most: duckdb's own size, by which it deals a file to its threads
 
 
-def check() -> None:
-    """Raise BadValueError where pyarrow is not installed."""
-    try:
-        import pyarrow.parquet  # noqa: F401
-    except ImportError as err:
-        raise BadValueError("parquet: pyarrow is not installed. Install it: pip install 'featx[parquet]'") from err
+class Parquet(Npy):
+    """Columns with the images' names, paths and classes; written from the rows as npy has them."""
+
+    suffixes = ("parquet",)
+
+    @staticmethod
+    def check() -> None:
+        """Raise BadValueError where pyarrow is not installed."""
+        try:
+            import pyarrow.parquet  # noqa: F401
+        except ImportError as err:
+            raise BadValueError("parquet: pyarrow is not installed. Install it: pip install 'featx[parquet]'") from err
+
+    def size(self, name: bytes, values: Floats) -> int:
+        """Return the bytes of a row's values, which compression makes fewer, of its name and its path."""
+        return len(self.encode([name], values)[0]) + 2 * len(name)
+
+    def finish(self, rows: Path, fresh: str, paths: Iterable[str], about: bytes) -> dict[str, Path]:
+        """Write the file from the rows."""
+        path = Path(f"{fresh}.parquet")
+        write(path, rows, self.layer, paths, self.identity["names"], about)
+        return {"parquet": path}
+
+    @staticmethod
+    def read(path: Path, mmap: bool) -> Iterator[Rows]:
+        """Yield the rows of each row group."""
+        Parquet.check()
+        from pyarrow import ArrowException, parquet
+
+        try:
+            with parquet.ParquetFile(path) as file:
+                layer = file.schema_arrow.names[-1]
+                for group in range(file.num_row_groups):
+                    table = file.read_row_group(group, columns=["image", layer])
+                    rows = table.column(layer).combine_chunks()
+                    yield table.column("image").to_pylist(), rows.flatten().to_numpy().reshape(len(rows), -1)
+        except (ArrowException, KeyError) as err:
+            raise BadValueError(f"{path}: {err}. Expected Parquet as featx writes it.") from err
 
 
-def write(path: Path, npy: Path, layer: str, paths: Iterable[str], relative: bool, about: bytes) -> None:
+def write(path: Path, npy: Path, layer: str, paths: Iterable[str], names: str, about: bytes) -> None:
     r"""Write the rows of an ``.npy`` with the images that they belong to, one row group in memory at a time.
 
     Columns: ``image``, the row's name; ``path``, the image's path below the data folder; ``class``, its first folder,
@@ -35,7 +68,7 @@ def write(path: Path, npy: Path, layer: str, paths: Iterable[str], relative: boo
         npy: ``(N, D)`` float32 or float16.
         layer: Name of the column of values.
         paths: Of the images, a row each.
-        relative: Whether a row is named by its path, or by the file's name.
+        names: How a row is named: basename or relative.
         about: What decided the values, as JSON, for the file's metadata.
     """
     import pyarrow as pa
@@ -52,14 +85,14 @@ def write(path: Path, npy: Path, layer: str, paths: Iterable[str], relative: boo
         options = {"compression": "zstd", "use_dictionary": ["class"], "write_statistics": ["image", "path", "class"],
                    "use_byte_stream_split": split}  # fmt: skip
         with parquet.ParquetWriter(pa.PythonFile(_Sink(file, path), "w"), schema, **options) as writer:
-            names = iter(paths)
+            left = iter(paths)
             for start in range(0, len(rows), group):
-                some = [os.fsencode(name).decode(errors="backslashreplace") for name in islice(names, group)]
+                some = [os.fsencode(path).decode(errors="backslashreplace") for path in islice(left, group)]
                 flat = pa.array(np.array(rows[start : start + group]).reshape(-1))
                 columns = [
-                    pa.array(some if relative else [os.path.basename(name) for name in some]),
+                    pa.array([row_name(path, names) for path in some]),
                     pa.array(some),
-                    pa.array([name.partition("/")[0] if "/" in name else None for name in some], pa.string()),
+                    pa.array([path.partition("/")[0] if "/" in path else None for path in some], pa.string()),
                     pa.FixedSizeListArray.from_arrays(flat, type=values),
                 ]
                 writer.write_table(pa.table(columns, schema=schema), row_group_size=group)
@@ -86,23 +119,3 @@ class _Sink:
     def flush(self) -> None: ...
 
     def close(self) -> None: ...
-
-
-def read(path: Path) -> Iterator[tuple[list[str], Floats]]:
-    """Yield the names and values, ``(R, D)``, of each row group.
-
-    Raises:
-        BadValueError: pyarrow is not installed, or it is no such file.
-    """
-    check()
-    from pyarrow import ArrowException, parquet
-
-    try:
-        with parquet.ParquetFile(path) as file:
-            layer = file.schema_arrow.names[-1]
-            for group in range(file.num_row_groups):
-                table = file.read_row_group(group, columns=["image", layer])
-                rows = table.column(layer).combine_chunks()
-                yield table.column("image").to_pylist(), rows.flatten().to_numpy().reshape(len(rows), -1)
-    except (ArrowException, KeyError) as err:
-        raise BadValueError(f"{path}: {err}. Expected Parquet as featx writes it.") from err

@@ -1,18 +1,57 @@
-"""Activations -> bytes of CSV and npy."""
+"""CSV: a line for each row, its name and values as text."""
 
-import math
-import re
-from collections.abc import Iterable, Iterator
-from typing import BinaryIO, Literal
+import os
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
 
 import numpy as np
-import numpy.typing as npt
 import orjson
 
-REVISION = 1  # goes up whenever the text of a value, or the bytes of an npy, change: no run then takes rows of before
-Format = Literal["csv", "npy", "parquet"]
-Floats = npt.NDArray[np.float32]
-NPY_HEAD = 128  # bytes, whatever the numbers in it: it is written before the rows are counted
+from featx.errors import BadValueError, count
+from featx.writer.formats.base import FileFormat, Floats, Rows
+
+
+class Csv(FileFormat):
+    """Each value in the fewest digits that read back as the same float32, whatever ``dtype`` is."""
+
+    suffixes = ("csv",)
+    part = "csv"
+
+    def head(self, rows: int) -> bytes:
+        """Return the line of column names, where one was asked for."""
+        return csv_header(self.layer, self.columns) if self.identity["header"] else b""
+
+    def encode(self, names: list[bytes], values: Floats) -> tuple[bytes, int]:
+        """Return the lines of rows."""
+        return csv_rows(names, values), 0
+
+    @staticmethod
+    def read(path: Path, mmap: bool) -> Iterator[Rows]:
+        """Yield the rows one by one."""
+        columns, parse = None, _json_parser()
+        with path.open("rb", buffering=1 << 20) as file:
+            header = next(csv_lines(file, False), (b"", b""))[0] == b"image"  # an image's name has a suffix
+            file.seek(0)
+            for number, (name, text) in enumerate(csv_lines(file, header), 1):
+                try:  # JSON knows neither nan nor inf
+                    found = parse(b"[" + text + b"]") if b"n" not in text else list(map(float, text.split(b",")))
+                    values = np.array(found, np.float32)  # (D,)
+                except (ValueError, TypeError) as err:
+                    raise BadValueError(f"{path}: row {number}: {err}. Expected numbers behind the name.") from err
+                if len(values) != (columns := len(values) if columns is None else columns):
+                    raise BadValueError(f"{path}: row {number}: {count(len(values), 'value')}, expected {columns:,}.")
+                yield [os.fsdecode(name)], values[None]
+
+
+def _json_parser() -> Callable[[bytes], Any]:
+    """Return what reads a list of numbers: simdjson, which makes no Python object of each, or orjson."""
+    try:
+        import simdjson
+    except ImportError:
+        return orjson.loads
+    parser: Any = simdjson.Parser()
+    return lambda text: np.frombuffer(parser.parse(text).as_buffer(of_type="d"))
 
 
 def csv_row(name: bytes, values: Floats) -> bytes:
@@ -30,8 +69,7 @@ def csv_row(name: bytes, values: Floats) -> bytes:
     if not np.isfinite(values).all():  # JSON knows none of the three, and orjson writes null
         texts = text.split(b",")
         for index in np.flatnonzero(~np.isfinite(values)):
-            value = float(values[index])
-            texts[index] = b"nan" if math.isnan(value) else b"inf" if value > 0 else b"-inf"
+            texts[index] = b"%a" % float(values[index])  # nan, inf or -inf
         text = b",".join(texts)
     return csv_field(name) + b"," + text + b"\n"
 
@@ -80,32 +118,3 @@ def csv_lines(file: BinaryIO, header: bool) -> Iterator[tuple[bytes, bytes]]:
         end = line.rfind(b'"') + 1 if quoted else line.find(b",")
         name = line[1 : end - 1].replace(b'""', b'"') if quoted else line[:end]
         yield name, line[end + 1 :]
-
-
-def npy_head(rows: int, columns: int, dtype: str) -> bytes:
-    """Return the first bytes of an ``.npy`` of shape ``(rows, columns)``, always equally many.
-
-    After https://numpy.org/doc/stable/reference/generated/numpy.lib.format.html, version 1.0.
-    """
-    shape = f"{{'descr': '{np.dtype(dtype).str}', 'fortran_order': False, 'shape': ({rows}, {columns}), }}"
-    return b"\x93NUMPY\x01\x00" + (NPY_HEAD - 10).to_bytes(2, "little") + shape.ljust(NPY_HEAD - 11).encode() + b"\n"
-
-
-def npy_rows(values: Floats, dtype: str) -> tuple[bytes, int]:
-    """Return the bytes of rows in an ``.npy``, and how many finite values ``dtype`` made infinite."""
-    if values.dtype == dtype:
-        return values.tobytes(), 0
-    with np.errstate(over="ignore"):
-        held = values.astype(dtype)
-    return held.tobytes(), int((np.isinf(held) & np.isfinite(values)).sum())
-
-
-def name_line(name: bytes) -> bytes:
-    r"""Return a name's line in LAYER.names.txt: its bytes, but for ``\n``, ``\r`` and ``\\``, which are written so."""
-    return name.replace(b"\\", rb"\\").replace(b"\n", rb"\n").replace(b"\r", rb"\r") + b"\n"
-
-
-def read_name_lines(data: bytes) -> list[bytes]:
-    """Return the names that ``name_line`` wrote."""
-    meaning = {b"n": b"\n", b"r": b"\r"}
-    return [re.sub(rb"\\(.)", lambda found: meaning.get(found[1], found[1]), line) for line in data.split(b"\n")[:-1]]
