@@ -28,7 +28,7 @@ import featx
 from featx.cli import main
 from featx.errors import LostFolderError
 from featx.writer.disk import BusyError, DiskError
-from featx.writer.formats import csv_header, csv_rows
+from featx.writer.formats import FORMATS
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
@@ -383,7 +383,8 @@ def test_csv_reads_back_bit_by_bit(bits, tmp_path, header, parser, monkeypatch):
         monkeypatch.setitem(sys.modules, "simdjson", None)
     names = ['a,"b\n.png', "image", "猫.png", *(f"{i}.png" for i in range(57))]
     path = tmp_path / "2.csv"
-    path.write_bytes((csv_header("2", 500) if header else b"") + csv_rows(map(str.encode, names), bits))
+    csv = FORMATS["csv"]("2", 500, {"header": header})
+    path.write_bytes(csv.head(0) + csv.encode(list(map(str.encode, names)), bits)[0])
     found, values = featx.load(path)
     assert found == names and values.dtype == np.float32
     assert np.array_equal(values, bits, equal_nan=True)

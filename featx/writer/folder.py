@@ -258,12 +258,8 @@ class LayerState:
 
     def placed(self, session: str = "") -> dict[int, Placed]:
         """Return this run's batches whose rows are on disk; of a session that is ending, what it wrote, unchecked."""
-        above = os.path.relpath(self.record_path.parent, self.folder) + "/"
-
-        def is_result(name: str) -> bool:
-            return name.startswith(above) and records.is_result_name(self.layer, name.removeprefix(above))
-
-        return journal.read_parts(self.folder, self.parts, self.digest, is_result, session)
+        own = {os.path.relpath(path, self.folder) for path in self.results}
+        return journal.read_parts(self.folder, self.parts, self.digest, own, session)
 
     def keep_journal(self, session: int, shard: Shard, entries: list[Entry]) -> None:
         """Write down where a finished file has the rows of each batch: to repair single images, the others are taken.

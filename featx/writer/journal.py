@@ -4,7 +4,7 @@ import hashlib
 import json
 import re
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -57,7 +57,7 @@ class Head(NamedTuple):
     """
 
     files: list[str]
-    run: str
+    run: str = ""
 
 
 class Placed(NamedTuple):
@@ -96,11 +96,9 @@ def decode(data: bytes, path: Path) -> tuple[Head, list[Entry]]:
         if crc != b"%08x" % zlib.crc32(text):
             break
         values.append(json.loads(text))
-    if not values:
-        return Head([], ""), []
-    first, *entries = values
+    first, *entries = values or [[]]
     if isinstance(first, list):  # format 1
-        first = {"files": first, "run": ""}
+        return Head(first), list(map(_entry, entries))
     check_format(path, first)
     return Head(first["files"], first["run"]), list(map(_entry, entries))
 
@@ -135,11 +133,10 @@ class Part:
         self.paths = {format: folder / f"{stem}.{format}" for format in heads}
         self.sha256 = {format: hashlib.sha256(head) for format, head in heads.items()}
         self._files = {format: disk.open_to_write(path) for format, path in self.paths.items()}
-        self._ends = dict.fromkeys(heads, 0)
+        self._ends = {format: len(head) for format, head in heads.items()}
         self._waiting = [encode(Head([path.name for path in self.paths.values()], run), [])]
         for format, head in heads.items():
             disk.write(self._files[format], self.paths[format], head)
-            self._ends[format] = len(head)
         self._journal = disk.open_to_write(self.journal_path)
         self.sync()
 
@@ -169,9 +166,9 @@ class Part:
     def close(self) -> None:
         """Close the files, all of them, without a sync."""
         with ExitStack() as stack:
-            for file, path in [*zip(self._files.values(), self.paths.values(), strict=True),
-                               (self._journal, self.journal_path)]:  # fmt: skip
-                stack.callback(disk.close, file, path)
+            stack.callback(disk.close, self._journal, self.journal_path)
+            for format, file in self._files.items():
+                stack.callback(disk.close, file, self.paths[format])
 
 
 def journals(folder: Path) -> Iterator[Path]:
@@ -182,7 +179,7 @@ def journals(folder: Path) -> Iterator[Path]:
 
 
 def read_parts(
-    folder: Path, formats: Iterable[str], run: str, mine: Callable[[str], bool], session: str = ""
+    folder: Path, formats: Iterable[str], run: str, results: Collection[str], session: str = ""
 ) -> dict[int, Placed]:
     """Return, by number, every batch of a run whose rows are on disk whole in all of the formats.
 
@@ -193,27 +190,25 @@ def read_parts(
         folder: Where the parts are.
         formats: The formats.
         run: Digest of the run's identity. A journal of format 1 has none: that of its folder was compared.
-        mine: Whether a name outside the folder, relative to it, is a finished file of this layer.
+        results: The layer's finished files, relative to the folder.
         session: The session that is ending, to return only what it wrote, without reading its parts.
     """
+
+    def is_part(name: str) -> bool:
+        return re.fullmatch(f"{NUMBERED}|{JOINED}", name) is not None and not (folder / name).is_symlink()
+
     done: dict[int, Placed] = {}
     wanted = set(formats)
     for path in journals(folder):
-        if not path.name.startswith(session):
-            continue
-        head, entries = read(path)
-        own = [name for name in head.files if _is_part(folder, name) or mine(name)]
-        files = {format: folder / name for name in own if (format := Path(name).suffix[1:]) in wanted}
-        if wanted == files.keys() and head.run in ("", run):
-            damaged = set[int]()
-            for format, file in files.items() if not session else ():
-                damaged |= _damaged(file, format, entries)
-            done |= {entry.batch: Placed(entry, files) for entry in entries if entry.batch not in damaged}
+        if path.name.startswith(session):
+            head, entries = read(path)
+            own = [name for name in head.files if is_part(name) or name in results]
+            files = {format: folder / name for name in own if (format := Path(name).suffix[1:]) in wanted}
+            if wanted == files.keys() and head.run in ("", run):
+                checked = files.items() if not session else ()
+                damaged = set[int]().union(*(_damaged(file, format, entries) for format, file in checked))
+                done |= {entry.batch: Placed(entry, files) for entry in entries if entry.batch not in damaged}
     return done
-
-
-def _is_part(folder: Path, name: str) -> bool:
-    return re.fullmatch(f"{NUMBERED}|{JOINED}", name) is not None and not (folder / name).is_symlink()
 
 
 def _damaged(path: Path, format: str, entries: list[Entry]) -> set[int]:

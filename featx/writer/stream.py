@@ -6,6 +6,7 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -39,13 +40,7 @@ class RowStream:
     """
 
     def __init__(
-        self,
-        states: Mapping[str, LayerState],
-        stem: str,
-        device: str,
-        on_gpu: bool,
-        first: int,
-        computing: int,
+        self, states: Mapping[str, LayerState], stem: str, device: str, on_gpu: bool, first: int, computing: int
     ) -> None:
         self.computed = 0
         self.stages: dict[str, float] = defaultdict(float)
@@ -69,10 +64,8 @@ class RowStream:
             BaseException: What the thread ended with.
         """
         while self._failure is None:
-            try:
+            with suppress(queue.Full):
                 return self._queue.put((batch, features), timeout=1)
-            except queue.Full:
-                continue
         raise self._failure
 
     def end(self, seconds: float | None = None) -> None:
@@ -113,11 +106,8 @@ class RowStream:
             last, cost, waiting = time.monotonic(), 0.0, False
             while True:
                 due = last + min(cost / SHARE, LONGEST)
-                try:
+                with suppress(queue.Empty):
                     item = self._queue.get(timeout=max(0.0, due - time.monotonic()) if waiting else None)
-                except queue.Empty:
-                    pass
-                else:
                     if item is None:
                         break
                     self._write(*item)
@@ -140,15 +130,14 @@ class RowStream:
     def _turn_to(self, batch: int) -> None:
         """Begin the parts of the shard that a batch belongs to, with those before brought to disk."""
         shard = next(iter(self._states.values())).shard_of(batch)
-        if shard == self._shard:
-            return
-        self._sync()
-        self._finished = self.digests()
-        self.close()
-        self._shard = shard
-        for layer, state in self._states.items():
-            one = state.shards[shard]
-            self._parts[layer] = Part(state.folder, self._stem + one.label, state.digest, state.heads(one))
+        if shard != self._shard:
+            self._sync()
+            self._finished = self.digests()
+            self.close()
+            self._shard = shard
+            for layer, state in self._states.items():
+                one = state.shards[shard]
+                self._parts[layer] = Part(state.folder, self._stem + one.label, state.digest, state.heads(one))
 
     def _write(self, batch: Batch, features: Mapping[str, Tensor]) -> None:
         begin = time.monotonic()
@@ -170,12 +159,9 @@ class RowStream:
             odd = ~np.isfinite(values)
             encoded = {part: format.encode(names, values) for part, format in state.parts.items()}
             self.stages["text"] += time.thread_time() - begin
-            overflowed = sum(number for _, number in encoded.values())
-            counts = (int(odd.any(axis=1).sum()), int(odd.sum()), overflowed)
-            begin = time.monotonic()
-            entry = Entry(
-                batch.number, len(names), state.columns, counts, {}, self._device, batch.faults, batch.readers
-            )
+            begin, columns = time.monotonic(), state.columns
+            counts = int(odd.any(axis=1).sum()), int(odd.sum()), sum(number for _, number in encoded.values())
+            entry = Entry(batch.number, len(names), columns, counts, {}, self._device, batch.faults, batch.readers)
             self._parts[layer].add(entry, {part: data for part, (data, _) in encoded.items()})
             self.stages["disk"] += time.monotonic() - begin
         self.computed += batch.size

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from conftest import REPO
 
-from featx.writer.formats import csv_header, csv_row, is_plain, parquet
-from featx.writer.formats.npy import NPY_HEAD, name_line, npy_head, read_name_lines
+from featx.writer.formats import FORMATS, csv_row, is_plain
+from featx.writer.formats.npy import NPY_HEAD, name_line, read_name_lines
 
 
 def test_every_float32_reads_back_the_same():
@@ -52,7 +52,7 @@ def test_a_name_that_is_not_utf8_keeps_its_bytes():
 
 def test_a_head_of_npy_has_one_length_and_numpy_reads_it():
     for rows, columns, dtype in ((0, 0, "float32"), (3, 4, "float16"), (10**12, 10**9, "float32")):
-        head = npy_head(rows, columns, dtype)
+        head = FORMATS["npy"]("fc7", columns, {"dtype": dtype}).head(rows)
         assert len(head) == NPY_HEAD
         file = io.BytesIO(head)
         assert np.lib.format.read_magic(file) == (1, 0)
@@ -67,7 +67,7 @@ def test_names_come_back_from_their_lines():
 
 
 def test_the_header_names_each_column():
-    assert csv_header("fc7", 3) == b"image,fc7.0,fc7.1,fc7.2\n"
+    assert FORMATS["csv"]("fc7", 3, {"header": True}).head(9) == b"image,fc7.0,fc7.1,fc7.2\n"
 
 
 READING = (REPO / "docs" / "formats.md").read_text().partition("## Reading them without featx")[2].partition("\n## ")[0]
@@ -84,8 +84,8 @@ def test_other_readers_get_all_rows_as_docs_shows(block, tmp_path, monkeypatch):
     Path("features/fc7.csv").write_bytes(b"".join(map(csv_row, names, values)))
     np.save("features/fc7.npy", values)
     Path("features/fc7.names.txt").write_bytes(b"".join(map(name_line, names)))
-    paths = map(os.fsdecode, names)
-    parquet.write(Path("features/fc7.parquet"), Path("features/fc7.npy"), "fc7", paths, "basename", b"{}")
+    parquet = FORMATS["parquet"]("fc7", 4, {"names": "basename"})
+    parquet.finish(Path("features/fc7.npy"), "features/fc7", map(os.fsdecode, names), b"{}")
     scope = {}
     for lines in block.split("\n\n"):
         exec(lines, scope)

@@ -39,7 +39,7 @@ def write(folder: Path, stem: str, batches, sync_to: int | None = None, run: str
 
 
 def read_parts(folder: Path, run: str = RUN):
-    return journal.read_parts(folder, ["csv"], run, lambda name: name == "final.csv")
+    return journal.read_parts(folder, ["csv"], run, ["final.csv"])
 
 
 def whole(folder: Path, batches) -> bytes:

@@ -3,7 +3,7 @@
 from typing import Literal
 
 from featx.writer.formats.base import REVISION, FileFormat, Floats, Rows, row_name
-from featx.writer.formats.csv import Csv, csv_header, csv_row, csv_rows, is_plain, read_csv_names
+from featx.writer.formats.csv import Csv, csv_row, is_plain, read_csv_names
 from featx.writer.formats.npy import Npy
 from featx.writer.formats.parquet import Parquet
 
@@ -13,6 +13,6 @@ PARTS = list(dict.fromkeys(kind.part for kind in FORMATS.values()))
 SUFFIXES = [suffix for kind in FORMATS.values() for suffix in kind.suffixes]  # without a dot, as names.txt
 
 __all__ = [
-    "FORMATS", "PARTS", "REVISION", "SUFFIXES", "FileFormat", "Floats", "Format", "Rows", "csv_header", "csv_row",
-    "csv_rows", "is_plain", "read_csv_names", "row_name",
+    "FORMATS", "PARTS", "REVISION", "SUFFIXES", "FileFormat", "Floats", "Format", "Rows", "csv_row", "is_plain",
+    "read_csv_names", "row_name",
 ]  # fmt: skip

@@ -1,6 +1,7 @@
 """What a format is asked for."""
 
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,11 +19,10 @@ def row_name(path: str, names: str) -> str:
     return path if names == "relative" else os.path.basename(path)
 
 
-class FileFormat:
+class FileFormat(ABC):
     """How the rows of a layer become a file, and are read back.
 
-    Rows are written to parts as they come. Their bytes are joined behind a head to one file, of which ``finish`` makes
-    what was asked for.
+    Rows are written to parts as they come, and joined behind a head to one file, of which ``finish`` makes the others.
 
     Args:
         layer: The layer, as the user named it.
@@ -42,17 +42,17 @@ class FileFormat:
         self.columns = columns
         self.identity = identity
 
-    @staticmethod
+    @staticmethod  # noqa: B027, most need nothing
     def check() -> None:
         """Raise BadValueError where a package that it needs is missing."""
 
+    @abstractmethod
     def head(self, rows: int) -> bytes:
         """Return what stands before so many rows; its length is always the same."""
-        raise NotImplementedError
 
+    @abstractmethod
     def encode(self, names: list[bytes], values: Floats) -> tuple[bytes, int]:
         """Return the bytes of rows, ``(R, D) float32``, in a part, and how many finite values became infinite."""
-        raise NotImplementedError
 
     def size(self, name: bytes, values: Floats) -> int:
         """Return about how many bytes one row, ``(1, D) float32``, takes in the end."""
@@ -70,6 +70,7 @@ class FileFormat:
         return {self.suffixes[0]: rows}
 
     @staticmethod
+    @abstractmethod
     def read(path: Path, mmap: bool) -> Iterator[Rows]:
         """Yield the names and values of some rows after the others.
 
@@ -77,4 +78,3 @@ class FileFormat:
             BadValueError: It is no such file, or a package is missing.
             MissingPathError: A file that belongs to it is missing.
         """
-        raise NotImplementedError

@@ -1,7 +1,7 @@
 """CSV: a line for each row, its name and values as text."""
 
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -19,12 +19,13 @@ class Csv(FileFormat):
     part = "csv"
 
     def head(self, rows: int) -> bytes:
-        """Return the line of column names, where one was asked for."""
-        return csv_header(self.layer, self.columns) if self.identity["header"] else b""
+        """Return the line of column names, ``image,fc7.0,fc7.1,…``, where one was asked for."""
+        columns = [f"{self.layer}.{column}" for column in range(self.columns)]
+        return ",".join(["image", *columns]).encode() + b"\n" if self.identity["header"] else b""
 
     def encode(self, names: list[bytes], values: Floats) -> tuple[bytes, int]:
         """Return the lines of rows."""
-        return csv_rows(names, values), 0
+        return b"".join(map(csv_row, names, values)), 0
 
     @staticmethod
     def read(path: Path, mmap: bool) -> Iterator[Rows]:
@@ -58,7 +59,8 @@ def csv_row(name: bytes, values: Floats) -> bytes:
     r"""Return one line of CSV: the name, then each value in the fewest digits that read back as the same float32.
 
     Args:
-        name: The image's name, any bytes; quoted after RFC 4180 where it must be.
+        name: The image's name, any bytes; quoted after RFC 4180 where it must be, or begins with ``#``, which many
+            readers take for a comment.
         values: ``(D,) float32``; nan and infinity become ``nan``, ``inf`` and ``-inf``.
 
     Example:
@@ -71,24 +73,8 @@ def csv_row(name: bytes, values: Floats) -> bytes:
         for index in np.flatnonzero(~np.isfinite(values)):
             texts[index] = b"%a" % float(values[index])  # nan, inf or -inf
         text = b",".join(texts)
-    return csv_field(name) + b"," + text + b"\n"
-
-
-def csv_rows(names: Iterable[bytes], values: Floats) -> bytes:
-    """Return the lines of a batch: a name and ``(D,) float32`` values each."""
-    return b"".join(csv_row(name, row) for name, row in zip(names, values, strict=True))
-
-
-def csv_header(layer: str, columns: int) -> bytes:
-    """Return the first line of a CSV with a header: ``image,fc7.0,fc7.1,…``."""
-    return ",".join(["image", *(f"{layer}.{column}" for column in range(columns))]).encode() + b"\n"
-
-
-def csv_field(name: bytes) -> bytes:
-    """Quote a name after RFC 4180, where it must be, or begins with ``#``, which many readers take for a comment."""
-    if is_plain(name):
-        return name
-    return b'"' + name.replace(b'"', b'""') + b'"'
+    quoted = name if is_plain(name) else b'"' + name.replace(b'"', b'""') + b'"'
+    return quoted + b"," + text + b"\n"
 
 
 def is_plain(name: bytes) -> bool:

@@ -21,12 +21,20 @@ class Npy(FileFormat):
     part = "npy"
 
     def head(self, rows: int) -> bytes:
-        """Return the array's shape and type."""
-        return npy_head(rows, self.columns, self.identity["dtype"])
+        """Return the array's shape and type, always in equally many bytes.
+
+        After https://numpy.org/doc/stable/reference/generated/numpy.lib.format.html, version 1.0.
+        """
+        kind = np.dtype(self.identity["dtype"]).str
+        shape = f"{{'descr': '{kind}', 'fortran_order': False, 'shape': ({rows}, {self.columns}), }}"
+        begin = b"\x93NUMPY\x01\x00" + (NPY_HEAD - 10).to_bytes(2, "little")
+        return begin + shape.ljust(NPY_HEAD - 11).encode() + b"\n"
 
     def encode(self, names: list[bytes], values: Floats) -> tuple[bytes, int]:
-        """Return the values of rows."""
-        return npy_rows(values, self.identity["dtype"])
+        """Return the values of rows, and how many finite ones ``dtype`` made infinite."""
+        with np.errstate(over="ignore"):
+            held = values.astype(self.identity["dtype"], copy=False)
+        return held.tobytes(), 0 if held is values else int((np.isinf(held) & np.isfinite(values)).sum())
 
     def size(self, name: bytes, values: Floats) -> int:
         """Return the bytes of a row's values and of its name's line."""
@@ -56,24 +64,6 @@ class Npy(FileFormat):
             there = f"{count(len(values), 'row')}, but {count(len(names), 'name')}"
             raise BadValueError(f"{path}: {there} in {listed.name}.")
         yield names, values
-
-
-def npy_head(rows: int, columns: int, dtype: str) -> bytes:
-    """Return the first bytes of an ``.npy`` of shape ``(rows, columns)``, always equally many.
-
-    After https://numpy.org/doc/stable/reference/generated/numpy.lib.format.html, version 1.0.
-    """
-    shape = f"{{'descr': '{np.dtype(dtype).str}', 'fortran_order': False, 'shape': ({rows}, {columns}), }}"
-    return b"\x93NUMPY\x01\x00" + (NPY_HEAD - 10).to_bytes(2, "little") + shape.ljust(NPY_HEAD - 11).encode() + b"\n"
-
-
-def npy_rows(values: Floats, dtype: str) -> tuple[bytes, int]:
-    """Return the bytes of rows in an ``.npy``, and how many finite values ``dtype`` made infinite."""
-    if values.dtype == dtype:
-        return values.tobytes(), 0
-    with np.errstate(over="ignore"):
-        held = values.astype(dtype)
-    return held.tobytes(), int((np.isinf(held) & np.isfinite(values)).sum())
 
 
 def name_line(name: bytes) -> bytes:
