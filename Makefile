@@ -14,8 +14,11 @@ $(VENV)/installed: pyproject.toml
 demo: $(VENV)/installed
 	$(BIN)/python tests/demo.py demo
 
+# These start whole commands, or one for each fault; make test FAST=1 leaves them out.
+SLOW := test_cli.py test_readme.py test_demo.py test_bench.py process writer/test_resume.py writer/test_disk.py
+
 test: lint browser
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 $(if $(FAST),$(SLOW:%=--ignore=tests/%))
 
 # For the tests that look at the page of `featx show`; where there is no browser they are skipped.
 browser:
