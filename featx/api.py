@@ -9,7 +9,7 @@ import sys
 import threading
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sized
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import partial
 from itertools import chain, islice, starmap, tee
 from pathlib import Path
@@ -18,7 +18,6 @@ from typing import Any, Literal
 from lightning.fabric.utilities.warnings import PossibleUserWarning
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.plugins.precision import DoublePrecision, HalfPrecision
 from PIL import Image
 
 from featx.commands import options as command_line
@@ -29,7 +28,7 @@ from featx.data.module import Collate, ImageFolderDataModule, Sample
 from featx.data.sources import ImageTree
 from featx.errors import SEE, BadValueError, ImageError, did_you_mean
 from featx.model.extractor import FeatureExtractor
-from featx.process.lightning import PLAIN, make_trainer
+from featx.process.lightning import PLAIN, keep_default_dtype, keep_signals, make_trainer
 from featx.process.progress import Progress
 from featx.process.shared import Shared, ignored, on_one_core
 from featx.results import load, stack
@@ -143,12 +142,8 @@ def _sort_in(options: dict[str, Any], owners: dict[str, type], files: bool) -> d
 def _trainer(given: dict[str, Any], rows: Callback, progress: Progress) -> Trainer:
     options: dict[str, Any] = {"devices": 1, "callbacks": [rows, progress]} | PLAIN | given
     trainer = make_trainer(partial(Trainer, **options), given, forks=True)
-    # Signals stay the process's own: what Lightning does at SIGTERM is to go on. So does the default dtype, which the
-    # plugins of true precisions would change for all threads.
-    trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
-    if isinstance(plugin := trainer.precision_plugin, HalfPrecision | DoublePrecision):
-        for name in ("forward_context", "module_init_context", "tensor_init_context"):
-            setattr(plugin, name, nullcontext)
+    keep_signals(trainer)
+    keep_default_dtype(trainer)
     return trainer
 
 

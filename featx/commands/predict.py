@@ -19,7 +19,6 @@ from lightning.fabric.utilities.warnings import PossibleUserWarning
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
-from lightning.pytorch.strategies.launchers import subprocess_script
 from torch import Tensor
 
 from featx.commands import options
@@ -27,7 +26,14 @@ from featx.data.module import ImageFolderDataModule, Sample
 from featx.errors import SEE, BadValueError, UserError, count, log, rank, size_in_words
 from featx.model.extractor import FeatureExtractor
 from featx.process.cores import cores_per_process
-from featx.process.lightning import PLAIN, make_trainer, refusal
+from featx.process.lightning import (
+    PLAIN,
+    give_children_to,
+    keep_signals,
+    make_trainer,
+    refusal,
+    report_lost_workers_once,
+)
 from featx.process.progress import Progress, stages, where_the_time_went
 from featx.process.signals import PATIENCE, Stopped, Watch, end_at_the_latest, end_processes, verdict
 from featx.writer.callback import FeatureWriter
@@ -119,14 +125,14 @@ def run(cli: FeatxCLI) -> None:
         Stopped: The run was asked to end, or another process was lost.
     """
     trainer = cli.trainer
-    sys.unraisablehook = _report_unraisable
     watch = Watch(lambda text: log.error("%s. %s", text, GOES_ON))
     if trainer.world_size > 1:
         place: Any = trainer.strategy.cluster_environment  # type: ignore[attr-defined]
         watch.wait_for_others(trainer.num_nodes, f"{place.main_address}:{place.main_port}", log.info)
     trainer.callbacks.insert(0, _Connect(watch))  # type: ignore[attr-defined]
-    trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
-    subprocess_script._launch_process_observer = watch.children  # type: ignore[assignment, attr-defined]
+    keep_signals(trainer)
+    give_children_to(watch.children)
+    report_lost_workers_once()
     try:
         trainer.predict(cli.model, datamodule=cli.datamodule, return_predictions=False)
         watch.leave(0)
@@ -139,13 +145,6 @@ def run(cli: FeatxCLI) -> None:
         if told is err:
             raise
         raise told from err
-
-
-def _report_unraisable(unraisable: Any) -> None:
-    # torch's SIGCHLD handler raises wherever the main thread is by then, also where nobody can catch it; the loop that
-    # waits for batches finds the lost worker all the same.
-    if "DataLoader worker" not in str(unraisable.exc_value):
-        sys.__unraisablehook__(unraisable)
 
 
 def _in_words(err: BaseException, cli: FeatxCLI) -> BaseException:

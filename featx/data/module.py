@@ -2,21 +2,14 @@
 
 import json
 import math
-import multiprocessing
 import os
-import re
-import shutil
-import signal
 import sys
-import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, replace
-from functools import cache
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from importlib.metadata import version
 from itertools import islice
-from multiprocessing.queues import Queue
-from pathlib import Path
 from statistics import median
 from typing import Any, Literal
 
@@ -29,15 +22,15 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from featx.data import preprocess
 from featx.data.batch import Batch, Fault, Seconds
-from featx.data.decode import READERS, Pixels, ValueRange, check_image, describe, read_or_fault
+from featx.data.decode import READERS, ValueRange, check_image, describe, read_or_fault
 from featx.data.preprocess import Decoder, Interpolation, Preprocessing
 from featx.data.sources import ImageTree, check_folder, check_list, is_lost
-from featx.errors import BadValueError, ImageError, LostFolderError, count, first_line, log, size_in_words
+from featx.data.workers import choose, send, start
+from featx.errors import BadValueError, ImageError, LostFolderError, count, log
 from featx.process.cores import cores_per_process
 from featx.process.shared import on_one_core
 
 Sample = tuple[int, str, Tensor | None, Fault | None, Seconds, str]
-SHM = "/dev/shm"  # where Linux has shared memory and semaphores; Docker gives it 64 MB
 
 
 class ImageFolderDataModule(LightningDataModule):
@@ -178,22 +171,7 @@ class ImageFolderDataModule(LightningDataModule):
         cores = cores_per_process(self.trainer)
         device = self.trainer.strategy.root_device
         on_gpu = device.type == "cuda"
-        # As many as cores, beside as many threads of a network on the CPU: whoever has work takes a core, and none is
-        # idle when images, or the network, are waited for. Fewer workers waited more, and nicer ones starved as soon as
-        # another program ran.
-        workers = self.num_workers if self.num_workers != "auto" else min(cores, max(1, len(self.batches)))
-        if multiprocessing.current_process().daemon:  # as in a multiprocessing.Pool: it may not start any
-            if self.num_workers not in ("auto", 0):
-                raise BadValueError(
-                    f"--data.num_workers {workers}: this is a daemonic process, as multiprocessing.Pool and some task "
-                    "queues start\nthem, which cannot start others. Expected auto or 0: it decodes the images itself."
-                )
-            workers = 0
-        elif self.num_workers == "auto" and threading.current_thread() is not threading.main_thread():
-            workers = 0  # a fork would have the locks that other threads hold, and nobody to release them
-        if workers and (reason := _no_semaphores(workers)):
-            log.warning("no data workers: they need semaphores in %s (%s). Images are decoded slower", SHM, reason)
-            workers = 0
+        workers = choose(self.num_workers, cores, len(self.batches))
         self.workers = workers
         chosen = " (--data.num_workers)" if self.num_workers != "auto" else ""
         threads = "" if on_gpu else f", {count(cores, 'thread')} for the network"
@@ -205,9 +183,9 @@ class ImageFolderDataModule(LightningDataModule):
             batch_size=self.batch_size,
             sampler=_WholeBatches(len(self.images), self.batch_size, self.batches),
             num_workers=workers,
-            collate_fn=_Send(collate) if workers else collate,
+            collate_fn=partial(send, collate) if workers else collate,
             pin_memory=on_gpu,
-            worker_init_fn=_leave_the_end_to_the_main_process,
+            worker_init_fn=start,
             # Workers know what this process has imported, and need no script that can be imported again, as with
             # forkserver, the default of Python 3.14. https://docs.python.org/3/library/multiprocessing.html
             multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
@@ -236,7 +214,7 @@ class ImageFolderDataModule(LightningDataModule):
     def turbo_saves(self, preset: Preprocessing, images: int = 16) -> float:
         """Return how many seconds of a core ``--data.decoder turbo`` would save for an image, by the first images."""
         assert self.images is not None
-        preprocessing, root = self.preprocessing(preset), str(self.images.root)
+        preprocessing, root = self.preprocessing(preset), self.images.root
         found = (read_or_fault(root, name, self.value_range, self.strict)[0] for name in self.images.names[:images])
         taken: dict[Decoder, list[float]] = {"exact": [], "turbo": []}
         with on_one_core():
@@ -252,20 +230,13 @@ class ImageFolderDataModule(LightningDataModule):
         return _Images(self.images, self.preprocessing(preset), self.value_range, self.strict, self.decoder)
 
 
+@dataclass
 class _Images(Dataset[Sample]):
-    def __init__(
-        self,
-        images: ImageTree,
-        preprocessing: Preprocessing,
-        value_range: ValueRange | None,
-        strict: bool,
-        decoder: Decoder,
-    ) -> None:
-        self.images = images
-        self.preprocessing = preprocessing
-        self.value_range = value_range
-        self.strict = strict
-        self.decoder = decoder
+    images: ImageTree
+    preprocessing: Preprocessing
+    value_range: ValueRange | None
+    strict: bool
+    decoder: Decoder
 
     def __len__(self) -> int:
         return len(self.images)
@@ -275,20 +246,16 @@ class _Images(Dataset[Sample]):
         return index, name, *self.read(name)
 
     def read(self, name: str) -> tuple[Tensor | None, Fault | None, Seconds, str]:
-        """Return an image, what is wrong with it (raised, it would arrive wrapped), seconds, and the file's kind."""
-        root = str(self.images.root)
-        begin = time.thread_time()
-        pixels, fault, kind = read_or_fault(root, name, self.value_range, self.strict)
+        """Return an image as the network takes it, ``(3, H, W) uint8``, its fault, seconds, and the file's kind."""
+        tensor, begin = None, time.thread_time()
+        pixels, fault, kind = read_or_fault(self.images.root, name, self.value_range, self.strict)
         decoded = time.thread_time()
-        tensor, unfit = self._shape(name, pixels) if pixels is not None else (None, None)
-        return tensor, unfit or fault, (decoded - begin, time.thread_time() - decoded), kind
-
-    def _shape(self, name: str, pixels: Pixels) -> tuple[Tensor | None, Fault | None]:
-        """Return an image as the network takes it, ``(3, H, W) uint8``, or why it cannot be."""
-        try:
-            return self.preprocessing.to_tensor(pixels, self.decoder), None
-        except (ImageError, MemoryError) as err:
-            return None, describe(err, os.path.join(str(self.images.root), name), name)
+        if pixels is not None:
+            try:
+                tensor = self.preprocessing.to_tensor(pixels, self.decoder)
+            except (ImageError, MemoryError) as err:  # raised, it would arrive wrapped
+                fault = describe(err, os.path.join(self.images.root, name), name)
+        return tensor, fault, (decoded - begin, time.thread_time() - decoded), kind
 
 
 class Collate:
@@ -318,79 +285,6 @@ class Collate:
         return Batch(number, names, groups, faults, len(samples), (decode, resize), readers)
 
 
-class _Send:
-    """Collates in a worker, and brings the images to where the main process can have them.
-
-    Args:
-        collate: What makes a batch.
-    """
-
-    def __init__(self, collate: Collate) -> None:
-        self.collate = collate
-
-    def __call__(self, samples: list[Sample]) -> Batch:
-        """Return a batch whose images are in shared memory where there is room, else are pickled with their values.
-
-        The DataLoader would do it in a thread of its queue, and where that fails the main process waits forever:
-        https://github.com/pytorch/pytorch/issues/5040
-        """
-        batch = self.collate(samples)
-        groups: Any = [(rows, _share(images)) for rows, images in batch.groups]
-        return batch._replace(groups=groups)
-
-
-def _share(images: Tensor) -> Any:
-    """Return images in shared memory, or where that does not take them, as they go through the queue's pipe."""
-    try:
-        size = shutil.disk_usage(SHM) if os.path.isdir(SHM) else None
-        if size and size.free < 2 * images.nbytes:  # others need some, too, and several workers may look at once
-            return _InPipe(images, f"{size_in_words(size.total)} in {SHM}")
-        return images.share_memory_()  # type: ignore[no-untyped-call]
-    except (OSError, RuntimeError) as err:
-        for name in re.findall(r"</(torch_\w+)>", str(err)):  # torch leaves the file that it could not fill
-            Path(SHM, name).unlink(missing_ok=True)
-        return _InPipe(images, first_line(err).split(": ")[-1])
-
-
-class _InPipe:
-    """Images that a pickle holds with their values; loaded, they are a Tensor.
-
-    Args:
-        images: ``(..., 3, H, W) uint8``, in memory as channels_last.
-        why: Why they are not in shared memory.
-    """
-
-    def __init__(self, images: Tensor, why: str) -> None:
-        self.images = images
-        self.why = why
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _from_pipe, (self.images.movedim(-3, -1).numpy(), self.why)
-
-
-def _from_pipe(values: Any, why: str) -> Tensor:
-    _report_pipe(why)
-    return torch.from_numpy(values).movedim(-1, -3)
-
-
-@cache
-def _report_pipe(why: str) -> None:
-    log.warning(
-        "shared memory is too small for the batches in flight (%s): some go through a pipe, which is slower. "
-        "In a container docker run --shm-size 2g gives more",
-        why,
-    )
-
-
-def _no_semaphores(workers: int) -> str:
-    """Return why the queues of so many workers cannot be made, if so: their semaphores are files in SHM."""
-    try:
-        _ = [multiprocessing.Lock() for _ in range(4 * workers + 8)]
-    except (OSError, ImportError) as err:
-        return getattr(err, "strerror", None) or first_line(err)
-    return ""
-
-
 class _WholeBatches(DistributedSampler[Any]):
     """The images of one process: whole batches, in order, none twice; only the run's last one is short.
 
@@ -410,13 +304,3 @@ class _WholeBatches(DistributedSampler[Any]):
     def __len__(self) -> int:
         last = len(self.batches) and (self.batches[-1] + 1) * self.batch_size - self.images
         return len(self.batches) * self.batch_size - max(0, int(last))
-
-
-def _leave_the_end_to_the_main_process(worker: int) -> None:
-    """Prepare a worker: what fails in it ends it, and is reported by the main process alone."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole process group
-    sys.stderr = open(os.devnull, "w")  # noqa: SIM115, until the process ends
-    # A batch that the queue's thread cannot send is dropped there, and the main process waits for it forever. Python
-    # has this hook for concurrent.futures: https://github.com/python/cpython/blob/3.11/Lib/multiprocessing/queues.py
-    Queue._on_queue_feeder_error = staticmethod(lambda err, batch: os._exit(1))  # type: ignore[attr-defined]
-    threading.excepthook = lambda thread: os._exit(1)

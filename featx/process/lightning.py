@@ -1,15 +1,24 @@
-"""Lightning's Trainer: made for a prediction, or what it refuses in words; inside SLURM without srun, one process."""
+"""Lightning's Trainer: made for a prediction, or what it refuses in words; inside SLURM without srun, one process.
+
+What featx changes of Lightning, torch and multiprocessing, or uses by a private name, is all here; each place says
+why, where it is discussed, and which test fails without it.
+"""
 
 import inspect
 import os
+import subprocess
+import sys
 import textwrap
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from multiprocessing.queues import Queue
 from typing import Any
 
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.pytorch import Trainer
+from lightning.pytorch.plugins.precision import DoublePrecision, HalfPrecision
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy, StrategyRegistry
-from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
+from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher, subprocess_script
 
 from featx.errors import SEE, BadValueError, UserError, did_you_mean, log
 
@@ -49,11 +58,63 @@ def make_trainer(make: Callable[..., Trainer], options: Mapping[str, Any], forks
         raise
     except Exception as err:
         raise refusal(err, given) from err
+    # There is no public name for how processes are started: test_lightning.py::test_python_may_fork_but_not_spawn
     forked = isinstance(trainer.strategy.launcher, _MultiProcessingLauncher)
     spawned = forked and trainer.strategy.launcher._start_method != "fork"  # type: ignore[union-attr]
     if not _predicts(type(trainer.strategy)) or (forked and not forks) or spawned:
         raise _no_strategy(given.get("strategy", type(trainer.strategy).__name__))
     return trainer
+
+
+def keep_signals(trainer: Trainer) -> None:
+    """Leave the process's signals as they are: Lightning's own handler of SIGTERM notes it, and the run goes on.
+
+    https://github.com/Lightning-AI/pytorch-lightning/pull/16525;
+    tests/writer/test_resume.py::test_sigterm_and_ctrl_c_end_in_words_and_go_on.
+    """
+    trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
+
+
+def keep_default_dtype(trainer: Trainer) -> None:
+    """Leave the default dtype as it is, which plugins of true precisions change for all threads.
+
+    https://github.com/pytorch/pytorch/issues/120819; tests/test_api.py::test_nothing_of_the_process_is_left_changed.
+    """
+    if isinstance(plugin := trainer.precision_plugin, HalfPrecision | DoublePrecision):
+        for name in ("forward_context", "module_init_context", "tensor_init_context"):
+            setattr(plugin, name, nullcontext)
+
+
+def give_children_to(watch: Callable[[list[subprocess.Popen[bytes]]], None]) -> None:
+    """Let ``watch`` look after the processes that Lightning starts, which looks every 5 s and kills process 0.
+
+    https://github.com/Lightning-AI/pytorch-lightning/pull/18218;
+    tests/writer/test_resume.py::test_a_lost_process_ends_the_others_in_words.
+    """
+    subprocess_script._launch_process_observer = watch  # type: ignore[assignment, attr-defined]
+
+
+def report_lost_workers_once() -> None:
+    """Print nothing where torch's handler of SIGCHLD raises and nobody can catch it, wherever the main thread is then.
+
+    The loop that waits for batches finds the lost worker all the same: https://github.com/pytorch/pytorch/issues/22136;
+    tests/process/test_lightning.py::test_a_lost_worker_is_reported_once.
+    """
+
+    def report(unraisable: Any) -> None:
+        if "DataLoader worker" not in str(unraisable.exc_value):
+            sys.__unraisablehook__(unraisable)
+
+    sys.unraisablehook = report
+
+
+def end_at_an_unsent_batch() -> None:
+    """End this data worker where a batch cannot be sent: the queue's thread drops it, and the main process waits on.
+
+    https://github.com/python/cpython/issues/84376; Python has the hook for concurrent.futures;
+    tests/data/test_workers.py::test_a_worker_that_cannot_send_its_batch_ends_the_run_in_words.
+    """
+    Queue._on_queue_feeder_error = staticmethod(lambda err, batch: os._exit(1))  # type: ignore[attr-defined]
 
 
 def refusal(err: Exception, given: Mapping[str, Any]) -> UserError:

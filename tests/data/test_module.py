@@ -1,14 +1,11 @@
 """Images -> batches: options, groups of equal shape, faults, and which batches are a process's."""
 
-import shutil
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import ENV, REPO, loader, make_image
+from conftest import loader, make_image
 from lightning.fabric.utilities.apply_func import move_data_to_device
 from PIL import Image
 
@@ -227,71 +224,3 @@ def test_cores_are_shared_by_the_processes_of_a_machine(monkeypatch):
     monkeypatch.setattr("featx.process.cores.usable_cores", lambda: 6)
     assert cores_per_process(SimpleNamespace(num_devices=2)) == 3
     assert cores_per_process(SimpleNamespace(num_devices=100)) == 1
-
-
-SMALL_SHM = """
-import os, resource, subprocess, sys
-from pathlib import Path
-import torch
-from conftest import loader
-
-def batches(workers):
-    return list(loader(Path(sys.argv[1]), num_workers=workers, batch_size=8)[1])
-
-expected = batches(0)
-unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
-for options, longest_file in (
-    ("size=4m", unlimited),  # room for some batches
-    ("size=1m", unlimited),  # for none
-    ("size=64m", 500_000),  # room, but not allowed
-    ("size=0,ro", unlimited),  # none even for semaphores
-):
-    subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", "/dev/shm"], check=True)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (longest_file, unlimited))
-    found = batches(4)
-    assert os.listdir("/dev/shm") == []
-    print(options, sum(batch.groups[0][1].is_shared() for batch in found))
-    for ours, theirs in zip(found, expected, strict=True):
-        assert ours.names == theirs.names and torch.equal(ours.groups[0][1], theirs.groups[0][1])
-        assert ours.groups[0][1].stride() == theirs.groups[0][1].stride()
-"""
-
-
-def test_batches_are_the_same_where_shared_memory_holds_some_none_or_not_even_semaphores(photos):
-    alone = ["unshare", "-m"]
-    if not shutil.which("unshare") or subprocess.run([*alone, "mount", "-t", "tmpfs", "x", "/dev/shm"]).returncode:
-        pytest.skip("no /dev/shm can be mounted here")
-    env = {**ENV, "PYTHONPATH": f"{REPO}:{REPO / 'tests'}"}
-    line = [*alone, sys.executable, "-c", SMALL_SHM, str(photos)]
-    done = subprocess.run(line, env=env, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    some, *none = (int(line.split()[1]) for line in done.stdout.splitlines())
-    assert 0 < some < 5 and none == [0, 0, 0], done.stdout
-    for why in ("4.19 MB in /dev/shm", "1.05 MB in /dev/shm", "File too large (27)"):
-        assert done.stderr.count(f"too small for the batches in flight ({why})") == 1, done.stderr
-    assert done.stderr.count("no data workers: they need semaphores in /dev/shm") == 1
-
-
-FAILING = """
-import os, sys
-from featx.data import module
-from featx.cli import main
-
-class Unsent:
-    def __reduce__(self):
-        FAIL
-
-module._share = lambda images: Unsent()
-sys.exit(main(sys.argv[1:]))
-"""
-
-
-@pytest.mark.parametrize("failure", ["raise MemoryError", "sys.exit()", "os.kill(os.getpid(), 9)"])
-def test_a_worker_that_cannot_send_its_batch_ends_the_run_in_words(three_photos, tmp_path, failure):
-    line = [sys.executable, "-c", FAILING.replace("FAIL", failure), "predict", "--data.dir", str(three_photos)]
-    line += ["--model.arch", "squeezenet1_1", "--model.weights", "random", "--model.layer", "classifier"]
-    line += ["--data.num_workers", "2", "--data.batch_size", "1", "--writer.out_dir", str(tmp_path)]
-    done = subprocess.run(line, env={**ENV, "PYTHONPATH": str(REPO)}, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 1 and "featx: error: a process that decodes images was lost" in done.stderr, done.stderr
-    assert "Give a smaller --data.num_workers than 2" in done.stderr and "the same command goes on" in done.stderr
-    assert "Traceback" not in done.stderr and len(done.stderr.splitlines()) <= 12

@@ -1,6 +1,8 @@
 """Which Trainers are made, and what is said of those that are not."""
 
+import sys
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 from lightning.pytorch import Trainer
@@ -8,7 +10,7 @@ from lightning.pytorch.strategies import DDPStrategy
 
 import featx
 from featx.errors import BadValueError
-from featx.process.lightning import PLAIN, make_trainer
+from featx.process.lightning import PLAIN, make_trainer, report_lost_workers_once
 
 
 def made(forks: bool = False, **options: object) -> Trainer:
@@ -77,3 +79,14 @@ def test_a_batch_script_without_srun_is_sent_to_srun(monkeypatch):
     monkeypatch.setenv("SLURM_NTASKS", "4")
     with pytest.raises(BadValueError, match="srun featx predict"):
         made()
+
+
+def test_a_lost_worker_is_reported_once(monkeypatch):
+    heard = []
+    monkeypatch.setattr(sys, "unraisablehook", None)
+    monkeypatch.setattr(sys, "__unraisablehook__", heard.append)
+    report_lost_workers_once()
+    lost, other = (SimpleNamespace(exc_value=RuntimeError(words)) for words in ("DataLoader worker (pid 7) ...", "no"))
+    sys.unraisablehook(lost)
+    sys.unraisablehook(other)
+    assert heard == [other]
