@@ -67,10 +67,10 @@ def make_trainer(make: Callable[..., Trainer], options: Mapping[str, Any], forks
 
 
 def keep_signals(trainer: Trainer) -> None:
-    """Leave the process's signals as they are: Lightning's own handler of SIGTERM notes it, and the run goes on.
+    """Leave the process's signals as they are: at SIGTERM Lightning's handler takes a note, and the run goes on.
 
     https://github.com/Lightning-AI/pytorch-lightning/pull/16525;
-    tests/writer/test_resume.py::test_sigterm_and_ctrl_c_end_in_words_and_go_on.
+    tests/process/test_lightning.py::test_signals_and_the_default_dtype_stay_the_processs_own_while_a_trainer_predicts.
     """
     trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
 
@@ -78,7 +78,8 @@ def keep_signals(trainer: Trainer) -> None:
 def keep_default_dtype(trainer: Trainer) -> None:
     """Leave the default dtype as it is, which plugins of true precisions change for all threads.
 
-    https://github.com/pytorch/pytorch/issues/120819; tests/test_api.py::test_nothing_of_the_process_is_left_changed.
+    https://github.com/pytorch/pytorch/issues/120819;
+    tests/process/test_lightning.py::test_signals_and_the_default_dtype_stay_the_processs_own_while_a_trainer_predicts.
     """
     if isinstance(plugin := trainer.precision_plugin, HalfPrecision | DoublePrecision):
         for name in ("forward_context", "module_init_context", "tensor_init_context"):

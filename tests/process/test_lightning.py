@@ -1,16 +1,18 @@
 """Which Trainers are made, and what is said of those that are not."""
 
+import signal
 import sys
 from functools import partial
 from types import SimpleNamespace
 
 import pytest
-from lightning.pytorch import Trainer
+import torch
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy
 
 import featx
 from featx.errors import BadValueError
-from featx.process.lightning import PLAIN, make_trainer, report_lost_workers_once
+from featx.process.lightning import PLAIN, keep_default_dtype, keep_signals, make_trainer, report_lost_workers_once
 
 
 def made(forks: bool = False, **options: object) -> Trainer:
@@ -90,3 +92,15 @@ def test_a_lost_worker_is_reported_once(monkeypatch):
     sys.unraisablehook(lost)
     sys.unraisablehook(other)
     assert heard == [other]
+
+
+def test_signals_and_the_default_dtype_stay_the_processs_own_while_a_trainer_predicts():
+    class Model(LightningModule):
+        def predict_step(self, batch):
+            return signal.getsignal(signal.SIGTERM), torch.get_default_dtype()
+
+    trainer = made(accelerator="cpu", devices=1, precision="bf16-true")
+    before = signal.getsignal(signal.SIGTERM), torch.get_default_dtype()
+    keep_signals(trainer)
+    keep_default_dtype(trainer)
+    assert trainer.predict(Model(), torch.utils.data.DataLoader([0.0])) == [before]
