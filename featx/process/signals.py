@@ -9,15 +9,14 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from datetime import timedelta
 from types import FrameType
 from typing import Any, NoReturn
 
-LISTENER = "featx-listener"
 PATIENCE = 15.0  # seconds that an interrupted process has to end by itself
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # the last of them, under SLURM, before a requeue
 NOTICES = (10.0, 30.0)  # seconds until a process says that it waits for others, and from then on
 
 INTERRUPTED = "featx: interrupted. The same command goes on where this one stopped."
@@ -46,30 +45,30 @@ _verdict: int | None = None  # the exit status that a signal, or another process
 def listen() -> None:
     """Make Ctrl-C, SIGTERM and, under SLURM, the signal before a requeue raise Stopped; a second one ends at once."""
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # which this one has from a process that waits for it
-    signals = [signal.SIGINT, signal.SIGTERM, *([signal.SIGUSR1] if "SLURM_JOB_ID" in os.environ else [])]
-    for number in signals:
+    for number in SIGNALS if "SLURM_JOB_ID" in os.environ else SIGNALS[:2]:
         if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup and a shell's background jobs set it
             signal.signal(number, _stop)
 
 
 def _stop(number: int, frame: FrameType | None) -> None:
     global _verdict
-    for other in (signal.SIGINT, signal.SIGTERM):
+    for other in SIGNALS[:2]:
         signal.signal(other, lambda number, _: os._exit(128 + number))
     if _verdict is None:
-        _verdict = 128 + (signal.SIGTERM if number == signal.SIGUSR1 else number)
+        _verdict = _status(number)
     end_at_the_latest(PATIENCE, _verdict)
     raise Stopped(_verdict)
 
 
+def _status(number: int) -> int:
+    return 128 + (signal.SIGTERM if number == signal.SIGUSR1 else number)
+
+
 def end_at_the_latest(seconds: float, status: int) -> None:
     """End the process after so many seconds, whatever it is doing then."""
-
-    def end() -> None:
-        time.sleep(seconds)
-        os._exit(status)
-
-    threading.Thread(target=end, daemon=True).start()
+    timer = threading.Timer(seconds, os._exit, [status])
+    timer.daemon = True
+    timer.start()
 
 
 class Watch:
@@ -86,26 +85,14 @@ class Watch:
     def __init__(self, told: Callable[[str], None]) -> None:
         self._told = told
         self._group: Any = None
-        self._rank = self._size = 0
+        self._others: Sequence[int] = ()
         self._threads: list[threading.Thread] = []
         self._children: list[subprocess.Popen[bytes]] = []
         self._running = threading.Event()
 
     def children(self, processes: list[subprocess.Popen[bytes]]) -> None:
-        """Watch the processes that Lightning starts until they are connected: one that dies earlier ends the run."""
+        """Take in the processes that this one has started; one that dies before all are connected ends the run."""
         self._children = processes
-
-        def look() -> None:
-            while not self._running.wait(0.3):
-                for number, process in enumerate(processes, 1):
-                    if process.poll():
-                        if process.returncode < 0:
-                            self._told(f"the process of rank {number} was lost (signal {-process.returncode})")
-                        end_processes(processes)
-                        sys.stderr.flush()
-                        os._exit(max(1, process.returncode))
-
-        threading.Thread(target=look, daemon=True).start()
 
     def wait_for_others(self, machines: int, place: str, report: Callable[[str], None]) -> None:
         """Until the processes are connected, report now and then what is waited for, and end at a signal.
@@ -130,6 +117,7 @@ class Watch:
             first, later = NOTICES
             due = time.monotonic() + first
             while not self._running.is_set():
+                self._end_with_children()
                 if select.select([arrived], [], [], 0.3)[0]:
                     number = os.read(arrived, 1)[0]
                     if number in SIGNALS:
@@ -140,17 +128,26 @@ class Watch:
 
         threading.Thread(target=look, daemon=True).start()
 
+    def _end_with_children(self) -> None:
+        for number, process in enumerate(self._children, 1):
+            if process.poll():
+                if process.returncode < 0:
+                    self._told(f"the process of rank {number} was lost (signal {-process.returncode})")
+                end_processes(self._children)
+                sys.stderr.flush()
+                os._exit(max(1, process.returncode))
+
     def _end_while_waiting(self, number: int, arrived: int) -> None:
         """End the process at a signal that its main thread does not hear; a second signal ends it at once."""
         first = os.environ.get("LOCAL_RANK", "0") == "0"
-        hurry = bool(select.select([arrived], [], [], 1 if first else 2)[0])
+        hurry = select.select([arrived], [], [], 1 if first else 2)[0]
         if _verdict is not None or self._running.is_set():
             return
         if first:
             with suppress(OSError):
                 os.write(2, f"{INTERRUPTED}\n".encode())
         end_processes(self._children, 0 if hurry else PATIENCE)
-        os._exit(128 + (signal.SIGTERM if number == signal.SIGUSR1 else number))
+        os._exit(_status(number))
 
     def connect(self, rank: int, size: int) -> None:
         """Begin to watch, once the processes are connected."""
@@ -161,12 +158,11 @@ class Watch:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
         import torch.distributed as dist
 
-        self._rank, self._size = rank, size
+        self._others = range(1, size) if rank == 0 else (0,)
         self._group = dist.new_group(backend="gloo", timeout=timedelta(days=365))
-        for other in range(1, size) if rank == 0 else (0,):
-            thread = threading.Thread(target=self._listen, args=(other,), daemon=True, name=LISTENER)
+        self._threads = [threading.Thread(target=self._listen, args=(other,), daemon=True) for other in self._others]
+        for thread in self._threads:
             thread.start()
-            self._threads.append(thread)
 
     def _listen(self, other: int) -> None:
         global _verdict
@@ -193,11 +189,9 @@ class Watch:
         import torch
         import torch.distributed as dist
 
-        for other in range(1, self._size) if self._rank == 0 else (0,):
-            try:
+        for other in self._others:
+            with suppress(RuntimeError):  # that one is gone already
                 dist.send(torch.tensor([status]), dst=other, group=group)
-            except RuntimeError:
-                continue  # that one is gone already
         if status == 0:
             for thread in self._threads:
                 thread.join(PATIENCE)  # the other side says 0 too
@@ -219,7 +213,7 @@ def leave_at_once(status: int) -> NoReturn:
 
 
 def verdict() -> int | None:
-    """Return the exit status that a signal, or the end of another process, asks for, or None while all is well."""
+    """Return the exit status that a signal, or the end of another process, asks for; None while all is well."""
     return _verdict
 
 
