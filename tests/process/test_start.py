@@ -5,6 +5,7 @@ import sys
 
 from conftest import ENV, REPO
 
+from featx.process import start
 from featx.process.start import STAND_INS
 
 
@@ -73,3 +74,13 @@ except ImportError as err:
     print(err)
 """
     assert python(code, cwd=tmp_path) == ["torch._dynamo.eval_frame", "No module named 'nothing_of_this_name'"]
+
+
+def test_an_environment_variable_switches_them_off(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(start, "STAND_INS", {"asked_for": {}})
+    (tmp_path / "asks.py").write_text("import sys\nfound = 'asked_for' in sys.modules\n")
+    for value, found in (("1", False), ("0", True)):
+        monkeypatch.setenv("FEATX_PLAIN_START", value)
+        monkeypatch.delitem(sys.modules, "asks", raising=False)
+        assert start.import_lean("asks").found == found
