@@ -23,12 +23,10 @@ class Progress(Callback):
         total: Images, where the loader does not know it; 0: nobody does.
 
     Attributes:
-        error: What ended the run early.
         stages: Seconds that cores took to decode and to resize, and that process 0 waited for images.
     """
 
     def __init__(self, total: int = 0) -> None:
-        self.error: BaseException | None = None
         self.stages: dict[str, float] = defaultdict(float)
         self._bar: Any = None
         self._total = total
@@ -43,7 +41,7 @@ class Progress(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Start the clock, and count from nothing where another Trainer had this before."""
         self._start = time.monotonic()
-        self._done, self.error = 0, None
+        self._done = 0
         self.stages.clear()
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -61,22 +59,14 @@ class Progress(Callback):
             total = self._total or None
             self._bar = tqdm(total=total, unit=" images", desc=share, dynamic_ncols=True, smoothing=0.1)
 
-    def on_predict_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
-    ) -> None:
+    def on_predict_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, *_: Any) -> None:
         """Count what it took to get a batch."""
         self.stages["wait"] += time.monotonic() - self._asked
         for stage, seconds in zip(("decode", "resize"), batch.seconds, strict=True):
             self.stages[stage] += seconds
 
     def on_predict_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, *_: Any
     ) -> None:
         """Count a batch."""
         self._done += batch.size
@@ -92,19 +82,13 @@ class Progress(Callback):
             log.info("%s%s images, %.1f images/s, %s left", f"{self._done:,}", share, rate, left)
         self._asked = time.monotonic()
 
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+    def teardown(self, *_: Any, **__: Any) -> None:
         """End the bar; rows are still computed and written, and the clock runs on."""
-        self._close()
-
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """End the bar and keep what happened."""
-        self.error = exception
-        self._close()
-
-    def _close(self) -> None:
         if self._bar is not None:
             self._bar.close()
             self._bar = None
+
+    on_exception = teardown
 
 
 def stages(trainer: Trainer, *owners: Any) -> dict[str, float]:
