@@ -29,6 +29,13 @@ MOST_PIXELS = 178_956_970
 # Whether PIL's values of a JPEG are libjpeg-turbo's, as everywhere but in odd builds: there PIL decodes once more.
 PIL_HAS_TURBO = features.check_feature("libjpeg_turbo")
 
+REASONS = (
+    (PermissionError, "no permission to read it"),
+    (Image.DecompressionBombError, f"more than {MOST_PIXELS:,} pixels"),
+    (MemoryError, "not enough memory to decode it"),
+    (UnidentifiedImageError, "not an image that PIL can read"),
+)
+
 # What the strict decoder says of a JPEG that is not damaged but beyond it, or odd in a header that changes no pixel.
 # PIL alone judges these.
 _BEYOND = (
@@ -118,22 +125,18 @@ def _read(path: str, value_range: ValueRange | None, strict: bool) -> tuple[Pixe
         if strict and kind == "PNG":
             with Image.open(path) as twin:  # which cannot be decoded after it
                 twin.verify()
-        if _is_deep(image):
-            return _scale(image, value_range or SIXTEEN_BITS), kind
         if strict and kind == "JPEG":
             file.seek(0)
             pixels = _decode_jpeg(file.read(), image)
             if pixels is not None and PIL_HAS_TURBO:
                 return pixels, kind
-        return np.array(image.convert("RGB")), kind
+        return _convert(image, value_range), kind
 
 
 def to_rgb(image: Image.Image, value_range: ValueRange | None = None) -> Pixels:
     """Return one of PIL's images as 8-bit RGB, ``(H, W, 3) uint8``, as ``read_image`` does a file's."""
     _check_depth(image, value_range)
-    if _is_deep(image):
-        return _scale(image, value_range or SIXTEEN_BITS)
-    return np.array(image.convert("RGB"))
+    return _convert(image, value_range)
 
 
 def check_image(path: str, value_range: ValueRange | None = None) -> None:
@@ -175,22 +178,21 @@ def _check_depth(image: Image.Image, value_range: ValueRange | None) -> None:
             f"32-bit {kind} values (mode {image.mode}) have no black and white of their own.\n"
             "--data.value_range says which values those are, for instance --data.value_range '[0,1]'"
         )
-    if value_range is not None and not _is_deep(image) and _packs_sixteen_bits(image):
+    packed = any(";16" in str(tile[3]) for tile in getattr(image, "tile", []))
+    if value_range is not None and not _is_deep(image) and packed:
         raise BadValueError(
             "PIL reads only the upper 8 of the 16 bits of a colour image, so that --data.value_range "
             "cannot be applied to it. Convert it to 16-bit grey or 8-bit colour."
         )
 
 
-def _packs_sixteen_bits(image: Image.Image) -> bool:
-    return any(";16" in str(tile[3]) for tile in getattr(image, "tile", []))
-
-
-def _scale(image: Image.Image, value_range: ValueRange) -> Pixels:
+def _convert(image: Image.Image, value_range: ValueRange | None) -> Pixels:
+    if not _is_deep(image):
+        return np.array(image.convert("RGB"))
     values = np.asarray(image).astype(np.float64)  # (H, W)
     if not np.isfinite(values).all():
         raise ImageError("holds values that are nan or infinite")
-    low, high = value_range
+    low, high = value_range or SIXTEEN_BITS
     grey = np.rint(np.clip((values - low) * 255 / (high - low), 0, 255)).astype(np.uint8)
     return np.repeat(grey[:, :, None], 3, axis=2)
 
@@ -209,14 +211,9 @@ def _reason(err: Exception, words: str, path: str) -> str:
         return str(err)
     if isinstance(err, FileNotFoundError):
         return "a link to nothing" if os.path.islink(path) else "no such file"
-    if isinstance(err, PermissionError):
-        return "no permission to read it"
-    if isinstance(err, Image.DecompressionBombError):
-        return f"more than {MOST_PIXELS:,} pixels"
-    if isinstance(err, MemoryError):
-        return "not enough memory to decode it"
-    if isinstance(err, UnidentifiedImageError):
-        return "not an image that PIL can read"
+    for kind, reason in REASONS:
+        if isinstance(err, kind):
+            return reason
     if isinstance(err, OSError) and err.errno is not None:
         return f"cannot be read: {words}"
     if "truncated" in words.lower() or "premature end of jpeg" in words.lower():

@@ -169,10 +169,8 @@ class ImageFolderDataModule(LightningDataModule):
         if self.batches is None:  # nobody deals: all of them
             self.batches = range(math.ceil(len(self.images) / self.batch_size))
         cores = cores_per_process(self.trainer)
-        device = self.trainer.strategy.root_device
-        on_gpu = device.type == "cuda"
-        workers = choose(self.num_workers, cores, len(self.batches))
-        self.workers = workers
+        on_gpu = self.trainer.strategy.root_device.type == "cuda"
+        self.workers = workers = choose(self.num_workers, cores, len(self.batches))
         chosen = " (--data.num_workers)" if self.num_workers != "auto" else ""
         threads = "" if on_gpu else f", {count(cores, 'thread')} for the network"
         log.info("cores: %d for each process, %s%s%s", cores, count(workers, "data worker"), chosen, threads)
@@ -302,5 +300,4 @@ class _WholeBatches(DistributedSampler[Any]):
             yield from range(batch * self.batch_size, min((batch + 1) * self.batch_size, self.images))
 
     def __len__(self) -> int:
-        last = len(self.batches) and (self.batches[-1] + 1) * self.batch_size - self.images
-        return len(self.batches) * self.batch_size - max(0, int(last))
+        return int(sum(min(self.batch_size, self.images - batch * self.batch_size) for batch in self.batches))

@@ -209,17 +209,14 @@ class ImageTree(ImageFolder):  # type: ignore[misc]
         return any(os.path.samefile(os.path.join(root, path), os.path.join(root, folder)) for folder in above)
 
     def _describe_left_out(self, loose: int, empty: set[str]) -> str:
-        parts = []
-        if loose:
-            parts.append(f"{count(loose, 'image')} beside the class folders")
-        if self._unknown:
-            suffixes = [suffix for suffix, _ in self._unknown.most_common()]
-            parts.append(f"{count(self._unknown.total(), 'file')} with other suffixes ({_some(suffixes)})")
-        if empty:
-            parts.append(f"{count(len(empty), 'class folder')} without images ({_some(sorted(empty))})")
-        if self._loops:
-            parts.append(f"{count(len(self._loops), 'link')} back to a folder around ({_some(sorted(self._loops))})")
-        return ", ".join(parts)
+        suffixes = [suffix for suffix, _ in self._unknown.most_common()]
+        parts = (
+            (loose, "image", "beside the class folders", list[str]()),
+            (self._unknown.total(), "file", "with other suffixes", suffixes),
+            (len(empty), "class folder", "without images", sorted(empty)),
+            (len(self._loops), "link", "back to a folder around", sorted(self._loops)),
+        )
+        return ", ".join(f"{count(number, noun)} {what}{_some(names)}" for number, noun, what, names in parts if number)
 
 
 def check_folder(root: str) -> None:
@@ -317,4 +314,4 @@ def _is_image(name: str) -> bool:
 
 
 def _some(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
+    return f" ({', '.join(names[:3])}{', …' if len(names) > 3 else ''})" if names else ""
