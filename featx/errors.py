@@ -6,7 +6,7 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TextIO
 
 log = logging.getLogger("featx")
@@ -50,9 +50,12 @@ def did_you_mean(name: str, known: Iterable[str], most: int = 3) -> str:
         ' Did you mean fc7 or fc6?'
     """
     near = difflib.get_close_matches(name, list(dict.fromkeys(known)), n=most, cutoff=0.6)
-    if not near:
-        return ""
-    return f" Did you mean {' or '.join([', '.join(near[:-1]), near[-1]] if near[1:] else near)}?"
+    return f" Did you mean {either(near)}?" if near else ""
+
+
+def either(words: Sequence[str]) -> str:
+    """Return words as ``a, b or c``."""
+    return " or ".join(filter(None, [", ".join(words[:-1]), *words[-1:]]))
 
 
 def as_list(value: str) -> str:

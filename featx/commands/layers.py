@@ -1,9 +1,7 @@
 """``featx layers``: which layers a network has, in the order of execution, and what a row and a pass of each cost."""
 
 import json
-import os
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -61,7 +59,7 @@ def layers(argv: list[str]) -> int:
     Raises:
         UserError: A mistake in them.
     """
-    sys.path.append(os.getcwd())  # for --model my_module.MyExtractor
+    options.import_from_here()
     if "-h" in argv or "--help" in argv:
         _print_help()
         return 0
@@ -86,8 +84,8 @@ def _print_help() -> None:
     options.print_group("size of the images", "data", ImageFolderDataModule, ("resize", "crop").__contains__)
     print("also:")
     options.print_option("json", None, "Print a JSON list of objects, of the same fields, in place of the table.")
-    options.print_option("config", None, "A YAML file of options; those on the command line win over it.")
-    options.print_option("model CLASS", None, "A subclass of featx.FeatureExtractor, as my_module.MyExtractor.")
+    for name, text in options.ALSO.items():
+        options.print_option(name, None, text)
     print("""
 The images are random, and where --model.weights is auto, the weights too. All
 other options of featx predict are taken and change nothing, so that a line or a

@@ -4,17 +4,17 @@ import argparse
 import inspect
 import os
 import re
+import sys
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal, NoReturn, get_args, get_origin
 
 import yaml  # type: ignore[import-untyped]
-from jsonargparse import ArgumentParser
 from lightning.pytorch.cli import LightningArgumentParser
 
-from featx.errors import SEE, BadValueError, UserError, as_list, did_you_mean
+from featx.errors import SEE, BadValueError, UserError, as_list, did_you_mean, either
 
 TRAINER = {
     "accelerator": "cpu, gpu, mps or auto.",
@@ -23,7 +23,12 @@ TRAINER = {
     "strategy": "How several processes are started, as ddp.",
     "precision": "Precision of the network, as 32-true, bf16-mixed, 16-mixed.",
 }
-
+ALSO = {
+    "config": "A YAML file of options; those on the command line win over it.",
+    "model CLASS": "A subclass of featx.FeatureExtractor, as my_module.MyExtractor.",
+}
+PROBLEM = re.compile(r"Problem with given class_path '([^']*)':\s*(.*)")
+INNER = "\N{NULL}"  # around a message on the options of a class, which names them without the class's own
 
 EXPECTED_CONFIG = """\
 Expected options as YAML, such as
@@ -60,6 +65,11 @@ def set_default_class(parser: LightningArgumentParser, argv: list[str]) -> None:
                 parser.set_defaults({"model": {"class_path": word.partition("=")[2] or behind}})
 
 
+def import_from_here() -> None:
+    """Find modules in the current folder, too, as for ``--model my_module.MyExtractor``."""
+    sys.path.append(os.getcwd())
+
+
 class Parser(LightningArgumentParser):
     """LightningCLI's parser, whose errors are UserErrors of few lines."""
 
@@ -70,13 +80,13 @@ class Parser(LightningArgumentParser):
         self, args: Sequence[str] | None = None, *more: Any, **how: Any
     ) -> Any:
         """Parse a command line; what can be seen from its words alone is refused first."""
-        check_words(args or [], self)
+        check_words(args or [], self.actions())
         return super().parse_args(args, *more, **how)
 
     def parse_path(self, path: str | os.PathLike[str], *args: Any, **how: Any) -> Any:
         """Parse a config; what is wrong with it is reported with its name."""
         try:
-            check_config(Path(path), self._known())
+            check_config(Path(path), self.actions())
             return super().parse_path(path, *args, **how)
         except UserError as err:
             raise BadValueError(f"--config {os.fspath(path)}: {err}") from err
@@ -86,45 +96,23 @@ class Parser(LightningArgumentParser):
         cause: BaseException | None = ex
         while cause is not None and not isinstance(cause, UserError):
             cause = cause.__cause__ or cause.__context__
-        key = re.search(r'Parser key "([^"]*)"', message)
-        last, _InClassError.last = _InClassError.last, ""
-        if cause is None and last and last.split("\n")[0] in message:  # of a union's types only the first is a cause
-            cause = _InClassError(last)
-        if isinstance(cause, _InClassError) and key:
-            raise BadValueError(re.sub(r"(?<!\S)--(?!help)", f"--{key.group(1)}.", str(cause))) from ex
         if cause is not None:
             raise cause
-        if "--data.dir" not in self._own():  # the parser of the options of a class, whose prefix only the caller knows
-            _InClassError.last = explain(message, self)
-            raise _InClassError(_InClassError.last) from ex
-        raise BadValueError(explain(message, self)) from ex
+        told = explain(message, self.actions())
+        if "--data.dir" not in self.actions():  # the parser of the options of a class, whose prefix its caller knows
+            raise ValueError(f"{INNER}{told}{INNER}") from ex
+        raise BadValueError(told) from ex
 
-    def hint(self, key: str) -> Any:
-        """Return the type of an option, and its help."""
-        found = next((action for action in self._actions if action.dest == key), None)
-        return getattr(found, "_typehint", None), str(getattr(found, "help", "") or "")
-
-    def _own(self) -> list[str]:
-        words = [word for action in self._actions for word in action.option_strings]
-        return [word for word in words if word.startswith("--") and not word.endswith(("+", ".help"))]
-
-    def _known(self) -> list[str]:
-        own = self._own()
+    def actions(self) -> dict[str, Any]:
+        """Return the options with argparse's actions; those of ``--model``, which depend on its class, with None."""
+        words = {word: action for action in self._actions for word in action.option_strings}
+        own = {word: action for word, action in words.items()
+               if word.startswith("--") and not word.endswith(("+", ".help"))}  # fmt: skip
         if "--data.dir" not in own:
             return own
         from featx.model.extractor import FeatureExtractor
 
-        return own + [f"--model.{name}" for name in inspect.signature(FeatureExtractor).parameters]
-
-
-class _InClassError(BadValueError):
-    """An error in the options of a class, whose message names them without the class's own.
-
-    Attributes:
-        last: The last message.
-    """
-
-    last = ""
+        return own | {f"--model.{name}": None for name in inspect.signature(FeatureExtractor).parameters}
 
 
 class PlainParser(argparse.ArgumentParser):
@@ -135,56 +123,52 @@ class PlainParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Raise UserError with argparse's words."""
-        raise UserError(f"{message}.\n{self.prog} --help lists the options.")
+        end = "" if message.endswith((".", "?")) else "."
+        raise UserError(f"{message}{end}\n{self.prog} --help lists the options.")
 
     def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
         """Parse a command line; an option that does not exist is refused before arguments that it hides."""
         known = [word for action in self._actions for word in action.option_strings]
         for word in (word.partition("=")[0] for word in args or []):
             if word.startswith("-") and word not in known:
-                raise UserError(
-                    f"{word}: no such option.{did_you_mean(word, known)}\n{self.prog} --help lists the options."
-                )
+                self.error(f"{word}: no such option.{did_you_mean(word, known)}")
         return super().parse_args(args, namespace)
 
 
-def check_words(words: Sequence[str], parser: Parser) -> None:
+def check_words(words: Sequence[str], known: dict[str, Any]) -> None:
     """Refuse what is no option with one value: so much is seen before anything is parsed.
 
     Args:
         words: The command line.
-        parser: Which knows the options and their types.
+        known: The options with argparse's actions.
 
     Raises:
         BadValueError: A value without an option, or an option without a value, or with several.
     """
-    known = parser._known()
     given: list[list[str]] = []
     for word in words:
         if re.match("-[^0-9.]", word):
             name, equals, value = word.partition("=")
-            given.append([name, value] if equals else [name])
+            given.append(["--config" if name == "-c" else name, *([value] if equals else [])])
         elif given:
             given[-1].append(word)
         else:
             near = f" Did you mean --data.dir {word}?" if os.path.isdir(word) else did_you_mean(word, known)
             raise BadValueError(f"{word}: a value without an option.{near}\nExpected --option value.\n{SEE}")
     for name, *values in given:
-        name = "--config" if name == "-c" else name
         if name not in known or name in ("--help", "--json", "--print_config"):
             continue  # the parser knows more of it
-        if not values:
-            what = ", ".join(expected(parser.hint(name[2:])[0]))
-            raise BadValueError(f"{name}: expected a value after it{f': {what}' if what else ''}.\n{SEE}")
         value = " ".join(values)
+        kinds = expected(getattr(known[name], "_typehint", None), value)
+        if not values:
+            raise BadValueError(f"{name}: expected a value after it{': ' * bool(kinds)}{', '.join(kinds)}.\n{SEE}")
         if not value:
             raise BadValueError(f"{name} '': the value is empty. Expected one, or no {name} at all.")
         if len(values) > 1:
-            kinds = expected(parser.hint(name[2:])[0], value) or ["a list"]  # of the model's the parser does not know
-            listed = f" A list is written {as_list(value)}." if any("list" in kind for kind in kinds) else ""
+            listed = not kinds or any("list" in kind for kind in kinds)  # a class's options are not known here
             raise BadValueError(
                 f"{name} {textwrap.shorten(value, 100, placeholder=' ...')}: {len(values)} values, expected one.\n"
-                f"One with spaces goes in quotes.{listed}"
+                f"One with spaces goes in quotes.{f' A list is written {as_list(value)}.' if listed else ''}"
             )
         if name == "--config" and not os.path.isfile(value) and not re.search(r":\s", value):
             what = "this is a folder" if os.path.isdir(value) else "no such file"
@@ -194,7 +178,7 @@ def check_words(words: Sequence[str], parser: Parser) -> None:
             raise BadValueError(f"{name} {value}: expected one of its options, such as {first}.\n{SEE}")
 
 
-def check_config(path: Path, known: Sequence[str]) -> None:
+def check_config(path: Path, known: Collection[str]) -> None:
     """Refuse a config that is none.
 
     Args:
@@ -225,51 +209,47 @@ def check_config(path: Path, known: Sequence[str]) -> None:
         if key in groups and not isinstance(value, dict) and not (key == "model" and isinstance(value, str)):
             shown = f" {textwrap.shorten(str(value), 40, placeholder=' ...')}" if value is not None else ""
             raise BadValueError(f"'{key}:{shown}' has no options in it. {EXPECTED_CONFIG}")
-        for name in value if key in groups and key != "model" and isinstance(value, dict) else []:
+        for name in value if key in groups and key != "model" else []:
             if (word := f"--{key}.{name}") not in known:
-                raise BadValueError(f"{word}: no such option.{did_you_mean(word, known)}\n{SEE}")
+                raise BadValueError(_no_such(word, known))
 
 
-def explain(message: str, parser: Parser) -> str:
+def explain(message: str, known: dict[str, Any]) -> str:
     """Say in featx's words what jsonargparse refuses.
 
     Args:
         message: What jsonargparse says.
-        parser: Which knows the options and their types.
+        known: The options with argparse's actions.
     """
-    known = parser._known()
-    if found := re.search(r"(?:unrecognized arguments: |Option '|does not accept option ')([^\s'=]+)", message):
-        word = found.group(1)
-        if "unrecognized" not in message:
-            group = re.search(r"Group '(\S+)'", message)
-            word = f"--{group.group(1)}.{word}" if group else f"--{word}"
-        elif not word.startswith("-"):
+    if found := re.search(
+        r"unrecognized arguments: ([^\s=]+)|(?:Group '(\S+)' does not accept option|Option) '([^\s']+)'", message
+    ):
+        word = found[1] or "--" + ".".join(filter(None, found.groups()))
+        if not word.startswith("-"):
             return f"{word}: a value without an option. Expected --option value.\n{SEE}"
-        return f"{word}: no such option.{did_you_mean(word, known)}\n{SEE}"
-    if found := re.search(r"required: (\S+)", message):
-        option = f"--{found.group(1).rstrip(',')}"
-        return (
-            f"{option}: missing. Expected a value for it{', as --data.dir photos' * (option == '--data.dir')}.\n{SEE}"
-        )
+        return _no_such(word, known)
+    if found := re.search(r"required: ([^\s,]+)", message):
+        example = ", as --data.dir photos" * (found[1] == "data.dir")
+        return f"--{found[1]}: missing. Expected a value for it{example}.\n{SEE}"
     if not (found := re.search(r'Parser key "([^"]*)"', message)):
         return f"{_few_lines(message)}\n{SEE}"
-    hint, help = parser.hint(found.group(1))
-    option = "--" + found.group(1)
-    received = re.search(r"(?:Got value: |Given value: )(.*)", message)
-    value = re.sub(r"Namespace\(class_path='([^']*)'.*", r"\1", received.group(1) if received else "")
-    problem = re.search(r"Problem with given class_path '([^']*)':\s*(.*)", message)
-    what = "module.Class, a subclass of featx.FeatureExtractor" if option == "--model" else _either(expected(hint))
-    if problem:
-        return f"{option} {problem.group(1)}: {problem.group(2)}\nExpected {what}, in this folder or installed."
+    option = f"--{found[1]}"
+    if inner := re.search(f"{INNER}(.*?){INNER}", message, re.DOTALL):
+        return re.sub(r"(?<!\S)--(?!help)", f"{option}.", re.sub("\n +", "\n", inner[1]))
+    received = re.search("(?:Got|Given) value: (.*)", message)
+    value = re.sub(r"Namespace\(class_path='([^']*)'.*", r"\1", received[1] if received else "")
+    kinds = expected(hint := getattr(known.get(option), "_typehint", None), value)
+    what = "module.Class, a subclass of featx.FeatureExtractor" if option == "--model" else either(expected(hint))
+    if problem := PROBLEM.search(message):
+        return f"{option} {problem[1]}: {problem[2]}\nExpected {what}, in this folder or installed."
     if option == "--model":
         return f"--model {value}: expected {what}.\n{SEE}"
     if not what:
         return f"{option} {value}: {_few_lines(message)}\n{SEE}"
-    kinds = expected(hint, value)
     near = "" if as_list(value) else did_you_mean(value, [kind for kind in kinds if " " not in kind])
-    help = TRAINER.get(found.group(1).removeprefix("trainer."), help)
+    help = TRAINER.get(option.removeprefix("--trainer."), str(known[option].help or ""))
     about = textwrap.wrap(f"{option}: {textwrap.shorten(help, 200, placeholder=' ...')}", 80, break_long_words=False)
-    return "\n".join([f"{option} {value}: expected {_either(kinds)}.{near}", *about, SEE])
+    return "\n".join([f"{option} {value}: expected {either(kinds)}.{near}", *about, SEE])
 
 
 def expected(hint: Any, value: str = "") -> list[str]:
@@ -293,8 +273,8 @@ def expected(hint: Any, value: str = "") -> list[str]:
     return [words.get(hint, "module.Class")] if hint is not None else []
 
 
-def _either(words: list[str]) -> str:
-    return " or ".join([", ".join(words[:-1]), words[-1]] if words[1:] else words)
+def _no_such(word: str, known: Collection[str]) -> str:
+    return f"{word}: no such option.{did_you_mean(word, known)}\n{SEE}"
 
 
 def _few_lines(text: str) -> str:
@@ -302,40 +282,41 @@ def _few_lines(text: str) -> str:
     return "\n".join(line[:200] for line in lines[:6])
 
 
-def print_help(model: type, data: type, writer: type) -> None:
+def print_help(**classes: type) -> None:
     """Print the options that prediction uses, in groups, with their defaults."""
     print("usage: featx predict --data.dir FOLDER [options]\n")
-    for title, group, owner in (("images", "data", data), ("network", "model", model), ("output", "writer", writer)):
+    for title, (group, owner) in zip(("images", "network", "output"), classes.items(), strict=True):
         print_group(title, group, owner)
     print("machine (Lightning's Trainer):")
     for name, text in TRAINER.items():
         print_option(f"trainer.{name}", {"num_nodes": 1, "precision": "32-true"}.get(name, "auto"), text)
     print("also:")
-    print_option("config", None, "A YAML file of options; those on the command line win over it.")
-    print_option("model CLASS", None, "A subclass of featx.FeatureExtractor, as my_module.MyExtractor.")
-    print_option("print_config", None, "Print all options with their values, as a config.")
-    print_option("help_all", None, "Show everything that Lightning and jsonargparse understand.")
+    more = {
+        "print_config": "Print all options with their values, as a config.",
+        "help_all": "Show everything that Lightning and jsonargparse understand.",
+    }
+    for name, text in (ALSO | more).items():
+        print_option(name, None, text)
 
 
 def print_group(title: str, group: str, owner: type, shown: Callable[[str], bool] = bool) -> None:
     """Print the options of a class, those whose name is to be shown."""
-    parser = ArgumentParser(default_env=False)
+    parser = Parser(default_env=False)
     parser.add_class_arguments(owner, group)
     print(f"{title}:")
-    for action in parser._actions:
-        if action.dest.startswith(f"{group}.") and shown(action.dest.removeprefix(f"{group}.")):
-            print_option(action.dest, action.default, str(action.help), required=action.dest == "data.dir")
+    for option, action in parser.actions().items():
+        if option.startswith(f"--{group}.") and shown(action.dest.removeprefix(f"{group}.")):
+            print_option(action.dest, action.default, action.help, required=option == "--data.dir")
 
 
 def print_option(name: str, default: Any, text: str, required: bool = False) -> None:
     """Print an option with its default and its help, in 80 columns."""
-    shown = {True: "true", False: "false"}.get(default, default) if isinstance(default, bool) else default
+    shown = str(default).lower() if isinstance(default, bool) else default
     tail = " (required)" if required else f" ({shown})" if shown is not None else ""
     left = f"  --{name}"
-    lines = textwrap.wrap(" ".join(text.split()) + tail, 80 - 27, break_long_words=False)
     if len(left) > 25:
         print(left)
         left = ""
-    for line in lines:
-        print(f"{left:<26} {line}")
-        left = ""
+    words = " ".join(text.split()) + tail
+    indent = " " * 27
+    print(textwrap.fill(words, 80, initial_indent=f"{left:<27}", subsequent_indent=indent, break_long_words=False))

@@ -59,7 +59,7 @@ class FeatxCLI(LightningCLI):
         try:
             super().instantiate_classes()
         except ValueError as err:
-            found = re.search(r"Problem with given class_path '([^']*)':\s*(.*)", str(err))
+            found = options.PROBLEM.search(str(err))
             if isinstance(err, UserError) or not found or found.group(1) == self.config.model.class_path:
                 raise
             raise BadValueError(f"{found.group(1)}: {found.group(2)}\n{SEE}") from err
@@ -76,11 +76,11 @@ def predict(argv: list[str]) -> int:
         UserError: What went wrong, in words.
         Stopped: The run was asked to end.
     """
-    sys.path.append(os.getcwd())  # for --model my_module.MyExtractor
+    options.import_from_here()
     if "--help_all" in argv:
         argv = ["--help"]
     elif "-h" in argv or "--help" in argv:
-        options.print_help(FeatureExtractor, ImageFolderDataModule, FeatureWriter)
+        options.print_help(data=ImageFolderDataModule, model=FeatureExtractor, writer=FeatureWriter)
         return 0
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)  # banners and tips

@@ -13,7 +13,7 @@ from typing import Any, get_args, get_type_hints
 import numpy as np
 
 from featx import results
-from featx.commands.options import Parser, PlainParser
+from featx.commands.options import Parser, PlainParser, import_from_here
 from featx.data.module import ImageFolderDataModule
 from featx.errors import BadValueError, MissingPathError, UserError, count
 from featx.model.build import is_function
@@ -228,7 +228,7 @@ def _check_trust(file: Finished, options: Namespace, made_by: str, arch: Any) ->
             f"If you trust that code: {command}"
         )
     if needed:
-        sys.path.append(os.getcwd())
+        import_from_here()
 
 
 def _unusable(file: Finished, why: str) -> BadValueError:
