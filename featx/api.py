@@ -21,7 +21,6 @@ from lightning.pytorch.callbacks import Callback
 from PIL import Image
 
 from featx.commands import options as command_line
-from featx.commands.predict import prepare, set_up
 from featx.data.batch import Batch, Fault
 from featx.data.decode import describe, to_rgb
 from featx.data.module import Collate, ImageFolderDataModule, Sample
@@ -32,6 +31,7 @@ from featx.process.lightning import PLAIN, keep_default_dtype, keep_signals, mak
 from featx.process.progress import Progress
 from featx.process.shared import Shared, ignored, on_one_core
 from featx.results import load, stack
+from featx.run import prepare, set_up
 from featx.writer.callback import FeatureWriter
 from featx.writer.folder import file_name, read_errors
 from featx.writer.formats import Floats

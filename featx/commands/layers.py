@@ -64,8 +64,7 @@ def layers(argv: list[str]) -> int:
         _print_help()
         return 0
     try:
-        argv = options.configs_first(argv)
-        parser = _parser(argv)
+        parser = _parser()
         config = parser.parse_args(argv)
     except BadValueError as err:
         raise BadValueError(str(err).replace(SEE, "featx layers --help lists the options.")) from err
@@ -92,7 +91,7 @@ other options of featx predict are taken and change nothing, so that a line or a
 config of it can be used as it is.""")
 
 
-def _parser(argv: list[str]) -> options.Parser:
+def _parser() -> options.Parser:
     """Return a parser of all that ``featx predict`` takes, so that a line or a config of it serves here too."""
     parser = options.Parser(prog="featx layers", default_env=False)
     parser.add_argument("-c", "--config", action=ActionConfigFile)
@@ -102,7 +101,6 @@ def _parser(argv: list[str]) -> options.Parser:
     parser.add_class_arguments(FeatureWriter, "writer", instantiate=False)
     parser.add_class_arguments(Trainer, "trainer", instantiate=False)
     parser.add_argument("--json", action="store_true")
-    options.set_default_class(parser, argv)
     return parser
 
 

@@ -8,6 +8,7 @@ import sys
 import textwrap
 from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, NoReturn, get_args, get_origin
 
@@ -56,15 +57,6 @@ def configs_first(argv: list[str]) -> list[str]:
     return moved["--config"] + moved["--model"] + rest
 
 
-def set_default_class(parser: LightningArgumentParser, argv: list[str]) -> None:
-    """Make the class that ``--model`` names the default, so that its own defaults stand, not FeatureExtractor's."""
-    parser.set_defaults({"model": {"class_path": "featx.FeatureExtractor"}})
-    for word, behind in zip(argv, [*argv, ""][1:], strict=True):
-        if word == "--model" or word.startswith("--model="):
-            with suppress(Exception):  # what is wrong with the class, parsing tells
-                parser.set_defaults({"model": {"class_path": word.partition("=")[2] or behind}})
-
-
 def import_from_here() -> None:
     """Find modules in the current folder, too, as for ``--model my_module.MyExtractor``."""
     sys.path.append(os.getcwd())
@@ -80,7 +72,14 @@ class Parser(LightningArgumentParser):
         self, args: Sequence[str] | None = None, *more: Any, **how: Any
     ) -> Any:
         """Parse a command line; what can be seen from its words alone is refused first."""
-        check_words(args or [], self.actions())
+        args, known = configs_first(list(args or [])), self.actions()
+        check_words(args, known)
+        if "--model" in known:  # the default is the class that it names, so that its own defaults stand
+            named = [word.partition("=")[2] or after for word, after in pairwise([*args, ""])
+                     if word.partition("=")[0] == "--model"]  # fmt: skip
+            for name in ["featx.FeatureExtractor", *named]:
+                with suppress(Exception):  # what is wrong with the class, parsing tells
+                    self.set_defaults({"model": {"class_path": name}})
         return super().parse_args(args, *more, **how)
 
     def parse_path(self, path: str | os.PathLike[str], *args: Any, **how: Any) -> Any:
@@ -112,7 +111,8 @@ class Parser(LightningArgumentParser):
             return own
         from featx.model.extractor import FeatureExtractor
 
-        return own | {f"--model.{name}": None for name in inspect.signature(FeatureExtractor).parameters}
+        model = [f"--model.{name}" for name in inspect.signature(FeatureExtractor).parameters]
+        return own | {option: own.get(option) for option in model}
 
 
 class PlainParser(argparse.ArgumentParser):

@@ -14,8 +14,8 @@ import pytest
 import torch
 from conftest import ENV, REPO
 
-from featx.commands.predict import FailedError, _in_words
 from featx.process.signals import INTERRUPTED, SIGNALS, Watch
+from featx.run import FailedError, in_words
 
 PROGRAM = """
 import os, signal, sys
@@ -97,6 +97,5 @@ def test_what_is_waited_for_is_told_with_how_many_machines_and_where(monkeypatch
     ],
 )
 def test_what_the_machine_fails_at_is_reported_in_words(error, words):
-    cli = SimpleNamespace(trainer=SimpleNamespace(world_size=2), datamodule=SimpleNamespace(workers=4))
-    found = _in_words(error, cli)
+    found = in_words(error, SimpleNamespace(world_size=2), SimpleNamespace(workers=4))
     assert isinstance(found, FailedError) and re.search(words, str(found)) and "the same command goes on" in str(found)

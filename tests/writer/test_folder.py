@@ -16,11 +16,11 @@ from tiny import Tiny, run
 import featx
 from featx import FeatureExtractor, FeatureWriter, ImageFolderDataModule
 from featx.cli import main
-from featx.commands.predict import prepare
 from featx.data import decode
 from featx.data.sources import ImageTree
 from featx.errors import BadValueError, UserError
 from featx.results import load
+from featx.run import prepare
 from featx.writer import disk, journal
 from featx.writer.disk import BusyError
 
