@@ -1,0 +1,129 @@
+"""A network -> its layers in the order of execution, and what a row and a pass of each cost."""
+
+import statistics
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from featx.errors import BadValueError, count, log
+from featx.model.build import SEED
+from featx.model.extractor import SLICE, FeatureExtractor
+from featx.model.layers import find_aliases, to_rows
+from featx.model.trace import PENULTIMATE, Shape, Trace, watched
+
+PASSES = 3
+SECONDS_A_PASS = 2.0
+
+
+@dataclass(frozen=True)
+class Row:
+    """One layer that can be taken.
+
+    Args:
+        path: What ``--model.layer`` takes.
+        alias: Another name of it, or ``""``.
+        type: The module's class, or whose input it is.
+        shape: Shape for one image, before pooling.
+        columns: Values in a row.
+        bytes: Bytes of its CSV row for a random image, without the name.
+        time: Percent of a pass's time until it is there.
+    """
+
+    path: str
+    alias: str
+    type: str
+    shape: Shape
+    columns: int
+    bytes: int
+    time: float
+
+
+def measure(model: FeatureExtractor, size: int, bytes_of: Callable[[NDArray[np.float32]], int]) -> list[Row]:
+    """Run a few passes of random images and return the layers in the order in which they are there.
+
+    Args:
+        model: With its network.
+        size: Side of the images, in pixels.
+        bytes_of: How many bytes a row ``(D,) float32`` takes.
+    """
+    seeded = torch.Generator().manual_seed(SEED)
+    images = torch.randint(256, (SLICE, 3, size, size), dtype=torch.uint8, generator=seeded)
+    start = time.perf_counter()
+    trace = model.run(images[:2], lambda pixels: Trace(model.network, pixels))
+    batch = max(1, min(SLICE, int(2 * SECONDS_A_PASS / (time.perf_counter() - start))))
+    passes = f"median of {PASSES} passes of {count(batch, 'image')} on one core"
+    log.info("images: random, 3x%dx%d; time: %s", size, size, passes)
+    last = _tell_left_out(model, trace)
+    axes = {path: trace.channel_axis(path) for path in trace.calls if trace.gives_rows(path, model.pool)}
+    if last and model.pool != "cls":
+        axes[PENULTIMATE] = None
+    costs: dict[str, tuple[Shape, int, int]] = {}  # shape, columns and bytes, in the order of execution
+
+    def see_costs(name: str, value: Tensor) -> None:
+        if name in axes:
+            row = to_rows(value, model.pool, axes[name])[0].numpy()  # (D,) float32
+            costs[name] = (tuple(value.shape[1:]), len(row), bytes_of(row))
+
+    _watch_pass(model, images[:1], last, see_costs)
+    times = [_watch_pass(model, images[:batch], last, lambda name, value: None) for _ in range(PASSES)]
+    aliases = {path: alias for alias, path in (find_aliases(model.network) | model.layer_aliases).items()}
+    types = {path: type(call.module).__name__ for path, call in trace.calls.items()} | {PENULTIMATE: f"input of {last}"}
+    time_of = {name: round(statistics.median(each[name] for each in times), 1) for name in costs}
+    return [Row(name, aliases.get(name, ""), types[name], *cost, time_of[name]) for name, cost in costs.items()]
+
+
+def _watch_pass(
+    model: FeatureExtractor, images: Tensor, last: str | None, see: Callable[[str, Any], None]
+) -> dict[str, float]:
+    """Run a pass, call ``see(layer, value)`` as each layer is there, and return at which percent of the pass that is.
+
+    Args:
+        model: With its network.
+        images: ``(B, 3, H, W) uint8``.
+        last: The last Linear, whose input is seen as ``penultimate``.
+        see: Gets the outputs of all modules, and that input.
+    """
+    network, ends = model.network, dict[str, float]()
+
+    def note(name: str, value: Any) -> None:
+        ends[name] = time.perf_counter()
+        see(name, value)
+
+    def run(pixels: Tensor) -> dict[str, float]:
+        start = time.perf_counter()
+        network(pixels)
+        whole = time.perf_counter() - start
+        return {name: 100 * (end - start) / whole for name, end in ends.items()}
+
+    with ExitStack() as hooks:
+        hooks.enter_context(watched(network, lambda path, module, inputs, output: note(path, output)))
+        if last:
+            hook = network.get_submodule(last).register_forward_pre_hook(
+                lambda module, args, kwargs: note(PENULTIMATE, [*args, *kwargs.values()][0]), with_kwargs=True
+            )
+            hooks.callback(hook.remove)
+        return model.run(images, run)
+
+
+def _tell_left_out(model: FeatureExtractor, trace: Trace) -> str | None:
+    """Say which modules are not in the table, and return the path of the Linear behind ``penultimate``, or None."""
+    paths = [path for path, _ in model.network.named_modules() if path]
+    idle = [path for path in paths if path not in trace.calls]
+    often = [path for path, call in trace.calls.items() if call.times > 1]
+    odd = [path for path in trace.calls if path not in often and not trace.gives_rows(path, model.pool)]
+    kinds = {"never called": idle, "called more than once": often, "without a row an image": odd}
+    told = [f"{len(found)} {kind} ({found[0]}{', …' if found[1:] else ''})" for kind, found in kinds.items() if found]
+    if told:
+        log.info("not listed: %s", "; ".join(told))
+    try:
+        return trace.penultimate()
+    except BadValueError as err:
+        log.info("no %s: %s", PENULTIMATE, err)
+        return None
