@@ -7,11 +7,11 @@ import os
 import signal
 import sys
 import threading
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sized
 from contextlib import contextmanager
 from functools import partial
-from itertools import chain, islice, starmap, tee
+from itertools import chain, islice, tee
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,7 +25,7 @@ from featx.data.batch import Batch, Fault
 from featx.data.decode import describe, to_rgb
 from featx.data.module import Collate, ImageFolderDataModule, Sample
 from featx.data.sources import ImageTree
-from featx.errors import SEE, BadValueError, ImageError, did_you_mean
+from featx.errors import SEE, BadValueError, ImageError, did_you_mean, either
 from featx.model.extractor import FeatureExtractor
 from featx.process.lightning import PLAIN, keep_default_dtype, keep_signals, make_trainer
 from featx.process.progress import Progress
@@ -116,22 +116,20 @@ def extract(
 
 def _sort_in(options: dict[str, Any], owners: dict[str, type], files: bool) -> dict[str, dict[str, Any]]:
     """Return keywords in the groups of the command line that know them."""
-    homes = {name: ["trainer"] for name in command_line.TRAINER}
-    for group, owner in owners.items():
-        for name in inspect.signature(owner).parameters:
-            homes.setdefault(name, []).append(group)
+    homes = [("trainer", name) for name in command_line.TRAINER]
+    homes += [(group, name) for group, owner in owners.items() for name in inspect.signature(owner).parameters]
+    often = Counter(name for _, name in homes)
     known = {
-        f"{group}_{name}" if len(found) > 1 else name: (group, name)
-        for name, found in homes.items()
-        for group in found
+        f"{group}_{name}" if often[name] > 1 else name: (group, name)
+        for group, name in homes
         if name not in NOT_HERE and (files or group != "writer" or name == "names")
     }
     groups: dict[str, dict[str, Any]] = {group: {} for group in ("trainer", *owners)}
     for word, value in options.items():
         if word not in known:
-            near = [whole for group in homes.get(word, []) if (whole := f"{group}_{word}") in known]
-            told = f" Did you mean {' or '.join(near)}?" if near else did_you_mean(word, known)
-            if homes.get(word) == ["writer"] and not files:
+            near = [whole for whole, (_, name) in known.items() if name == word]
+            told = f" Did you mean {either(near)}?" if near else did_you_mean(word, known)
+            if ("writer", word) in homes and often[word] == 1 and not files:
                 told = " It is for files: give out_dir, too."
             raise BadValueError(f"{word}={value!r}: no such option.{told}\n{SEE}")
         group, name = known[word]
@@ -204,21 +202,18 @@ def _pictures(source: Any, data: ImageFolderDataModule) -> Iterator[Image.Image]
 def _samples(pictures: Iterator[Image.Image], data: ImageFolderDataModule, model: FeatureExtractor) -> Iterator[Sample]:
     """Yield PIL images as they come, as the data module would read them; the model is configured by then."""
     preprocessing = data.preprocessing(model.preprocessing)
-
-    def read(index: int, picture: Any) -> Sample:
-        name, no_time = str(index), (0.0, 0.0)
+    for index, picture in enumerate(pictures):
+        name, pixels, fault = str(index), None, None
         if not isinstance(picture, Image.Image):
             raise BadValueError(
                 f"source: number {name} is a {type(picture).__name__}. Expected PIL images, as the first was one, or "
                 "paths of images."
             )
         try:
-            pixels = to_rgb(picture, data.value_range)
-            return index, name, preprocessing.to_tensor(pixels, data.decoder), None, no_time, ""
+            pixels = preprocessing.to_tensor(to_rgb(picture, data.value_range), data.decoder)
         except Exception as err:  # it may still have to be decoded
-            return index, name, None, describe(err, name, name), no_time, ""
-
-    yield from starmap(read, enumerate(pictures))
+            fault = describe(err, name, name)
+        yield index, name, pixels, fault, (0.0, 0.0), ""
 
 
 def _batches(samples: Iterator[Sample], batch_size: int) -> Iterator[Batch]:

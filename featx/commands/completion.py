@@ -1,9 +1,9 @@
 """``featx completion SHELL``: a script by which a shell completes commands, options and their values."""
 
 import argparse
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, get_type_hints
 
-from featx.commands.options import TRAINER
+from featx.commands.options import TRAINER, expected
 from featx.data.module import ImageFolderDataModule
 from featx.errors import BadValueError, did_you_mean
 from featx.model.extractor import FeatureExtractor
@@ -65,10 +65,5 @@ def _parser(file: Any) -> argparse.ArgumentParser:
 
 def _choices(hint: Any) -> list[str]:
     """Return the words that a type allows: those of its Literals, true and false, null."""
-    if hint is bool:
-        return ["true", "false"]
-    if hint is type(None):
-        return ["null"]
-    if get_origin(hint) is Literal:
-        return [str(word) for word in get_args(hint)]
-    return [word for part in get_args(hint) if get_origin(hint) is not list for word in _choices(part)]
+    words = [word for kind in expected(hint) for word in kind.split(" or ")]
+    return [word for word in words if " " not in word and word not in ("text", "module.Class")]

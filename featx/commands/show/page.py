@@ -9,8 +9,9 @@ import os
 import re
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from importlib.resources import files
-from itertools import chain
+from itertools import chain, compress
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -89,12 +90,11 @@ def make_page(file: Finished, folder: str, kind: str, script: str) -> bytes:
     notes = []
     if len(names) < file.record["rows"]:
         notes.append(f"The page shows {MOST_POINTS:,} of {file.record['rows']:,} rows, evenly chosen.")
-    finite = np.isfinite(values).all(axis=1)
-    if not finite.all():
-        lost = [names[row] for row in np.flatnonzero(~finite)]
-        more = ", …" if len(lost) > 5 else ""
-        notes.append(f"Without {count(len(lost), 'row')} with nan or infinity: {', '.join(lost[:5])}{more}")
-        names, values = [names[row] for row in np.flatnonzero(finite)], values[finite]
+    finite: Any = np.isfinite(values).all(axis=1)
+    if lost := list(compress(names, ~finite)):
+        few = ", ".join(lost[:5]) + ", …" * (len(lost) > 5)
+        notes.append(f"Without {count(len(lost), 'row')} with nan or infinity: {few}")
+        names, values = list(compress(names, finite)), values[finite]
     if not names:
         raise BadValueError(f"{file.path}: no row of finite values. Expected at least one image to show.")
 
@@ -108,10 +108,11 @@ def make_page(file: Finished, folder: str, kind: str, script: str) -> bytes:
         "names": names,
         "classes": classes.tolist(),
         "colours": _colours(len(classes)),
-        "labels": _packed(labels.astype("<u4")),
-        "points": _packed(points.astype("<f4")),
-        "near": _packed(near.astype("<i4")),
-        "distances": _packed(_rounded(distances)),
+        "labels": _packed(labels, "<u4"),
+        "points": _packed(points, "<f4"),
+        "near": _packed(near, "<i4"),
+        # 12 bits of the 23, which take half the room: the page shows three digits
+        "distances": _packed((distances.view(np.uint32) + 0x400) & 0xFFFFF800, "<u4"),
         "columns": near.shape[1],
         "map": told,
         "usual": usual,
@@ -164,7 +165,7 @@ def _thumbnails(
 ) -> tuple[dict[int, str], list[str]]:
     """Return thumbnails in base64 by row, of all images or of those chosen, and what is to be said of them."""
 
-    def make(index: int, side: int) -> bytes:
+    def make(side: int, index: int) -> bytes:
         pixels, *_ = read_or_fault(folder, names[index], value_range, strict=False)
         if pixels is None:
             return b""
@@ -173,18 +174,17 @@ def _thumbnails(
         image.save(data, "WEBP", quality=75)
         return data.getvalue()
 
-    said = []
+    made, missing, said = dict[int, str](), 0, list[str]()
     with ThreadPoolExecutor() as pool:
         some = range(0, len(names), -(-len(names) // 50))
         for side in SIDES:
-            sizes = [len(data) for data in pool.map(lambda i, side=side: make(i, side), some) if data]
+            sizes = [len(data) for data in pool.map(partial(make, side), some) if data]
             fit = int(room / (1.1 * float(np.mean(sizes or [1]))))
             if fit >= len(names):
                 break
         chosen = range(len(names)) if fit >= len(names) else choose(parts, wanted, fit)
-        made, missing = {}, 0
         bar = tqdm(chosen, "thumbnails", leave=False, disable=None if len(chosen) > 500 else True)
-        for index, data in zip(bar, pool.map(lambda i: make(i, side), chosen), strict=True):
+        for index, data in zip(bar, pool.map(partial(make, side), chosen), strict=True):
             missing += not data
             if data and len(data) <= room:
                 room -= len(data)
@@ -207,22 +207,16 @@ def _colours(classes: int) -> Sequence[str]:
     return palette[:: max(1, len(palette) // classes)]
 
 
-def _rounded(distances: Floats) -> Floats:
-    """Return distances with 12 bits of their 23, which take half the room: the page shows three digits."""
-    return ((distances.view(np.uint32) + 0x400) & 0xFFFFF800).astype("<u4").view("<f4")
-
-
-def _packed(values: NDArray[Any]) -> str:
-    return base64.b64encode(np.ascontiguousarray(values).data).decode()
+def _packed(values: NDArray[Any], kind: str) -> str:
+    return base64.b64encode(values.astype(kind).tobytes()).decode()
 
 
 def _html(title: str, page: Json, script: str) -> bytes:
     """Return the page: what users named stands in its data only, where no browser takes it for HTML."""
-    data = gzip.compress(json.dumps(page).encode(), 9, mtime=0)
     own = files("featx.commands.show")
     parts = {
         "title": html.escape(title),
-        "data": base64.b64encode(data).decode(),
+        "data": base64.b64encode(gzip.compress(json.dumps(page).encode(), 9, mtime=0)).decode(),
         "bokeh": script,
         "show": (own / "page.js").read_text("utf-8"),
     }

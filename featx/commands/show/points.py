@@ -14,7 +14,7 @@ DIRECTIONS = 50  # principal components, on which t-SNE and k-means work
 BLOCK = 30_000_000  # distances in memory at once
 
 
-def nearest(values: Floats, most: int = NEAREST) -> tuple[Indices, Floats]:
+def nearest(values: Floats) -> tuple[Indices, Floats]:
     """Return for each row the nearest others and their Euclidean distances, the nearest first.
 
     Every pair is looked at. Candidates come from squared lengths and products, whose difference is inexact where rows
@@ -23,19 +23,17 @@ def nearest(values: Floats, most: int = NEAREST) -> tuple[Indices, Floats]:
 
     Args:
         values: ``(N, D) float32``.
-        most: How many.
 
     Returns:
-        ``(N, K) int`` and ``(N, K) float32``, K the lesser of ``most`` and N - 1.
+        ``(N, K) int`` and ``(N, K) float32``, K the lesser of ``NEAREST`` and N - 1.
     """
     total = len(values)
-    most = min(most, total - 1)
+    most, candidates = min(NEAREST, total - 1), min(NEAREST + 6, total - 1)
     near, distances = np.zeros((total, most), np.intp), np.zeros((total, most), np.float32)
     if not most:
         return near, distances
     centred = values - values.mean(axis=0)
     squares = np.einsum("nd,nd->n", centred, centred)
-    candidates = min(most + 6, total - 1)
     step = max(1, BLOCK // total)
     for start in tqdm(range(0, total, step), "nearest", leave=False, disable=None if total > 5_000 else True):
         rows = np.arange(start, min(start + step, total))
