@@ -7,7 +7,6 @@ import re
 import sys
 import warnings
 from collections.abc import Iterable, Sequence
-from typing import TextIO
 
 log = logging.getLogger("featx")
 SEE = "featx predict --help lists the options."
@@ -99,9 +98,7 @@ def rank() -> int:
 
 def log_to_stderr() -> None:
     """Send notes and warnings to stderr, one line each: all of them from rank 0, only errors from the others."""
-    handler = _Stderr()
-    handler.setFormatter(_Line())
-    log.handlers = [handler]
+    log.handlers = [_Stderr()]
     log.propagate = False
     log.setLevel(logging.INFO if rank() == 0 else logging.ERROR)
     for category in (DeprecationWarning, FutureWarning):  # between libraries
@@ -109,19 +106,12 @@ def log_to_stderr() -> None:
     warnings.showwarning = lambda message, *_, **__: log.warning("%s", str(message).strip().split("\n")[0])
 
 
-class _Stderr(logging.StreamHandler[TextIO]):
+class _Stderr(logging.Handler):
     """Writes to what stderr is by then: whoever put another in its place may have closed the one before."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        self.stream = sys.stderr
-        super().emit(record)
-
-
-class _Line(logging.Formatter):
-    def format(self, record: logging.LogRecord) -> str:
-        """Format a note as it is, a warning or an error with its level in front."""
-        text = record.getMessage()
+        """Write a note as it is, a warning or an error with its level in front."""
         where = f" [rank {rank()}]" if rank() else ""
-        if record.levelno >= logging.WARNING:
-            return f"featx: {record.levelname.lower()}{where}: {text}"
-        return text
+        level = f"featx: {record.levelname.lower()}{where}: " if record.levelno >= logging.WARNING else ""
+        sys.stderr.write(f"{level}{record.getMessage()}\n")
+        sys.stderr.flush()

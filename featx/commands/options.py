@@ -8,7 +8,7 @@ import sys
 import textwrap
 from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
-from itertools import pairwise
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any, Literal, NoReturn, get_args, get_origin
 
@@ -44,17 +44,21 @@ def configs_first(argv: list[str]) -> list[str]:
     jsonargparse lets what stands later win, so that a config behind an option would win over it, and a class
     behind its options would reset them.
     """
-    moved: dict[str, list[str]] = {"--config": [], "--model": []}
-    rest: list[str] = []
-    words = iter(argv)
+    order = {"-c": 0, "--config": 0, "--model": 1}
+    stray, *groups = _grouped(argv)
+    groups.sort(key=lambda words: order.get(words[0].partition("=")[0], 2))
+    return [*stray, *chain.from_iterable(groups)]
+
+
+def _grouped(words: Sequence[str]) -> list[list[str]]:
+    """Return the words before the first option, and then each option with those after it."""
+    groups: list[list[str]] = [[]]
     for word in words:
-        name, equals, _ = word.partition("=")
-        name = "--config" if name == "-c" else name
-        if name in moved:
-            moved[name] += [word] if equals else [word, *[value for value in [next(words, None)] if value is not None]]
+        if re.match("-[^0-9.]", word):
+            groups.append([word])
         else:
-            rest.append(word)
-    return moved["--config"] + moved["--model"] + rest
+            groups[-1].append(word)
+    return groups
 
 
 def import_from_here() -> None:
@@ -136,26 +140,15 @@ class PlainParser(argparse.ArgumentParser):
 
 
 def check_words(words: Sequence[str], known: dict[str, Any]) -> None:
-    """Refuse what is no option with one value: so much is seen before anything is parsed.
-
-    Args:
-        words: The command line.
-        known: The options with argparse's actions.
-
-    Raises:
-        BadValueError: A value without an option, or an option without a value, or with several.
-    """
-    given: list[list[str]] = []
-    for word in words:
-        if re.match("-[^0-9.]", word):
-            name, equals, value = word.partition("=")
-            given.append(["--config" if name == "-c" else name, *([value] if equals else [])])
-        elif given:
-            given[-1].append(word)
-        else:
-            near = f" Did you mean --data.dir {word}?" if os.path.isdir(word) else did_you_mean(word, known)
-            raise BadValueError(f"{word}: a value without an option.{near}\nExpected --option value.\n{SEE}")
-    for name, *values in given:
+    """Refuse what is no option with one value: so much is seen before anything is parsed."""
+    stray, *groups = _grouped(words)
+    if stray:
+        near = f" Did you mean --data.dir {stray[0]}?" if os.path.isdir(stray[0]) else did_you_mean(stray[0], known)
+        raise BadValueError(f"{stray[0]}: a value without an option.{near}\nExpected --option value.\n{SEE}")
+    for option, *values in groups:
+        name, equals, value = option.partition("=")
+        name = "--config" if name == "-c" else name
+        values = [value] * bool(equals) + values
         if name not in known or name in ("--help", "--json", "--print_config"):
             continue  # the parser knows more of it
         value = " ".join(values)
@@ -179,15 +172,7 @@ def check_words(words: Sequence[str], known: dict[str, Any]) -> None:
 
 
 def check_config(path: Path, known: Collection[str]) -> None:
-    """Refuse a config that is none.
-
-    Args:
-        path: The file.
-        known: The options that exist.
-
-    Raises:
-        BadValueError: It is no YAML, or there is something other than options in it.
-    """
+    """Refuse a config that is no YAML, or has something other than options in it."""
     try:
         config = yaml.safe_load(path.read_text("utf-8"))
     except yaml.MarkedYAMLError as err:
@@ -215,12 +200,7 @@ def check_config(path: Path, known: Collection[str]) -> None:
 
 
 def explain(message: str, known: dict[str, Any]) -> str:
-    """Say in featx's words what jsonargparse refuses.
-
-    Args:
-        message: What jsonargparse says.
-        known: The options with argparse's actions.
-    """
+    """Say in featx's words what jsonargparse refuses; ``known`` are the options with argparse's actions."""
     if found := re.search(
         r"unrecognized arguments: ([^\s=]+)|(?:Group '(\S+)' does not accept option|Option) '([^\s']+)'", message
     ):
@@ -253,12 +233,7 @@ def explain(message: str, known: dict[str, Any]) -> str:
 
 
 def expected(hint: Any, value: str = "") -> list[str]:
-    """Return in words what a type takes, each once.
-
-    Args:
-        hint: The type.
-        value: What was given: if that was meant as a list, this shows how it is written.
-    """
+    """Return in words what a type takes, each once; a value that was meant as a list shows how one is written."""
     words = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "null"}
     origin, parts = get_origin(hint), get_args(hint)
     if origin is Literal:

@@ -158,13 +158,13 @@ def check_rows(path: Path, options: Namespace) -> str:
         raise Mismatch(f"{folder} holds {count(len(data.images), 'image')}, expected {record['inputs']['images']:,}")
     lost = {fault.path for fault in file.faults if not fault.used}
     wanted: dict[int, tuple[str, Any]] = {}  # by index of the row
-    begin, end = own.start // data.batch_size, -(-own.stop // data.batch_size)
-    for number in sorted({begin, (begin + end) // 2, end - 1}):
+    begin, last = own.start // data.batch_size, (own.stop - 1) // data.batch_size
+    for number in sorted({begin, (begin + last + 1) // 2, last}):
         batch = data.read_batch(number, model.preprocessing)
-        start = number * data.batch_size
-        first = sum(data.images.names[i] not in lost for i in range(own.start, start))
+        before = data.images.names[own.start : number * data.batch_size]
         if batch.names:
             computed = model.predict_step(batch)[record["layer"]].numpy()
+            first = sum(name not in lost for name in before)
             wanted |= dict(enumerate(zip(batch.names, computed, strict=True), first))
     worst = 0.0
     rows = (pair for names, values in results.read(path) for pair in zip(names, values, strict=True))

@@ -82,14 +82,7 @@ def measure(model: FeatureExtractor, size: int, bytes_of: Callable[[NDArray[np.f
 def _watch_pass(
     model: FeatureExtractor, images: Tensor, last: str | None, see: Callable[[str, Any], None]
 ) -> dict[str, float]:
-    """Run a pass, call ``see(layer, value)`` as each layer is there, and return at which percent of the pass that is.
-
-    Args:
-        model: With its network.
-        images: ``(B, 3, H, W) uint8``.
-        last: The last Linear, whose input is seen as ``penultimate``.
-        see: Gets the outputs of all modules, and that input.
-    """
+    """Run a pass, call ``see(layer, value)`` as each layer is there, and return at which percent of it that is."""
     network, ends = model.network, dict[str, float]()
 
     def note(name: str, value: Any) -> None:
