@@ -16,6 +16,7 @@ from featx import FeatureExtractor
 from featx.errors import BadValueError, UserError
 from featx.model import checkpoint
 from featx.model.checkpoint import digest, fit, read_checkpoint
+from featx.model.network import build_empty
 
 
 def trained(arch="resnet18", **options):
@@ -35,7 +36,7 @@ def resnet():
 
 @pytest.fixture(autouse=True)
 def few_archs(monkeypatch):
-    """What a wrong file is compared with: building all of torchvision's takes seconds."""
+    """What a wrong file is compared with: the nearest of all of torchvision's take half a second."""
     monkeypatch.setattr(
         checkpoint.models, "list_models", lambda module: ["resnet18", "resnet34", "squeezenet1_1", "mobilenet_v3_small"]
     )
@@ -191,6 +192,25 @@ def test_a_checkpoint_that_has_not_the_network_is_refused_in_words(tmp_path, res
         load(tmp_path / "w.pth")
     assert f"--model.weights {tmp_path}/w.pth: " in str(caught.value)
     assert len(str(caught.value).splitlines()) <= 12 and "unsafe_pickle true" not in words
+
+
+@pytest.mark.parametrize(
+    ("arch", "options", "told"),
+    [
+        ("shufflenet_v2_x2_0", {"num_classes": 10}, "It fits shufflenet_v2_x2_0"),
+        ("googlenet", {"aux_logits": True, "init_weights": False}, "It fits googlenet"),  # as torchvision's file is
+        ("vit_b_16", {"image_size": 32}, "It fits vit_b_16"),
+        ("mobilenet_v2", {"width_mult": 0.3}, "Expected the weights of this network"),
+    ],
+)
+def test_whose_weights_they_are_is_found_among_all_archs_by_building_few(tmp_path, monkeypatch, arch, options, told):
+    monkeypatch.undo()  # all that torchvision has
+    built = []
+    monkeypatch.setattr(checkpoint, "build_empty", lambda arch: built.append(arch) or build_empty(arch))
+    torch.save(under("module.", random_network(arch, **options).state_dict()), tmp_path / "w.pth")
+    with pytest.raises(BadValueError, match=told):
+        load(tmp_path / "w.pth")
+    assert len(built) <= 10
 
 
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
