@@ -7,7 +7,6 @@ from functools import cached_property
 from typing import Any, Literal
 
 from torch import Tensor, nn
-from torch.nn.modules import batchnorm, conv, pooling
 
 from featx.errors import BadValueError
 
@@ -17,9 +16,14 @@ Shape = tuple[int, ...]
 PENULTIMATE = "penultimate"
 SEE_LAYERS = "featx layers lists those that can be taken."
 
+_CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+_NORMS = (nn.GroupNorm, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm,
+          nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)  # fmt: skip
+_POOLS = (nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d, nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d,
+          nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d,
+          nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d, nn.AdaptiveMaxPool3d)  # fmt: skip
 # Modules that take and give (B, C, ...), whatever the network around them does.
-_CHANNELS_FIRST = (conv._ConvNd, batchnorm._NormBase, nn.GroupNorm, pooling._AdaptiveAvgPoolNd,
-                   pooling._AdaptiveMaxPoolNd, pooling._AvgPoolNd, pooling._MaxPoolNd)  # fmt: skip
+_CHANNELS_FIRST = (*_CONVS, *_NORMS, *_POOLS)
 
 
 @dataclass
@@ -127,7 +131,7 @@ class Trace:
         path = self._last(nn.Linear)
         if path is None:
             reason = "the network calls no Linear"
-            path = self._last(conv._ConvNd)
+            path = self._last(*_CONVS)
         elif (times := self.calls[path].times) > 1:
             reason = f"the network calls its last Linear, {path}, {times} times in a pass"
         elif (received := self.calls[path].received) is None or len(received) != 2 or received[0] != self.images:
@@ -138,8 +142,8 @@ class Trace:
         way_out = f"Take what comes before it, as --model.layer {take} --model.pool avg" if take else "Take another"
         raise BadValueError(f"{reason}.\n{way_out}.")
 
-    def _last(self, kind: type[nn.Module]) -> str | None:
-        return next((path for path, call in reversed(self.calls.items()) if isinstance(call.module, kind)), None)
+    def _last(self, *kinds: type[nn.Module]) -> str | None:
+        return next((path for path, call in reversed(self.calls.items()) if isinstance(call.module, kinds)), None)
 
     def _pooled_before(self, path: str) -> str | None:
         for before in reversed(list(self.calls)[: list(self.calls).index(path)]):
