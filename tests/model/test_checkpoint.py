@@ -15,8 +15,8 @@ from torchvision import models
 from featx import FeatureExtractor
 from featx.errors import BadValueError, UserError
 from featx.model import checkpoint
+from featx.model.build import build_empty
 from featx.model.checkpoint import digest, fit, read_checkpoint
-from featx.model.network import build_empty
 
 
 def trained(arch="resnet18", **options):
