@@ -4,7 +4,7 @@ import threading
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -88,6 +88,13 @@ class _Reached(BaseException):
     """Every layer was seen, and what is behind the deepest need not be computed; no ``except`` of a network's."""
 
 
+class Found(NamedTuple):
+    """What a layer is: the path of its module, or whose input it is, and its shape for one image before pooling."""
+
+    module: str
+    shape: Shape
+
+
 class Taps:
     """Forward hooks that copy the outputs of some modules, whichever thread runs the pass.
 
@@ -97,23 +104,20 @@ class Taps:
 
     Args:
         network: The network whose modules are hooked.
-        layers: Each layer with the path of its module; where ``penultimate`` is, the first pass writes into it.
+        layers: Each layer with the path of its module, or ``penultimate``.
         pool: What becomes of outputs of more dimensions than (B, D). none: flattened, row-major; avg or max: that
             of each channel, over all places or tokens; cls: the first token.
-
-    Attributes:
-        shapes: The shape of each layer for one image, before pooling; from the first pass on.
 
     Example:
         >>> Taps(alexnet, {"fc7": "classifier.4"})(images)["fc7"].shape
         torch.Size([64, 4096])
     """
 
-    def __init__(self, network: nn.Module, layers: dict[str, str], pool: Pool = "none") -> None:
+    def __init__(self, network: nn.Module, layers: Mapping[str, str], pool: Pool = "none") -> None:
         self.network = network
         self.layers = layers
         self.pool = pool
-        self.shapes: dict[str, Shape] = {}
+        self._found: dict[str, Found] = {}
         self._pass = threading.local()
         self._first = threading.Lock()
 
@@ -127,10 +131,15 @@ class Taps:
             UserError: A module was not called, called twice, or returned something else than a tensor of B rows, or
                 one that cannot be pooled.
         """
-        with self._first:
-            if not self.shapes:
-                self.shapes = self._hook(images[:1])
+        self.find(images)
         return self.take(images)
+
+    def find(self, images: Tensor) -> dict[str, Found]:
+        """Return what each layer is, which the first pass shows; it runs unless it has run. Raises as a call does."""
+        with self._first:
+            if not self._found:
+                self._found = self._hook(torch.cat([images[:1], images[:1]]))
+        return self._found
 
     def take(self, images: Tensor) -> dict[str, Tensor]:
         """Run one pass that is not the first, as ``torch.compile`` can trace it, from here to the deepest layer."""
@@ -141,15 +150,14 @@ class Taps:
                 self.network(images)
         finally:
             self._pass.rows = None  # whoever calls the network otherwise is none of the hooks' business
-        for layer, path in self.layers.items():
+        for layer, (module, _) in self._found.items():
             if layer not in rows:
-                raise UserError(f"--model.layer {layer}: the network did not call {path} for these images.")
+                raise UserError(f"--model.layer {layer}: the network did not call {module} for these images.")
         return {layer: rows[layer] for layer in self.layers}
 
-    def _hook(self, image: Tensor) -> dict[str, Shape]:
-        trace = Trace(self.network, torch.cat([image, image]))
-        shapes: dict[str, Shape] = {}
-        found: dict[str, str] = {}
+    def _hook(self, images: Tensor) -> dict[str, Found]:
+        trace = Trace(self.network, images)
+        found: dict[str, Found] = {}
         hooks: list[Callable[[], Any]] = []
         for layer, path in self.layers.items():
             try:
@@ -157,35 +165,28 @@ class Taps:
                     path = trace.penultimate()
                     module, shape = trace.calls[path].module, trace.calls[path].received or ()
                     check_pool(layer, shape, None, self.pool)
-                    found[layer] = f"input of {path}"
-                    hooks.append(partial(module.register_forward_pre_hook, self._input_taker(layer), with_kwargs=True))
+                    take = partial(self._take_input, layer)
+                    hooks.append(partial(module.register_forward_pre_hook, take, with_kwargs=True))
+                    path = f"input of {path}"
                 else:
                     module = self.network.get_submodule(path)
                     traced = trace.path_of(module) or path
                     shape = trace.shape(traced, self.pool)
-                    taker = self._output_taker(layer, path, trace.channel_axis(traced))
-                    hooks.append(partial(module.register_forward_hook, taker))
+                    take = partial(self._take_output, layer, path, trace.channel_axis(traced))
+                    hooks.append(partial(module.register_forward_hook, take))
             except BadValueError as err:
                 raise BadValueError(f"--model.layer {layer}: {err}\n{SEE_LAYERS}") from err
-            shapes[layer] = shape[1:]
-        self.layers.update(found)
+            found[layer] = Found(path, shape[1:])
         for hook in hooks:
             hook()
-        return shapes
+        return found
 
-    def _input_taker(self, layer: str) -> Any:
-        def take(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            self._keep(layer, "its Linear", next(iter((*args, *kwargs.values()))), None)
+    def _take_input(self, layer: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._take_output(layer, "its Linear", None, module, args, next(iter((*args, *kwargs.values()))))
 
-        return take
-
-    def _output_taker(self, layer: str, path: str, axis: int | None) -> Any:
-        def take(module: nn.Module, inputs: Any, output: Tensor) -> None:
-            self._keep(layer, path, output, axis)
-
-        return take
-
-    def _keep(self, layer: str, path: str, output: Tensor, axis: int | None) -> None:
+    def _take_output(
+        self, layer: str, path: str, axis: int | None, module: nn.Module, inputs: Any, output: Tensor
+    ) -> None:
         rows: dict[str, Tensor] | None = getattr(self._pass, "rows", None)
         if rows is None:
             return

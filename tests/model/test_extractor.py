@@ -48,7 +48,7 @@ def test_mixed_shapes_without_a_crop_equal_plain_torch(photos, alexnet, alexnet_
 def test_the_number_of_threads_changes_no_bit(photos, alexnet_file, monkeypatch):
     found = []
     for cores in (1, 2, 5):
-        monkeypatch.setattr("featx.model.extractor.usable_cores", lambda cores=cores: cores)
+        monkeypatch.setattr("featx.model.compute.usable_cores", lambda cores=cores: cores)
         found.append(extract(photos, FeatureExtractor("fc7", weights=str(alexnet_file)), 37)["fc7"])
     assert np.array_equal(found[0], found[1]) and np.array_equal(found[0], found[2])
 
@@ -329,7 +329,7 @@ def test_the_memory_layout_is_chosen_by_what_a_trial_shows(three_photos, caplog)
 
 def test_a_network_whose_rows_differ_in_another_layout_keeps_its_own(three_photos, monkeypatch, caplog):
     caplog.set_level("INFO")
-    monkeypatch.setattr("featx.model.extractor.SAME", -1.0)
+    monkeypatch.setattr("featx.model.compute.SAME", -1.0)
     assert tried(Conv("fc"), three_photos).memory_layout == "contiguous"
     assert "since Conv in channels_last: other rows of fc" in caplog.text
 
@@ -386,6 +386,7 @@ def test_rows_are_float32_in_every_precision_and_no_other_dtype_stays_the_defaul
 
 
 def test_as_many_batches_are_computed_at_once_as_cores_have_slices_of(monkeypatch):
-    monkeypatch.setattr("featx.model.extractor.usable_cores", lambda: 24)
-    model = FeatureExtractor()
+    monkeypatch.setattr("featx.model.compute.usable_cores", lambda: 24)
+    model = Conv("fc")
+    model.configure_model()
     assert model.batches_at_once(64) == 12 and model.batches_at_once(10000) == 1

@@ -100,12 +100,12 @@ def test_an_output_without_a_row_an_image_is_refused():
 
 def test_penultimate_is_the_input_of_the_last_linear_behind_its_relu(alexnet):
     images = torch.rand(3, 3, 64, 64)
-    taps = Taps(alexnet, layers := {"penultimate": "penultimate", "fc7": "classifier.4", "fc8": "classifier.6"})
+    taps = Taps(alexnet, {"penultimate": "penultimate", "fc7": "classifier.4", "fc8": "classifier.6"})
     with torch.inference_mode():
         found = taps(images)
         hidden = alexnet.classifier[:6](alexnet.avgpool(alexnet.features(images)).flatten(1))
     assert torch.equal(found["penultimate"], hidden) and torch.equal(found["penultimate"], found["fc7"].relu())
-    assert layers["penultimate"] == "input of classifier.6" and taps.shapes["penultimate"] == (4096,)
+    assert taps.find(images)["penultimate"] == ("input of classifier.6", (4096,))
 
 
 @pytest.mark.parametrize("arch", ["resnet18", "vit_b_16"])
