@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import shutil
 import threading
 from pathlib import Path
 from urllib.error import HTTPError
@@ -32,20 +33,19 @@ def fetch(url: str) -> Path:
     folder = Path(torch.hub.get_dir()) / "checkpoints"
     path = folder / os.path.basename(urlparse(url).path)
     if path.exists():
-        return _check_digest(path)
+        return _checked(path)
     way_out = (
         f"Put the file into {folder}\nor give weights that are on this machine: --model.weights FILE"
         " (--model.weights random for a trial)"
     )
-    digest = _digest_in(path.name)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{path}.lock"):
             if path.exists():
-                return _check_digest(path)
+                return _checked(path)
             knock(url)
             log.info("downloading %s to %s", url, folder)
-            _download(url, path, digest)
+            _download(url, path)
     except OSError as err:
         raise UserError(f"weights cannot be downloaded from {url}\n({first_line(err)}). {way_out}") from err
     finally:
@@ -53,43 +53,40 @@ def fetch(url: str) -> Path:
     return path
 
 
-def _download(url: str, path: Path, digest: str | None) -> None:
-    found = hashlib.sha256()
+def _download(url: str, path: Path) -> None:
     partial = path.with_name(f"{path.name}.partial")
     request = Request(url, headers={"User-Agent": "featx"})
     try:
         with urlopen(request, timeout=TIMEOUT) as answer, partial.open("wb") as file:
             size = int(answer.headers.get("Content-Length") or 0)
-            with tqdm(total=size or None, unit="B", unit_scale=True) as bar:
-                while block := answer.read(1 << 20):
-                    file.write(block)
-                    found.update(block)
-                    bar.update(len(block))
+            with tqdm.wrapattr(answer, "read", size or None, bytes=False, unit="B", unit_scale=True) as read:
+                shutil.copyfileobj(read, file, 1 << 20)
         if partial.stat().st_size < size:
             raise OSError(f"the connection ended after {partial.stat().st_size:,} of {size:,} bytes")
-        if digest and not found.hexdigest().startswith(digest):
-            raise OSError(f"invalid hash: its SHA-256 begins with {found.hexdigest()[:8]}, expected {digest}")
+        if wrong := _wrong_digest(partial, path.name):
+            raise OSError(f"invalid hash: {wrong}")
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
 
 
-def _digest_in(name: str) -> str | None:
-    found = torch.hub.HASH_REGEX.search(name)
-    return found.group(1) if found else None
-
-
-def _check_digest(path: Path) -> Path:
-    expected = _digest_in(path.name)
-    if expected:
-        with path.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        if not digest.startswith(expected):
-            raise UserError(
-                f"{path} is damaged: its SHA-256 begins with {digest[:8]}, expected {expected}.\n"
-                "Remove it, so that it is downloaded again, or put the right file there."
-            )
+def _checked(path: Path) -> Path:
+    if wrong := _wrong_digest(path, path.name):
+        raise UserError(
+            f"{path} is damaged: {wrong}.\nRemove it, so that it is downloaded again, or put the right file there."
+        )
     return path
+
+
+def _wrong_digest(path: Path, name: str) -> str:
+    """Return how a file's digest differs from the one in a name, as ``its SHA-256 begins with ...``, or nothing."""
+    if not (expected := torch.hub.HASH_REGEX.search(name)):
+        return ""
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if digest.startswith(expected.group(1)):
+        return ""
+    return f"its SHA-256 begins with {digest[:8]}, expected {expected.group(1)}"
 
 
 def knock(url: str) -> None:
