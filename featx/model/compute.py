@@ -3,7 +3,7 @@
 import math
 import textwrap
 import time
-from collections import defaultdict, deque
+from collections import UserDict, defaultdict, deque
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -63,7 +63,7 @@ def dtype_of(network: nn.Module) -> torch.dtype:
     return next((p.dtype for p in network.parameters() if p.is_floating_point()), torch.float32)
 
 
-class Rows(Mapping[str, Tensor]):
+class Rows(UserDict[str, Tensor]):
     """Each layer's rows, ``(B, D) float32``, of a batch that may still be computed: who reads them waits for them.
 
     Args:
@@ -74,17 +74,9 @@ class Rows(Mapping[str, Tensor]):
         self._finish = finish
 
     @cached_property
-    def _rows(self) -> dict[str, Tensor]:
+    def data(self) -> dict[str, Tensor]:  # type: ignore[override]
+        """The rows, waited for."""
         return self._finish()
-
-    def __getitem__(self, layer: str) -> Tensor:
-        return self._rows[layer]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._rows)
-
-    def __len__(self) -> int:
-        return len(self._rows)
 
     def to(self, *device: Any, **how: Any) -> dict[str, Tensor]:
         """Return the rows on a device: so Lightning takes them where it is to return them all at the end."""
@@ -106,7 +98,7 @@ class Passes:
     """
 
     def __init__(self, model: LightningModule, taps: Taps, normalize: Callable[[Tensor], Tensor], title: str) -> None:
-        self.memory_layout: Literal["contiguous", "channels_last"] = "contiguous"
+        self.memory_layout = "contiguous"
         self.stages: dict[str, float] = defaultdict(float)
         self._model = model
         self._taps = taps
@@ -135,9 +127,7 @@ class Passes:
             self._compiled = torch.compile(self._taps.take, fullgraph=True, dynamic=False)
         return found
 
-    def _choose_layout(
-        self, shape: torch.Size, wanted: Literal["auto"] | bool
-    ) -> Literal["contiguous", "channels_last"]:
+    def _choose_layout(self, shape: torch.Size, wanted: Literal["auto"] | bool) -> str:
         """Bring the network into the layout that suits it, and return that one's name.
 
         In all processes and in every run it comes to the same, since nothing decides but the network, before it goes
