@@ -2,7 +2,7 @@
 
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from importlib import import_module
@@ -20,8 +20,9 @@ from featx.model.download import fetch, knock
 from featx.process.shared import LOCK, Shared
 
 SEED = 0
-TIMM = "timm/"
 TRANSFORM_INPUT = ("googlenet", "inception_v3")  # their weights want images of another mean, which they make themselves
+
+State = Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -41,24 +42,196 @@ class Weights:
     random: bool = False
 
 
+class _Torchvision:
+    """``alexnet``: a classification network of torchvision."""
+
+    def __init__(self, arch: str) -> None:
+        if arch not in (known := models.list_models(module=models)):
+            raise BadValueError(
+                f"--model.arch {arch}: torchvision has no classification network of this name."
+                f"{did_you_mean(arch, known)}\n"
+                "https://docs.pytorch.org/vision/stable/models.html lists them. Others are timm/NAME and a function "
+                "that returns one,\npackage.module.name."
+            )
+        self._arch = arch
+        self._entries = models.get_model_weights(arch)
+
+    def published(self) -> dict[str, Weights]:
+        best = self._entries.DEFAULT
+        named = {"auto": best, "DEFAULT": best, **self._entries.__members__}
+        return {name: Weights(str(entry), entry=entry) for name, entry in named.items()}
+
+    def preset(self, weights: Weights, state: State | None = None) -> Preprocessing:
+        size = _image_size(state)
+        recipe = self._recipe(weights, size)
+        preset = Preprocessing.of_weights(recipe)
+        if self._arch in TRANSFORM_INPUT:
+            preset = replace(preset, source=f"{recipe}; behind it the network's own transform_input")
+        if size in (None, preset.crop):
+            return preset
+        return replace(preset, resize=size, crop=size, source=f"{recipe}, at the {size} pixels of the weights")
+
+    def build(self, weights: Weights, state: State | None = None) -> nn.Module:
+        options: dict[str, Any] = {"weights": weights.entry}
+        if weights.entry is not None:
+            fetch(weights.entry.url)
+        elif self._arch.startswith("vit_"):
+            options["image_size"] = _image_size(state) or self._recipe(weights, None).meta["min_size"][0]
+        elif self._arch in TRANSFORM_INPUT:
+            # GoogLeNet's builder drops its auxiliary heads behind loading, Inception's keeps its own.
+            aux = self._arch == "inception_v3" and (state is None or any("AuxLogits." in name for name in state))
+            options |= {"transform_input": True, "init_weights": False, "aux_logits": aux}
+        network: nn.Module = models.get_model(self._arch, **options)
+        return network
+
+    def _recipe(self, weights: Weights, size: int | None) -> Any:
+        first = self._entries.__members__.get("IMAGENET1K_V1", self._entries.DEFAULT)
+        of_size = (entry for entry in (first, *self._entries) if entry.transforms().crop_size == [size])
+        return weights.entry or next(of_size, first)
+
+
+def _image_size(state: State | None) -> int | None:
+    """Return the side of the images, in pixels, that a ViT's weights were trained for."""
+    patches = [value for name, value in (state or {}).items() if name.endswith("encoder.pos_embedding")]
+    convs = [value for name, value in (state or {}).items() if name.endswith("conv_proj.weight")]
+    if not patches or not convs or patches[0].ndim != 3:
+        return None
+    return math.isqrt(patches[0].shape[1] - 1) * convs[0].shape[-1]  # (1, 1 + patches, D), (D, 3, side, side)
+
+
+class _Timm:
+    """``timm/NAME``: a network of timm, with or without the tag of its weights."""
+
+    def __init__(self, arch: str) -> None:
+        try:
+            self._timm: Any = import_module("timm")
+        except ImportError as err:
+            raise UserError(
+                f"--model.arch timm/NAME: timm cannot be imported ({first_line(err)}).\n"
+                "Install it: pip install 'featx[timm]'"
+            ) from err
+        self._arch, self._name = arch, arch.removeprefix("timm/")
+        known = [*self._timm.list_models(), *self._timm.list_pretrained()]
+        if self._name not in known:
+            near = did_you_mean(arch, [f"timm/{name}" for name in known])
+            raise BadValueError(
+                f"--model.arch {arch}: timm has no network of this name.{near}\n"
+                "python -c \"import timm; print(*timm.list_models(), sep='\\n')\" lists them."
+            )
+        self._cfg = self._timm.get_pretrained_cfg(self._name)
+
+    def published(self) -> dict[str, Weights]:
+        found = Weights(f"timm/{self._cfg.architecture}.{self._cfg.tag}", entry=self._cfg)
+        return {"auto": found, "DEFAULT": found} if self._cfg.has_weights else {}
+
+    def preset(self, weights: Weights, state: State | None = None) -> Preprocessing:
+        data = self._timm.data.resolve_data_config(pretrained_cfg=self._cfg.to_dict())
+        return Preprocessing.of_timm(weights.name if weights.entry else self._arch, data)
+
+    def build(self, weights: Weights, state: State | None = None) -> nn.Module:
+        if weights.entry is None:
+            made: nn.Module = self._timm.create_model(self._name)
+            return made
+        hub = import_module("huggingface_hub")
+        cfg = weights.entry
+        try:
+            overlay, cached = {}, None
+            if cfg.hf_hub_id and not cfg.custom_load:
+                cached = hub.try_to_load_from_cache(cfg.hf_hub_id, cfg.hf_hub_filename or "model.safetensors")
+            if isinstance(cached, str):
+                overlay = {"file": cached}  # without asking the server, which the hub does for 20 s where none answers
+            else:
+                knock(hub.constants.ENDPOINT if cfg.hf_hub_id else cfg.url)
+            made = self._timm.create_model(self._name, pretrained=True, pretrained_cfg_overlay=overlay)
+        except Exception as err:
+            raise UserError(
+                f"weights of {weights.name} cannot be downloaded by timm\n({type(err).__name__}: "
+                f"{first_line(err)[:200]}). Give weights that are on this machine:\n--model.weights FILE "
+                "(--model.weights random for a trial)"
+            ) from err
+        return made
+
+
+class _Function:
+    """``package.module.name``: a function that returns a network."""
+
+    def __init__(self, arch: str) -> None:
+        self._arch, self._function = arch, _import(arch)
+
+    def published(self) -> dict[str, Weights]:
+        return {"auto": Weights(f"as {self._arch}() made them")}
+
+    def preset(self, weights: Weights, state: State | None = None) -> Preprocessing:
+        return Preprocessing.usual()
+
+    def build(self, weights: Weights, state: State | None = None) -> nn.Module:
+        arch = self._arch
+        try:
+            network = self._function()
+        except Exception as err:
+            raise BadValueError(
+                f"--model.arch {arch}: calling {arch}() failed: {type(err).__name__}: {first_line(err)}\n"
+                "Expected a function that returns an nn.Module without arguments. One that needs some is called in "
+                "build_network()\nof a subclass of featx.FeatureExtractor, which --model names."
+            ) from err
+        if not isinstance(network, nn.Module):
+            raise BadValueError(
+                f"--model.arch {arch}: {arch}() returned a {type(network).__name__}. Expected an nn.Module."
+            )
+        return network
+
+
+def _import(arch: str) -> Callable[[], Any]:
+    path, *names = arch.split(".")
+    found: Any = None
+    try:
+        found = import_module(path)
+        for name in names:
+            path = f"{path}.{name}"
+            # An attribute goes before a module: antialiased_cnns.alexnet is both, and the function is meant.
+            if not hasattr(found, name) and hasattr(found, "__path__"):
+                import_module(path)
+            if not hasattr(found, name):
+                raise ModuleNotFoundError(name=path)
+            found = getattr(found, name)
+    except (Exception, SystemExit) as err:
+        if isinstance(err, ModuleNotFoundError) and err.name == path:
+            said = f"there is no {path}, neither in this folder nor installed.{did_you_mean(names[-1], dir(found))}"
+        else:
+            said = f"importing {path} failed: {type(err).__name__}: {first_line(err)}"
+        raise BadValueError(
+            f"--model.arch {arch}: {said}\nExpected package.module.name of a function that returns an nn.Module."
+        ) from err
+    if not callable(found):
+        raise BadValueError(
+            f"--model.arch {arch}: this is a {type(found).__name__}. Expected a function that returns an nn.Module."
+        )
+    return found  # type: ignore[no-any-return]
+
+
+Named = _Torchvision | _Timm | _Function
+PREFIXED = {"timm": _Timm}
+
+
+def _kind(arch: str) -> type[Named]:
+    prefix, slash, _ = arch.partition("/")
+    return PREFIXED.get(prefix if slash else "", _Function if "." in arch else _Torchvision)
+
+
+def named(arch: str) -> Named:
+    """Return the network of a name; raise UserError where there is none.
+
+    It has ``published()``, the weights that there are for it, by their names in ``--model.weights``;
+    ``preset(weights, state)``, their preprocessing, for a file or random ones that of its first recipe; and
+    ``build(weights, state)``, which returns it with published weights, or as the weights' own builder makes it before
+    a file's, ``state``, are loaded, and raises UserError where the weights are not to be had or a function fails.
+    """
+    return _kind(arch)(arch)
+
+
 def is_function(arch: str) -> bool:
     """Return whether ``--model.arch`` names a function, ``package.module.name``."""
-    return "." in arch and not arch.startswith(TIMM)
-
-
-def check_arch(arch: str) -> None:
-    """Raise UserError unless torchvision or timm has a network of this name, or it is a function to import."""
-    if arch.startswith(TIMM):
-        _timm_name(arch)
-    elif is_function(arch):
-        _import(arch)
-    elif arch not in (known := models.list_models(module=models)):
-        raise BadValueError(
-            f"--model.arch {arch}: torchvision has no classification network of this name."
-            f"{did_you_mean(arch, known)}\n"
-            "https://docs.pytorch.org/vision/stable/models.html lists them. Others are timm/NAME and a function that "
-            "returns one,\npackage.module.name."
-        )
+    return _kind(arch) is _Function
 
 
 def choose_weights(arch: str, weights: str) -> Weights:
@@ -69,7 +242,7 @@ def choose_weights(arch: str, weights: str) -> Weights:
     """
     if weights == "random":
         return Weights(f"random (seed {SEED})", random=True)
-    published = _published(arch)
+    published = named(arch).published()
     if weights in published:
         return published[weights]
     names = [*(name for name in published if name != "DEFAULT"), "random"]
@@ -88,51 +261,34 @@ def choose_weights(arch: str, weights: str) -> Weights:
     )
 
 
-def _published(arch: str) -> dict[str, Weights]:
-    if is_function(arch):
-        return {"auto": Weights(f"as {arch}() made them")}
-    if arch.startswith(TIMM):
-        cfg = _timm_cfg(arch)
-        found = Weights(f"{TIMM}{cfg.architecture}.{cfg.tag}", entry=cfg) if cfg.has_weights else None
-        return {"auto": found, "DEFAULT": found} if found else {}
-    entries = models.get_model_weights(arch)
-    named = {"auto": entries.DEFAULT, "DEFAULT": entries.DEFAULT, **entries.__members__}
-    return {name: Weights(str(entry), entry=entry) for name, entry in named.items()}
-
-
-def preset_of(arch: str, weights: Weights, state: dict[str, Tensor] | None = None) -> Preprocessing:
-    """Return the preprocessing of the weights; for a file or random ones that of the arch's first recipe.
-
-    Args:
-        arch: Name of the network.
-        weights: Its weights.
-        state: What the weights' file holds: a ViT's position embedding tells its image size.
-    """
-    if is_function(arch):
-        return Preprocessing.usual()
-    if arch.startswith(TIMM):
-        data = _timm().data.resolve_data_config(pretrained_cfg=_timm_cfg(arch).to_dict())
-        return Preprocessing.of_timm(weights.name if weights.entry else arch, data)
-    size = _image_size(state)
-    recipe = _recipe(arch, weights, size)
-    preset = Preprocessing.of_weights(recipe)
-    if arch in TRANSFORM_INPUT:
-        preset = replace(preset, source=f"{recipe}; behind it the network's own transform_input")
-    if size in (None, preset.crop):
-        return preset
-    return replace(preset, resize=size, crop=size, source=f"{recipe}, at the {size} pixels of the weights")
-
-
 def build_empty(arch: str) -> nn.Module:
-    """Build a network without computing its values, to look at its modules and shapes."""
+    """Build a network without computing its values, to look at its modules and shapes; a function's is a real one."""
+    network = named(arch)
     if is_function(arch):
-        return _call(arch)
+        return network.build(Weights("none"))
     try:
         with _Thread(empty=True):
-            return build(arch, Weights("none"))
+            return network.build(Weights("none"))
     except RuntimeError:  # hybrids of timm's run a picture through their stem to see its shape, which takes values
         with _Thread():
-            return build(arch, Weights("none"))
+            return network.build(Weights("none"))
+
+
+def whose(shapes: Mapping[str, torch.Size]) -> str | None:
+    """Return the torchvision arch that more than half of these tensors fit, by name and shape; of several the best.
+
+    Building all 80 would take seconds. The ten with the nearest numbers of parameters are built; the right one is
+    among them even without its classifier, unless that is most of it, as VGG's.
+    """
+    size = sum(shape.numel() for name, shape in shapes.items() if not name.startswith("aux"))  # GoogLeNet's, uncounted
+    sizes = {arch: models.get_model_weights(arch).DEFAULT.meta["num_params"] for arch in models.list_models(models)}
+    shares = {}
+    for arch in sorted(sizes, key=lambda arch: abs(math.log(sizes[arch] / max(1, size))))[:10]:
+        own = {name: value.shape for name, value in build_empty(arch).state_dict().items() if value.ndim}
+        same = sum(own.get(name) == shape for name, shape in shapes.items())
+        shares[arch] = same / max(len(own), len(shapes))
+    best = max(shares, key=lambda arch: shares[arch])
+    return best if shares[best] > 0.5 else None
 
 
 @contextmanager
@@ -204,57 +360,6 @@ class _Thread(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return func.overloadpacket(*args, **kwargs | {"generator": self._generator})  # the overload that takes one
 
 
-def build(arch: str, weights: Weights, state: dict[str, Tensor] | None = None) -> nn.Module:
-    """Build a network: with published weights, or as the weights' own builder makes it before they are loaded.
-
-    Args:
-        arch: Name of the network.
-        weights: Its weights; those in a file are not loaded here.
-        state: What the weights' file holds.
-
-    Raises:
-        UserError: The weights are neither in the cache nor can they be downloaded, or a function fails.
-    """
-    if is_function(arch):
-        return _call(arch)
-    if arch.startswith(TIMM):
-        return _build_timm(arch, weights)
-    if weights.entry is not None:
-        fetch(weights.entry.url)
-        network: nn.Module = models.get_model(arch, weights=weights.entry)
-    else:
-        network = models.get_model(arch, weights=None, **_options(arch, weights, state))
-    return network
-
-
-def _options(arch: str, weights: Weights, state: dict[str, Tensor] | None) -> dict[str, Any]:
-    """Return what the weights' own builder passes to the network, which ``weights=None`` would leave out."""
-    size = _image_size(state)
-    if arch.startswith("vit_"):
-        return {"image_size": size or _recipe(arch, weights, None).meta["min_size"][0]}
-    if arch in TRANSFORM_INPUT:
-        # GoogLeNet's builder drops its auxiliary heads behind loading, Inception's keeps its own.
-        aux = arch == "inception_v3" and (state is None or any("AuxLogits." in name for name in state))
-        return {"transform_input": True, "init_weights": False, "aux_logits": aux}
-    return {}
-
-
-def _recipe(arch: str, weights: Weights, size: int | None) -> Any:
-    entries = models.get_model_weights(arch)
-    first = entries.__members__.get("IMAGENET1K_V1", entries.DEFAULT)
-    of_size = [entry for entry in (first, *entries) if entry.transforms().crop_size == [size]]
-    return weights.entry or (of_size[0] if of_size else first)
-
-
-def _image_size(state: dict[str, Tensor] | None) -> int | None:
-    """Return the side of the images, in pixels, that a ViT's weights were trained for."""
-    patches = [value for name, value in (state or {}).items() if name.endswith("encoder.pos_embedding")]
-    convs = [value for name, value in (state or {}).items() if name.endswith("conv_proj.weight")]
-    if not patches or not convs or patches[0].ndim != 3:
-        return None
-    return math.isqrt(patches[0].shape[1] - 1) * convs[0].shape[-1]  # (1, 1 + patches, D), (D, 3, side, side)
-
-
 def packages(network: nn.Module, owner: type, arch: str) -> dict[str, str]:
     """Return the versions of the installed packages that a network's code comes from, by name.
 
@@ -271,99 +376,3 @@ def packages(network: nn.Module, owner: type, arch: str) -> dict[str, str]:
         return {}
     installed = packages_distributions()
     return {name: version(name) for name in sorted({name for top in code for name in installed.get(top, ())})}
-
-
-def _import(arch: str) -> Callable[[], Any]:
-    path, *names = arch.split(".")
-    found: Any = None
-    try:
-        found = import_module(path)
-        for name in names:
-            path = f"{path}.{name}"
-            # An attribute goes before a module: antialiased_cnns.alexnet is both, and the function is meant.
-            if not hasattr(found, name) and hasattr(found, "__path__"):
-                import_module(path)
-            if not hasattr(found, name):
-                raise ModuleNotFoundError(name=path)
-            found = getattr(found, name)
-    except (Exception, SystemExit) as err:
-        if isinstance(err, ModuleNotFoundError) and err.name == path:
-            said = f"there is no {path}, neither in this folder nor installed.{did_you_mean(names[-1], dir(found))}"
-        else:
-            said = f"importing {path} failed: {type(err).__name__}: {first_line(err)}"
-        raise BadValueError(
-            f"--model.arch {arch}: {said}\nExpected package.module.name of a function that returns an nn.Module."
-        ) from err
-    if not callable(found):
-        raise BadValueError(
-            f"--model.arch {arch}: this is a {type(found).__name__}. Expected a function that returns an nn.Module."
-        )
-    return found  # type: ignore[no-any-return]
-
-
-def _call(arch: str) -> nn.Module:
-    function = _import(arch)
-    try:
-        network = function()
-    except Exception as err:
-        raise BadValueError(
-            f"--model.arch {arch}: calling {arch}() failed: {type(err).__name__}: {first_line(err)}\n"
-            "Expected a function that returns an nn.Module without arguments. One that needs some is called in "
-            "build_network()\nof a subclass of featx.FeatureExtractor, which --model names."
-        ) from err
-    if not isinstance(network, nn.Module):
-        raise BadValueError(
-            f"--model.arch {arch}: {arch}() returned a {type(network).__name__}. Expected an nn.Module."
-        )
-    return network
-
-
-def _timm() -> Any:
-    try:
-        return import_module("timm")
-    except ImportError as err:
-        raise UserError(
-            f"--model.arch timm/NAME: timm cannot be imported ({first_line(err)}).\n"
-            "Install it: pip install 'featx[timm]'"
-        ) from err
-
-
-def _timm_name(arch: str) -> str:
-    timm = _timm()
-    name = arch.removeprefix(TIMM)
-    known = [*timm.list_models(), *timm.list_pretrained()]
-    if name not in known:
-        near = did_you_mean(arch, [TIMM + name for name in known])
-        raise BadValueError(
-            f"--model.arch {arch}: timm has no network of this name.{near}\n"
-            "python -c \"import timm; print(*timm.list_models(), sep='\\n')\" lists them."
-        )
-    return name
-
-
-def _timm_cfg(arch: str) -> Any:
-    return _timm().get_pretrained_cfg(_timm_name(arch))
-
-
-def _build_timm(arch: str, weights: Weights) -> nn.Module:
-    timm, name = _timm(), _timm_name(arch)
-    if weights.entry is None:
-        made: nn.Module = timm.create_model(name)
-        return made
-    hub = import_module("huggingface_hub")
-    cfg = weights.entry
-    try:
-        overlay = {}
-        filename = cfg.hf_hub_filename or "model.safetensors"
-        cached = hub.try_to_load_from_cache(cfg.hf_hub_id, filename) if cfg.hf_hub_id and not cfg.custom_load else None
-        if isinstance(cached, str):
-            overlay = {"file": cached}  # without asking the server, which the hub does for 20 s where none answers
-        else:
-            knock(hub.constants.ENDPOINT if cfg.hf_hub_id else cfg.url)
-        made = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay)
-    except Exception as err:
-        raise UserError(
-            f"weights of {weights.name} cannot be downloaded by timm\n({type(err).__name__}: {first_line(err)[:200]}). "
-            "Give weights that are on this machine:\n--model.weights FILE (--model.weights random for a trial)"
-        ) from err
-    return made

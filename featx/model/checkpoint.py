@@ -1,21 +1,18 @@
 """A file of weights -> its state dict -> a network that has all of it, or a reason why not."""
 
 import hashlib
-import math
 import re
 import zipfile
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import safetensors.torch
 import torch
 from torch import Tensor, nn
 from torch.serialization import SourceChangeWarning
-from torchvision import models
 
 from featx.errors import BadValueError, UserError, count, did_you_mean, first_line, log
-from featx.model.build import build_empty
 from featx.process.shared import ignored
 
 State = dict[str, Tensor]
@@ -152,8 +149,8 @@ def _below(found: dict[str, State], key: str, file: str) -> State:
     for path, state in found.items():
         prefix = (key.removeprefix(f"{path}.") if path else key) + "."
         short = {_unwrap(name, WRAPPERS): value for name, value in state.items()}
-        if names := [name for name in short if name.startswith(prefix)]:
-            return {name.removeprefix(prefix): short[name] for name in names}
+        if inside := _under(prefix, short):
+            return inside
     first = {_unwrap(name, WRAPPERS).split(".")[0] for state in found.values() for name in state if "." in name}
     raise BadValueError(
         f"--model.checkpoint_key {key}: {file} has no state dict there.{did_you_mean(key, [*found, *first])}\n"
@@ -162,7 +159,14 @@ def _below(found: dict[str, State], key: str, file: str) -> State:
     )
 
 
-def fit(network: nn.Module, state: State, file: str, title: str, strict: bool = True) -> list[str]:
+def fit(
+    network: nn.Module,
+    state: State,
+    file: str,
+    title: str,
+    strict: bool = True,
+    whose: Callable[[Mapping[str, torch.Size]], str | None] = lambda shapes: None,
+) -> list[str]:
     """Copy a state dict into a network if all of the network is in it, else change nothing.
 
     Prefixes are taken off, what lies beside the network is left, and a classifier with another number of classes
@@ -174,6 +178,7 @@ def fit(network: nn.Module, state: State, file: str, title: str, strict: bool = 
         file: Where they come from, for the messages.
         title: What the network is called, for the messages.
         strict: Whether all of the network must be there; else what fits is loaded.
+        whose: Says which arch's tensors of these names and shapes are, for the message.
 
     Returns:
         What is not plainly the file's, in words: a fitted classifier, tensors that were not loaded.
@@ -197,7 +202,7 @@ def fit(network: nn.Module, state: State, file: str, title: str, strict: bool = 
     }
     loaded = {name: state[name] for name in own if name in state and _fits(state[name], own[name])}
     if (strict and any(kinds.values())) or not any(name in loaded for name in needed):
-        raise _misfit(file, title, state, kinds, strict)
+        raise _misfit(file, title, kinds, strict, whose(_shapes(state)))
     if left := left + [name for name in state if name not in own and not name.endswith(COUNTERS)]:
         log.info("weights: left in %s, not of the network: %s", file, _few(left))
     if kept := [name for name in needed if name not in loaded]:
@@ -222,12 +227,9 @@ def _named_like(own: Mapping[str, Tensor], state: State, file: str) -> tuple[Sta
         names = {name: pattern.sub(new, short) for name, short in names.items()}
     if len(set(names.values())) == len(names):
         state = {names[name]: value for name, value in state.items()}
-    found: Counter[str] = Counter()
-    for name in state:
-        words = name.split(".")
-        for first in range(len(words)):
-            if ".".join(words[first:]) in own:
-                found["".join(word + "." for word in words[:first])] += 1
+    found = Counter(
+        name[: dot.end()] for name in state for dot in re.finditer(r"^|\.", name) if name[dot.end() :] in own
+    )
     rank = {prefix: (2 * number >= len(own), set(prefix.split(".")) <= PREFIXES | {""}, number)
             for prefix, number in found.items()}  # fmt: skip
     best = sorted((prefix for prefix in found if rank[prefix] == max(rank.values())), key=len)
@@ -239,13 +241,13 @@ def _named_like(own: Mapping[str, Tensor], state: State, file: str) -> tuple[Sta
             f"{_few([prefix.rstrip('.') or 'nothing' for prefix in best])}.\n"
             "Expected to be told which: --model.checkpoint_key " + best[-1].rstrip(".")
         )
-    prefix = best[0]
-    if prefix:
+    if prefix := best[0]:
         log.info("weights: names that begin with %s are taken", prefix)
-    return (
-        {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)},
-        [name for name in state if not name.startswith(prefix)],
-    )
+    return _under(prefix, state), [name for name in state if not name.startswith(prefix)]
+
+
+def _under(prefix: str, state: State) -> State:
+    return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
 
 
 def _unwrap(name: str, wrappers: set[str]) -> str:
@@ -292,10 +294,10 @@ def _fits(value: Tensor, own: Tensor) -> bool:
     return value.shape == own.shape and value.is_floating_point() == own.is_floating_point()
 
 
-def _misfit(file: str, title: str, state: State, kinds: dict[str, list[str]], strict: bool) -> BadValueError:
+def _misfit(file: str, title: str, kinds: dict[str, list[str]], strict: bool, arch: str | None) -> BadValueError:
     lines = [f"--model.weights {file}: does not fit {title}."]
     lines += [f"  {kind}: {_few(names)}" for kind, names in kinds.items() if names]
-    if arch := _better_arch(state, title):
+    if arch not in (None, title):
         lines.append(f"It fits {arch}: --model.arch {arch}")
     else:
         lines.append(
@@ -306,24 +308,10 @@ def _misfit(file: str, title: str, state: State, kinds: dict[str, list[str]], st
     return BadValueError("\n".join(lines))
 
 
-def _better_arch(state: State, title: str) -> str | None:
-    """Return the torchvision arch that more than half of the tensors fit, by name and shape; of several the best.
-
-    Building all 80 would take seconds. The ten with the nearest numbers of parameters are built; the right one is
-    among them even without its classifier, unless that is most of it, as VGG's.
-    """
-    values = {re.sub(rf"^(({'|'.join(PREFIXES)})\.)+", "", name): value.shape for name, value in state.items()
-              if not name.endswith(COUNTERS)}  # fmt: skip
-    size = sum(shape.numel() for name, shape in values.items() if not name.startswith("aux"))  # GoogLeNet's, uncounted
-    sizes = {arch: models.get_model_weights(arch).DEFAULT.meta["num_params"] for arch in models.list_models(models)}
-    shares = {}
-    for arch in sorted(sizes, key=lambda arch: abs(math.log(sizes[arch] / max(1, size))))[:10]:
-        own = {name: value.shape for name, value in build_empty(arch).state_dict().items()
-               if not name.endswith(COUNTERS)}  # fmt: skip
-        same = sum(own.get(name) == shape for name, shape in values.items())
-        shares[arch] = same / max(len(own), len(values))
-    best = max(shares, key=lambda arch: shares[arch])
-    return best if shares[best] > 0.5 and best != title else None
+def _shapes(state: State) -> dict[str, torch.Size]:
+    """Return the shapes of what decides an output, without the attributes that held the network before the names."""
+    prefixes = re.compile(rf"^(({'|'.join(PREFIXES)})\.)+")
+    return {prefixes.sub("", name): value.shape for name, value in state.items() if not name.endswith(COUNTERS)}
 
 
 def _few(names: list[str], most: int = 3) -> str:

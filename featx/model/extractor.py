@@ -158,7 +158,7 @@ class FeatureExtractor(LightningModule):
         The one method to override. Weights in a file are loaded afterwards, strictly.
         """
         self._named_network_built = True
-        return networks.build(self.arch, self._choose_weights(), self._state)
+        return networks.named(self.arch).build(self._choose_weights(), self._state)
 
     def check(self) -> None:
         """Raise UserError for what can be known before weights and images are read: arch, weights' name, layers."""
@@ -169,13 +169,12 @@ class FeatureExtractor(LightningModule):
             if not good or (name == "std" and values != "auto" and min(values) <= 0):
                 raise BadValueError(f"--model.{name} {values}: expected three numbers as '[0.5,0.5,0.5]', std above 0.")
         if not self.own_network:
-            networks.check_arch(self.arch)
+            networks.named(self.arch)
             if not networks.is_function(self.arch):  # that one is called once, by configure_model
                 self._resolve(networks.build_empty(self.arch))
         weights = self._choose_weights()
-        options = {"checkpoint_key": self.checkpoint_key, "strict": self.strict, "unsafe_pickle": self.unsafe_pickle}
-        for name, value in options.items():
-            if not weights.file and value != {"strict": True, "unsafe_pickle": False}.get(name):
+        for name, usual in (("checkpoint_key", None), ("strict", True), ("unsafe_pickle", False)):
+            if not weights.file and (value := getattr(self, name)) != usual:
                 raise BadValueError(
                     f"--model.{name} {str(value).lower()}: it says how a file is read, and --model.weights "
                     f"{self.weights} is none."
@@ -211,7 +210,7 @@ class FeatureExtractor(LightningModule):
         self.weights_told = []
         log.info("network: %s, weights: %s", self.title, self.weights_used)
         if self._state is not None:
-            self.weights_told = fit(network, self._state, self.weights, self.title, self.strict)
+            self.weights_told = fit(network, self._state, self.weights, self.title, self.strict, networks.whose)
             self._state = None
         elif weights.random:
             log.warning("RANDOM WEIGHTS (seed %d): these features say nothing about what is in the images", SEED)
@@ -235,10 +234,9 @@ class FeatureExtractor(LightningModule):
         return resolve_layers(network, self.layer_list, self.title, self.layer_aliases)
 
     def _choose_preprocessing(self, weights: Weights) -> Preprocessing:
-        built = self._named_network_built
-        preset = self.preset or (
-            networks.preset_of(self.arch, weights, self._state) if built else Preprocessing.usual()
-        )
+        preset = self.preset or Preprocessing.usual()
+        if self._named_network_built and not self.preset:
+            preset = networks.named(self.arch).preset(weights, self._state)
         options = {"mean": self.mean, "std": self.std}
         given: dict[str, Any] = {name: tuple(value) for name, value in options.items() if value != "auto"}
         return replace(preset, **given, source=f"{preset.source}, with your {' and '.join(given)}") if given else preset

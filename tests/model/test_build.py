@@ -11,7 +11,7 @@ from conftest import make_image
 from torchvision import models
 
 from featx.errors import BadValueError, MissingPathError, UserError
-from featx.model.build import Weights, build, build_empty, check_arch, choose_weights, preset_of, seeded
+from featx.model.build import Weights, build_empty, choose_weights, named, seeded
 from featx.model.checkpoint import digest, fit
 
 RANDOM = Weights("random", random=True)
@@ -31,21 +31,21 @@ def test_weights_are_an_entry_a_file_or_random(tmp_path):
 
 
 def test_preprocessing_of_a_file_is_the_first_recipes(tmp_path):
-    assert preset_of("resnet50", choose_weights("resnet50", "random")).resize == 256
-    assert preset_of("resnet50", choose_weights("resnet50", "DEFAULT")).resize == 232
+    assert named("resnet50").preset(choose_weights("resnet50", "random")).resize == 256
+    assert named("resnet50").preset(choose_weights("resnet50", "DEFAULT")).resize == 232
 
 
 def test_an_unknown_arch_is_told_with_the_nearest():
-    check_arch("vit_b_16")
+    named("vit_b_16")
     with pytest.raises(BadValueError, match=r"--model.arch alexnt: .* Did you mean alexnet"):
-        check_arch("alexnt")
+        named("alexnt")
     with pytest.raises(BadValueError, match="no classification network"):
-        check_arch("fasterrcnn_resnet50_fpn")
+        named("fasterrcnn_resnet50_fpn")
 
 
 @pytest.mark.parametrize("arch", ["squeezenet1_1", "regnet_y_400mf", "timm/davit_tiny", "timm/levit_128s"])
 def test_the_empty_network_has_the_tensors_of_the_real_one_and_no_values(arch):
-    empty, real = build_empty(arch), build(arch, RANDOM)
+    empty, real = build_empty(arch), named(arch).build(RANDOM)
     assert all(parameter.is_meta for parameter in empty.parameters() if parameter.numel() > 10000)
     shapes = [{name: value.shape for name, value in n.state_dict().items()} for n in (empty, real)]
     assert shapes[0] == shapes[1] and not any(parameter.is_meta for parameter in real.parameters())
@@ -59,12 +59,12 @@ def test_a_network_that_takes_values_to_find_its_shapes_is_built_with_them():
 def test_random_numbers_are_torchs_own_of_the_seed_and_the_process_keeps_its_own(arch):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(3)
-        expected = digest(build(arch, RANDOM))
+        expected = digest(named(arch).build(RANDOM))
     before, dtype = torch.get_rng_state(), torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
     try:
         with seeded(3, arch):
-            found = digest(build(arch, RANDOM))
+            found = digest(named(arch).build(RANDOM))
         build_empty(arch)
         assert torch.get_default_dtype() == torch.float64
     finally:
@@ -73,16 +73,16 @@ def test_random_numbers_are_torchs_own_of_the_seed_and_the_process_keeps_its_own
 
 
 def test_a_network_is_built_as_the_builder_of_its_weights_builds_it():
-    assert build("inception_v3", RANDOM).transform_input and preset_of("inception_v3", RANDOM).crop == 299
-    assert "the network's own transform_input" in preset_of("inception_v3", RANDOM).source
-    assert build("googlenet", RANDOM).transform_input and build("googlenet", RANDOM).aux1 is None
-    assert build_empty("vit_h_14").image_size == preset_of("vit_h_14", RANDOM).crop == 518
+    assert named("inception_v3").build(RANDOM).transform_input and named("inception_v3").preset(RANDOM).crop == 299
+    assert "the network's own transform_input" in named("inception_v3").preset(RANDOM).source
+    assert named("googlenet").build(RANDOM).transform_input and named("googlenet").build(RANDOM).aux1 is None
+    assert build_empty("vit_h_14").image_size == named("vit_h_14").preset(RANDOM).crop == 518
 
 
 @pytest.mark.parametrize("aux", [True, False])
 def test_a_file_says_whether_inception_has_its_auxiliary_head(aux):
     state = models.inception_v3(aux_logits=aux, init_weights=False).state_dict()
-    network = build("inception_v3", Weights("f", file="f"), state)
+    network = named("inception_v3").build(Weights("f", file="f"), state)
     assert (network.AuxLogits is not None) == aux and network.transform_input
     assert fit(network, state, "f", "inception_v3") == []
 
@@ -93,9 +93,11 @@ def test_a_file_says_whether_inception_has_its_auxiliary_head(aux):
 def test_a_file_says_for_which_image_size_a_vit_is(size, source):
     with torch.device("meta"):
         state = models.vit_h_14(image_size=size).state_dict()
-        network = build("vit_h_14", Weights("f", file="f"), {"module." + name: value for name, value in state.items()})
+        network = named("vit_h_14").build(
+            Weights("f", file="f"), {"module." + name: value for name, value in state.items()}
+        )
     assert network.image_size == size and network.encoder.pos_embedding.shape == state["encoder.pos_embedding"].shape
-    preset = preset_of("vit_h_14", Weights("f", file="f"), state)
+    preset = named("vit_h_14").preset(Weights("f", file="f"), state)
     assert preset.crop == size and source in preset.source
 
 
@@ -105,8 +107,8 @@ def test_timms_data_config_is_followed_to_the_bit():
         ("timm/resnet18", 235),
         ("timm/dm_nfnet_f1.dm_in1k", 246),
     ):
-        check_arch(name)
-        preset = preset_of(name, RANDOM)
+        named(name)
+        preset = named(name).preset(RANDOM)
         cfg = timm.get_pretrained_cfg(name.removeprefix("timm/"))
         theirs = timm.data.create_transform(**timm.data.resolve_data_config(pretrained_cfg=cfg.to_dict()))
         image = make_image(3, (320, 241))
@@ -122,7 +124,7 @@ def test_timms_published_weights_come_from_its_cache(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda repo, name: str(tmp_path / name))
     weights = choose_weights("timm/resnet10t", "auto")
     assert weights.name == "timm/resnet10t.c3_in1k"
-    assert digest(build("timm/resnet10t", weights)) == digest(network)
+    assert digest(named("timm/resnet10t").build(weights)) == digest(network)
 
 
 def test_timms_weights_that_cannot_be_had_are_told(monkeypatch):
@@ -132,7 +134,7 @@ def test_timms_weights_that_cannot_be_had_are_told(monkeypatch):
     monkeypatch.setattr("featx.model.build.knock", no_way_out)
     monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda repo, name: None)
     with pytest.raises(UserError, match=r"weights of timm/resnet10t.c3_in1k cannot be downloaded by timm\n.*no way to"):
-        build("timm/resnet10t", choose_weights("timm/resnet10t", "auto"))
+        named("timm/resnet10t").build(choose_weights("timm/resnet10t", "auto"))
     with pytest.raises(BadValueError, match=r"auto: nobody publishes weights of timm/botnet50ts_256"):
         choose_weights("timm/botnet50ts_256", "auto")
 
@@ -140,7 +142,7 @@ def test_timms_weights_that_cannot_be_had_are_told(monkeypatch):
 def test_without_timm_it_is_told_how_to_install_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "timm", None)
     with pytest.raises(UserError, match=r"(?s)timm cannot be imported .*pip install 'featx\[timm\]'"):
-        check_arch("timm/resnet18")
+        named("timm/resnet18")
 
 
 @pytest.mark.parametrize(
@@ -172,13 +174,13 @@ def test_an_arch_that_cannot_be_had_is_told(tmp_path, monkeypatch, arch, words):
         monkeypatch.delitem(sys.modules, name, raising=False)
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(BadValueError, match=rf"--model.arch {arch}: .*{words}"):
-        check_arch(arch)
-        preset_of(arch, RANDOM)
-        build(arch, RANDOM)
+        named(arch)
+        named(arch).preset(RANDOM)
+        named(arch).build(RANDOM)
 
 
 def test_a_function_that_is_also_a_module_is_the_function():
-    check_arch("antialiased_cnns.alexnet")
-    network = build("antialiased_cnns.alexnet", choose_weights("antialiased_cnns.alexnet", "auto"))
+    named("antialiased_cnns.alexnet")
+    network = named("antialiased_cnns.alexnet").build(choose_weights("antialiased_cnns.alexnet", "auto"))
     assert type(network).__name__ == "AlexNet" and "blurpool" in type(network.features[2]).__module__
-    check_arch("torchvision.models.resnet.resnet18")
+    named("torchvision.models.resnet.resnet18")
