@@ -3,7 +3,7 @@
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib import import_module
 from importlib.metadata import packages_distributions, version
@@ -301,15 +301,13 @@ def seeded(seed: int, arch: str | None) -> Iterator[None]:
         seed: Of the random numbers.
         arch: Name of the network; None where code of the user's builds it.
     """
-    with ExitStack() as stack:
-        stack.enter_context(FLOAT32)
-        if arch is not None and not is_function(arch):
-            stack.enter_context(_Thread(seed))
-        else:  # which may well seed, or draw from, the process's generator itself
-            stack.enter_context(LOCK)
-            stack.enter_context(torch.random.fork_rng(devices=[]))
+    if arch is not None and not is_function(arch):
+        with FLOAT32, _Thread(seed):
+            yield
+    else:  # which may well seed, or draw from, the process's generator itself
+        with FLOAT32, LOCK, torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-        yield
+            yield
 
 
 @contextmanager

@@ -191,16 +191,13 @@ def fit(
     own = network.state_dict()
     computed = {name for name, buffer in network.named_buffers() if not buffer.is_floating_point()}  # index tables
     needed = [name for name in own if name not in computed and not name.endswith(COUNTERS)]
+    loaded = {name: state[name] for name in own if name in state and _fits(state[name], own[name])}
     kinds = {
         "missing in the file": [name for name in needed if name not in state],
         "not in the network": [n for n in state if n not in own and _is_inside(n, own) and not n.endswith(COUNTERS)],
-        "of another shape or kind": [
-            f"{n} {_kind(state[n])}, expected {_kind(own[n])}"
-            for n in own
-            if n in state and not _fits(state[n], own[n])
-        ],
-    }
-    loaded = {name: state[name] for name in own if name in state and _fits(state[name], own[name])}
+        "of another shape or kind": [f"{name} {_kind(state[name])}, expected {_kind(own[name])}"
+                                     for name in own if name in state and name not in loaded],
+    }  # fmt: skip
     if (strict and any(kinds.values())) or not any(name in loaded for name in needed):
         raise _misfit(file, title, kinds, strict, whose(_shapes(state)))
     if left := left + [name for name in state if name not in own and not name.endswith(COUNTERS)]:
@@ -297,15 +294,13 @@ def _fits(value: Tensor, own: Tensor) -> bool:
 def _misfit(file: str, title: str, kinds: dict[str, list[str]], strict: bool, arch: str | None) -> BadValueError:
     lines = [f"--model.weights {file}: does not fit {title}."]
     lines += [f"  {kind}: {_few(names)}" for kind, names in kinds.items() if names]
-    if arch not in (None, title):
-        lines.append(f"It fits {arch}: --model.arch {arch}")
-    else:
-        lines.append(
-            "Expected the weights of this network. One that was changed is built by a subclass, which --model names."
-        )
+    lines.append(
+        f"It fits {arch}: --model.arch {arch}"
+        if arch not in (None, title)
+        else "Expected the weights of this network. One that was changed is built by a subclass, which --model names."
+    )
     way_out = " --model.strict false loads what fits and leaves the rest random." if strict else ""
-    lines.append(f"Nothing was loaded.{way_out}")
-    return BadValueError("\n".join(lines))
+    return BadValueError("\n".join([*lines, f"Nothing was loaded.{way_out}"]))
 
 
 def _shapes(state: State) -> dict[str, torch.Size]:

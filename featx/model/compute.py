@@ -110,12 +110,7 @@ class Passes:
         self._running: deque[Future[Part]] = deque()
 
     def try_out(self, images: Tensor, channels_last: Literal["auto"] | bool, compiles: bool) -> dict[str, Found]:
-        """Run the first pass, which returns what each layer is, and choose the memory layout.
-
-        Args:
-            images: A few, ``(B, 3, H, W) uint8``.
-            channels_last: Whether that is the memory layout; auto: where a trial shows the same rows in it.
-            compiles: Whether torch.compile makes all later passes.
+        """Run the first pass, with a few images, which shows what each layer is, and choose layout and compiler.
 
         Raises:
             UserError: The images do not go through the network, or a layer cannot be taken.
@@ -173,11 +168,7 @@ class Passes:
         return {layer: values[: len(images)] for layer, values in rows.items()}
 
     def run(self, images: Tensor, network: Callable[[Tensor], T]) -> T:
-        """Normalise images ``(B, 3, H, W) uint8``, give them to the network, or what runs it, and return the result.
-
-        Raises:
-            UserError: The network does not take them.
-        """
+        """Normalise images and give them to the network, or what runs it; see ``FeatureExtractor.run``."""
         layout = torch.channels_last if self.memory_layout == "channels_last" else torch.contiguous_format
         exactly = FULL_PRECISION if self._model.device.type == "cuda" else nullcontext()
         with torch.inference_mode(), self._autocast(), exactly:

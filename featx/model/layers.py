@@ -172,7 +172,7 @@ class Taps:
                     module = self.network.get_submodule(path)
                     traced = trace.path_of(module) or path
                     shape = trace.shape(traced, self.pool)
-                    take = partial(self._take_output, layer, path, trace.channel_axis(traced))
+                    take = partial(self._take, layer, path, trace.channel_axis(traced))
                     hooks.append(partial(module.register_forward_hook, take))
             except BadValueError as err:
                 raise BadValueError(f"--model.layer {layer}: {err}\n{SEE_LAYERS}") from err
@@ -182,11 +182,9 @@ class Taps:
         return found
 
     def _take_input(self, layer: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._take_output(layer, "its Linear", None, module, args, next(iter((*args, *kwargs.values()))))
+        self._take(layer, "its Linear", None, module, args, next(iter((*args, *kwargs.values()))))
 
-    def _take_output(
-        self, layer: str, path: str, axis: int | None, module: nn.Module, inputs: Any, output: Tensor
-    ) -> None:
+    def _take(self, layer: str, path: str, axis: int | None, module: nn.Module, inputs: Any, output: Tensor) -> None:
         rows: dict[str, Tensor] | None = getattr(self._pass, "rows", None)
         if rows is None:
             return
