@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, NoReturn, get_args, get_origin
 
 import yaml  # type: ignore[import-untyped]
+from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser
 
 from featx.errors import SEE, BadValueError, UserError, as_list, did_you_mean, either
@@ -263,8 +264,9 @@ def print_help(**classes: type) -> None:
     for title, (group, owner) in zip(("images", "network", "output"), classes.items(), strict=True):
         print_group(title, group, owner)
     print("machine (Lightning's Trainer):")
+    parameters = inspect.signature(Trainer).parameters
     for name, text in TRAINER.items():
-        print_option(f"trainer.{name}", {"num_nodes": 1, "precision": "32-true"}.get(name, "auto"), text)
+        print_option(f"trainer.{name}", parameters[name].default or "32-true", text)
     print("also:")
     more = {
         "print_config": "Print all options with their values, as a config.",

@@ -102,8 +102,7 @@ def predict(argv: list[str]) -> int:
     if any(record["rows"] for record in writer.records.values()):
         gain = partial(data.turbo_saves, model.preprocessing) if data.decoder == "exact" else float
         share = f"rank 0 of {trainer.world_size}: " if trainer.world_size > 1 else ""
-        on_gpu = trainer.strategy.root_device.type != "cpu"
-        spent = stages(trainer, model, writer)
+        spent, on_gpu = stages(trainer, model, writer), trainer.strategy.root_device.type != "cpu"
         for line in where_the_time_went(spent, seconds, cores_per_process(trainer), data.workers, on_gpu, gain):
             log.info("%s%s", share, line)
     else:
