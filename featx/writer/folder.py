@@ -181,7 +181,7 @@ class LayerState:
         """Return files that featx did not write in the place of those that it is to write, or would be read with."""
         known = record["files"] if record else {}
         places = [*self.results]
-        if record is None and run is None:
+        if run is None and not (record and record["errors"] + record["errors_used"]):
             places.append(self.errors_path)
         if self.sharded and self.shards_folder.is_dir():
             for path in sorted(self.shards_folder.iterdir()):

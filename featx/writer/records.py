@@ -29,7 +29,7 @@ SHAPE: dict[tuple[type, ...], str] = {  # what a record is read for; whatever el
     (int, NOTHING): "identity.shard_rows",
 }
 IN_WORDS = {str: "text", int: "a number", dict: "an object", list: "a list", bool: "true or false", NOTHING: "null"}
-# Keys of an identity that were added to it, each with the value that decided before. Nothing is ever taken out.
+# Keys of an identity that were added to it, dotted, each with the value that decided before. Nothing is ever taken out.
 SINCE: Json = {"revisions.preprocessing": 1, "revisions.pass": 1, "revisions.text": 1}
 
 
@@ -52,9 +52,7 @@ def flat(record: Json, path: str = "") -> Json:
 
 def digest(identity: Json, images: Images) -> str:
     """Return the SHA-256 of an identity and the images' names, which stays the same when later versions add keys."""
-    newer = {name: one for name, one in identity["revisions"].items() if one != SINCE.get(f"revisions.{name}")}
-    known = {key: value for key, value in identity.items() if key != "revisions"}
-    known |= {"revisions": newer} if newer else {}
+    known = {key: value for key, value in flat(identity).items() if key not in SINCE or value != SINCE[key]}
     return hashlib.sha256((json.dumps(known, sort_keys=True) + images.digest_of_names()).encode()).hexdigest()
 
 

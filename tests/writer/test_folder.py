@@ -21,7 +21,7 @@ from featx.data.sources import ImageTree
 from featx.errors import BadValueError, UserError
 from featx.results import load
 from featx.run import prepare
-from featx.writer import disk, journal
+from featx.writer import disk, journal, records
 from featx.writer.disk import BusyError
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
@@ -201,6 +201,27 @@ def test_overwrite_removes_what_featx_wrote_and_nothing_else(photos, tmp_path):
     assert len(list((tmp_path / "2").glob("0*.csv"))) == 3
     run(photos, tmp_path, overwrite=True)
     assert all(path.read_text() == "mine" for path in own) and not list((tmp_path / "2").glob("0*.csv"))
+
+
+def test_a_list_of_the_users_beside_a_file_without_errors_is_not_replaced(photos, tmp_path):
+    run(photos, tmp_path)
+    (tmp_path / "2.errors.csv").write_text("mine")
+    for options in ({"format": ["csv", "npy"]}, {"overwrite": True}):
+        with pytest.raises(BadValueError, match=r"2.errors.csv: exists, and no record says that featx wrote it"):
+            run(photos, tmp_path, **options)
+    assert (tmp_path / "2.errors.csv").read_text() == "mine"
+
+
+def test_a_key_that_is_added_to_the_identity_changes_no_digest(photos, monkeypatch):
+    images = ImageTree(str(photos))
+    old = {"network": "alexnet", "value_range": None, "revisions": {"pass": 1}, "versions": {"torch": "2.6"}}
+    before = records.digest(old, images)
+    monkeypatch.setitem(records.SINCE, "bands", None)
+    monkeypatch.setitem(records.SINCE, "revisions.bands", 1)
+    new = old | {"bands": None, "revisions": {"pass": 1, "bands": 1}}
+    assert records.digest(new, images) == before and records.differences(old, new) == []
+    assert records.digest(new | {"bands": [4, 3, 2]}, images) != before
+    assert records.differences(old, new | {"bands": [4, 3, 2]}) == ["bands: null -> [4, 3, 2]"]
 
 
 def test_a_crash_while_files_are_removed_leaves_none_without_a_record(photos, tmp_path, monkeypatch):
