@@ -6,7 +6,6 @@ import os
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import cached_property
-from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,7 +16,7 @@ from featx.errors import BadValueError
 from featx.writer import disk, journal, records
 from featx.writer.disk import DiskError
 from featx.writer.formats import FORMATS
-from featx.writer.journal import Entry, Head, Placed
+from featx.writer.journal import Entry, Placed
 from featx.writer.records import Json
 
 HIDDEN = ".featx"
@@ -142,11 +141,9 @@ class LayerState:
             )
         if afresh:
             return None
-        made = self._differences(record, record.get("readers", self._readers_by_suffix)) if record else []
-        begun = self._differences(run, self.readers_of(chain.from_iterable(self._journals()))) if run else []
         what = self.record_path.with_suffix("")
-        for how, lines in (("made", made), ("begun", begun)):
-            if lines:
+        for how, old in (("made", record), ("begun", run)):
+            if lines := self._differences(old) if old else []:
                 more = [f"  and {len(lines) - 7} more"] if len(lines) > 7 else []
                 listed = "\n".join([f"  {line}" for line in lines[:7]] + more)
                 raise BadValueError(f"{what}: was {how} by another run. What differs:\n{listed}\n{AFRESH}")
@@ -159,8 +156,11 @@ class LayerState:
         whole = [self._is_whole(path, record, bool(run)) for path in self.results]
         return record if all(whole) else None
 
-    def _differences(self, old: Json, readers: dict[str, int]) -> list[str]:
-        """Return a line for all that decided a value of another run and is not the same now."""
+    def _differences(self, old: Json) -> list[str]:
+        """Return a line for all that decided a value of a record, or of an unfinished run, and is not the same now."""
+        readers = old.get("readers")
+        if readers is None:  # a run's are in its journals
+            readers = self._readers_by_suffix if "files" in old else self.readers_of(self._entries())
         now = {kind: self.readers.get(kind, 1) for kind in readers}
         return records.differences(old["identity"] | {"readers": readers}, self.identity | {"readers": now})
 
@@ -189,12 +189,13 @@ class LayerState:
                     places.append(path)
         return [path for path in places if os.path.lexists(path) and self.key(path) not in known]
 
-    def _journals(self) -> Iterator[list[Entry]]:
-        return (journal.read(path)[1] for path in journal.journals(self.folder))
+    def _entries(self) -> Iterator[Entry]:
+        for path in journal.journals(self.folder):
+            yield from journal.read(path)[1]
 
     def listed(self) -> list[Fault]:
         """Return the images that could not be read, as the journals know them."""
-        return [fault for entries in self._journals() for entry in entries for fault in entry.faults]
+        return [fault for entry in self._entries() for fault in entry.faults]
 
     def _is_whole(self, path: Path, record: Json, unfinished: bool) -> bool:
         said = record["files"].get(self.key(path))
@@ -260,26 +261,6 @@ class LayerState:
         """Return this run's batches whose rows are on disk; of a session that is ending, what it wrote, unchecked."""
         own = {os.path.relpath(path, self.folder) for path in self.results}
         return journal.read_parts(self.folder, self.parts, self.digest, own, session)
-
-    def keep_journal(self, session: int, shard: Shard, entries: list[Entry]) -> None:
-        """Write down where a finished file has the rows of each batch: to repair single images, the others are taken.
-
-        Args:
-            session: The journal's.
-            shard: The files.
-            entries: Their batches, as they were in the parts.
-        """
-        ends, moved = {part: len(head) for part, head in self.heads(shard).items()}, []
-        for entry in entries:
-            spans = {}
-            for part in ends:
-                start, end, crc = entry.spans[part]
-                spans[part] = (ends[part], ends[part] + end - start, crc)
-                ends[part] = spans[part][1]
-            moved.append(entry._replace(spans=spans))
-        names = [os.path.relpath(path, self.folder) for path in shard.rows.values()]
-        kept = journal.encode(Head(names, self.digest), moved)
-        disk.replace(self.folder / f"{session:06}{shard.label}.journal", kept)
 
     def settle(self, record: Json) -> None:
         """Do what a run that ended while it named its files had left to do."""

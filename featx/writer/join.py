@@ -1,12 +1,13 @@
 """Parts -> a layer's final files, beside their record and the list of errors."""
 
+import os
 from collections import Counter
 from pathlib import Path
 
 from featx.data.batch import Fault
 from featx.writer import disk, journal, records
 from featx.writer.folder import LayerState, Shard, errors_csv
-from featx.writer.journal import Placed
+from featx.writer.journal import Entry, Head, Placed
 from featx.writer.records import Json
 
 
@@ -62,10 +63,10 @@ def finish(state: LayerState, done: dict[int, Placed], known: dict[Path, str], a
         "identity": state.identity,
         "run": {**about, "batches_by_device": Counter(entry.device for entry in entries)},
     }
-    if faults:
+    if faults:  # to repair single images, their neighbours' rows are taken from the finished files
         session = journal.next_session(state.folder)
         for shard in state.shards:
-            state.keep_journal(session, shard, entries[shard.batches])
+            _keep_journal(state, session, shard, entries[shard.batches])
         disk.replace(state.errors_path, errors_csv(faults))
     else:
         disk.remove(state.errors_path)
@@ -102,3 +103,17 @@ def _join(state: LayerState, shard: Shard, placed: list[Placed], known: dict[Pat
         made = format.finish(joined[shard.rows[format.part]], fresh, having, records.as_json(decided))
         joined |= {shard.results[suffix]: path for suffix, path in made.items()}
     return joined
+
+
+def _keep_journal(state: LayerState, session: int, shard: Shard, entries: list[Entry]) -> None:
+    """Write down where a shard's finished files have the rows of each batch."""
+    ends, moved = {part: len(head) for part, head in state.heads(shard).items()}, []
+    for entry in entries:
+        spans = {}
+        for part in ends:
+            start, end, crc = entry.spans[part]
+            spans[part] = (ends[part], ends[part] + end - start, crc)
+            ends[part] = spans[part][1]
+        moved.append(entry._replace(spans=spans))
+    names = [os.path.relpath(path, state.folder) for path in shard.rows.values()]
+    disk.replace(state.folder / f"{session:06}{shard.label}.journal", journal.encode(Head(names, state.digest), moved))

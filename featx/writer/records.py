@@ -79,8 +79,16 @@ def differences(old: Json, new: Json) -> list[str]:
 
 
 def _short(value: Any) -> str:
-    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-    return f"{text[:8]}…" if len(text) == 64 and text.isalnum() else text if len(text) <= 60 else f"{text[:57]}…"
+    text = value if isinstance(value, str) else _as_text(value)
+    return f"{text[:8]}…" if len(text) == 64 and text.isalnum() else _cut(text)
+
+
+def _as_text(value: Any) -> str:
+    return _cut(json.dumps(value, ensure_ascii=False))
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= 60 else f"{text[:57]}…"
 
 
 def as_json(record: Json) -> bytes:
@@ -149,11 +157,6 @@ def _wrong(record: Any, layer: str | None) -> str:
         if not all(type(number) is int and number >= 0 for number in counts) or not isinstance(sha256, str):
             return f"files says {_as_text(said)} of {name}, expected sha256 and bytes"
     return "" if record["files"] else "files names none"
-
-
-def _as_text(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= 60 else f"{text[:57]}…"
 
 
 def read_run(path: Path) -> Json | None:

@@ -72,9 +72,4 @@ class FileFormat(ABC):
     @staticmethod
     @abstractmethod
     def read(path: Path, mmap: bool) -> Iterator[Rows]:
-        """Yield the names and values of some rows after the others.
-
-        Raises:
-            BadValueError: It is no such file, or a package is missing.
-            MissingPathError: A file that belongs to it is missing.
-        """
+        """Yield names and values of some rows after the others; raise BadValueError or MissingPathError for no such."""
