@@ -368,6 +368,15 @@ def test_options_without_a_command_are_sent_to_predict(capsys):
     assert main(["--verison"]) == 2 and "Did you mean --version?" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("rank", "lines"), [("0", 5), ("1", 0)])
+def test_a_dry_run_is_reported_by_rank_0_alone(rank, lines, three_photos, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("RANK", rank)
+    line = ["predict", "--data.dir", str(three_photos), "--writer.out_dir", str(tmp_path), "--data.batch_size", "2"]
+    line += ["--model.arch", "squeezenet1_0", "--model.weights", "random", "--model.layer", "features.0"]
+    assert main([*line, "--writer.dry_run", "true"]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == lines and os.listdir(tmp_path) == []
+
+
 def test_the_end_of_a_run_of_which_nothing_could_be_read_says_that(tmp_path, alexnet_file):
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "a.jpg").write_bytes(b"no image")
