@@ -156,7 +156,7 @@ class _Function:
     """``package.module.name``: a function that returns a network."""
 
     def __init__(self, arch: str) -> None:
-        self._arch, self._function = arch, _import(arch)
+        self._arch = arch
 
     def published(self) -> dict[str, Weights]:
         return {"auto": Weights(f"as {self._arch}() made them")}
@@ -166,8 +166,9 @@ class _Function:
 
     def build(self, weights: Weights, state: State | None = None) -> nn.Module:
         arch = self._arch
+        function = import_function(arch)
         try:
-            network = self._function()
+            network = function()
         except Exception as err:
             raise BadValueError(
                 f"--model.arch {arch}: calling {arch}() failed: {type(err).__name__}: {first_line(err)}\n"
@@ -181,7 +182,8 @@ class _Function:
         return network
 
 
-def _import(arch: str) -> Callable[[], Any]:
+def import_function(arch: str) -> Callable[[], Any]:
+    """Return the function that ``--model.arch`` names; raise UserError where it cannot be imported."""
     path, *names = arch.split(".")
     found: Any = None
     try:
@@ -219,7 +221,7 @@ def _kind(arch: str) -> type[Named]:
 
 
 def named(arch: str) -> Named:
-    """Return the network of a name; raise UserError where there is none.
+    """Return the network of a name; raise UserError where there is none, of a function when it is built.
 
     It has ``published()``, the weights that there are for it, by their names in ``--model.weights``;
     ``preset(weights, state)``, their preprocessing, for a file or random ones that of its first recipe; and

@@ -168,10 +168,10 @@ class FeatureExtractor(LightningModule):
             good = values == "auto" or (len(values) == 3 and all(map(math.isfinite, values)))
             if not good or (name == "std" and values != "auto" and min(values) <= 0):
                 raise BadValueError(f"--model.{name} {values}: expected three numbers as '[0.5,0.5,0.5]', std above 0.")
-        if not self.own_network:
-            networks.named(self.arch)
-            if not networks.is_function(self.arch):  # that one is called once, by configure_model
-                self._resolve(networks.build_empty(self.arch))
+        if not self.own_network and networks.is_function(self.arch):
+            networks.import_function(self.arch)  # it is called once, by configure_model
+        elif not self.own_network:
+            self._resolve(networks.build_empty(self.arch))
         weights = self._choose_weights()
         for name, usual in (("checkpoint_key", None), ("strict", True), ("unsafe_pickle", False)):
             if not weights.file and (value := getattr(self, name)) != usual:

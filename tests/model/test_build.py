@@ -11,7 +11,7 @@ from conftest import make_image
 from torchvision import models
 
 from featx.errors import BadValueError, MissingPathError, UserError
-from featx.model.build import Weights, build_empty, choose_weights, named, seeded
+from featx.model.build import Weights, build_empty, choose_weights, import_function, named, seeded
 from featx.model.checkpoint import digest, fit
 
 RANDOM = Weights("random", random=True)
@@ -174,13 +174,12 @@ def test_an_arch_that_cannot_be_had_is_told(tmp_path, monkeypatch, arch, words):
         monkeypatch.delitem(sys.modules, name, raising=False)
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(BadValueError, match=rf"--model.arch {arch}: .*{words}"):
-        named(arch)
         named(arch).preset(RANDOM)
         named(arch).build(RANDOM)
 
 
 def test_a_function_that_is_also_a_module_is_the_function():
-    named("antialiased_cnns.alexnet")
+    import_function("antialiased_cnns.alexnet")
     network = named("antialiased_cnns.alexnet").build(choose_weights("antialiased_cnns.alexnet", "auto"))
     assert type(network).__name__ == "AlexNet" and "blurpool" in type(network.features[2]).__module__
-    named("torchvision.models.resnet.resnet18")
+    import_function("torchvision.models.resnet.resnet18")

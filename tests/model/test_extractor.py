@@ -226,6 +226,16 @@ def test_names_of_weights_mean_nothing_to_a_network_of_ones_own():
             Ten(weights=name).configure_model()
 
 
+def test_a_network_of_ones_own_may_have_an_arch_of_its_own(alexnet_file):
+    class Zoo(FeatureExtractor):
+        def build_network(self):
+            return {"alexnet.v2": models.alexnet}[self.arch]()
+
+    for weights in ("auto", str(alexnet_file)):
+        (model := Zoo("fc7", arch="alexnet.v2", weights=weights)).configure_model()
+        assert model.layers == {"fc7": "classifier.4"}
+
+
 def test_build_network_must_return_a_module():
     class Forgot(FeatureExtractor):
         def build_network(self):
