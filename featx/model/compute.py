@@ -246,8 +246,9 @@ class Passes:
 
     @property
     def _threads(self) -> ThreadPoolExecutor:  # the Trainer may come after the first batch, with fewer cores
-        cores = self._cores
-        return self._pools.setdefault(cores, ThreadPoolExecutor(cores, "network", initializer=one_core))
+        if (cores := self._cores) not in self._pools:
+            self._pools[cores] = ThreadPoolExecutor(cores, "network", initializer=one_core)
+        return self._pools[cores]
 
     @cached_property
     def _copies(self) -> Any:
