@@ -7,7 +7,7 @@ import zlib
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 from featx.data.batch import Fault
 from featx.errors import BadValueError
@@ -132,13 +132,23 @@ class Part:
         self.journal_path = folder / f"{stem}.journal"
         self.paths = {format: folder / f"{stem}.{format}" for format in heads}
         self.sha256 = {format: hashlib.sha256(head) for format, head in heads.items()}
-        self._files = {format: disk.open_to_write(path) for format, path in self.paths.items()}
         self._ends = {format: len(head) for format, head in heads.items()}
         self._waiting = [encode(Head([path.name for path in self.paths.values()], run), [])]
-        for format, head in heads.items():
-            disk.write(self._files[format], self.paths[format], head)
-        self._journal = disk.open_to_write(self.journal_path)
-        self.sync()
+        self._opened: list[tuple[BinaryIO, Path]] = []
+        try:
+            self._files = {format: self._create(path) for format, path in self.paths.items()}
+            for format, head in heads.items():
+                disk.write(self._files[format], self.paths[format], head)
+            self._journal = self._create(self.journal_path)
+            self.sync()
+        except BaseException:  # nobody else closes what is open by now
+            with suppress(disk.DiskError):
+                self.close()
+            raise
+
+    def _create(self, path: Path) -> BinaryIO:
+        self._opened.append((disk.open_to_write(path), path))
+        return self._opened[-1][0]
 
     def add(self, entry: Entry, texts: dict[str, bytes]) -> None:
         """Write a batch's rows, whose spans are filled in here; they count as done from the next ``sync`` on."""
@@ -166,9 +176,8 @@ class Part:
     def close(self) -> None:
         """Close the files, all of them, without a sync."""
         with ExitStack() as stack:
-            stack.callback(disk.close, self._journal, self.journal_path)
-            for format, file in self._files.items():
-                stack.callback(disk.close, file, self.paths[format])
+            for file, path in self._opened:
+                stack.callback(disk.close, file, path)
 
 
 def journals(folder: Path) -> Iterator[Path]:
