@@ -15,6 +15,9 @@ from datetime import timedelta
 from types import FrameType
 from typing import Any, NoReturn
 
+TWICE = (
+    0.3  # seconds within which a second signal is the first one again: timeout(1) sends it to a process and its group
+)
 PATIENCE = 15.0  # seconds that an interrupted process has to end by itself
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # the last of them, under SLURM, before a requeue
 NOTICES = (10.0, 30.0)  # seconds until a process says that it waits for others, and from then on
@@ -52,8 +55,14 @@ def listen() -> None:
 
 def _stop(number: int, frame: FrameType | None) -> None:
     global _verdict
+    begun = time.monotonic()
+
+    def end_at_once(number: int, frame: FrameType | None) -> None:
+        if time.monotonic() > begun + TWICE:
+            os._exit(128 + number)
+
     for other in SIGNALS[:2]:
-        signal.signal(other, lambda number, _: os._exit(128 + number))
+        signal.signal(other, end_at_once)
     if _verdict is None:
         _verdict = _status(number)
     end_at_the_latest(PATIENCE, _verdict)

@@ -18,15 +18,16 @@ from featx.process.signals import INTERRUPTED, SIGNALS, Watch
 from featx.run import FailedError, in_words
 
 PROGRAM = """
-import os, signal, sys
-from featx.process.signals import Stopped, listen
+import os, signal, sys, time
+from featx.process.signals import TWICE, Stopped, listen
 listen()
 try:
     os.kill(os.getpid(), int(sys.argv[1]))
 except Stopped as stop:
     if len(sys.argv) > 2:
+        time.sleep(TWICE + 0.1)
         os.kill(os.getpid(), int(sys.argv[2]))
-        print("still here")
+        print("still here", flush=True)
     os._exit(stop.exit_status)
 """
 
@@ -42,6 +43,13 @@ def status(*signals: int, **env: str) -> int:
 def test_a_signal_stops_and_a_second_one_ends_at_once(sent, expected):
     assert status(sent) == expected
     assert status(sent, signal.SIGINT) == 130
+
+
+def test_a_signal_that_timeout_sends_to_a_process_and_its_group_is_one():
+    code = PROGRAM.replace("time.sleep(TWICE + 0.1)", "")
+    line = [sys.executable, "-c", code, str(int(signal.SIGTERM)), str(int(signal.SIGTERM))]
+    done = subprocess.run(line, env={**os.environ, "PYTHONPATH": str(REPO)}, capture_output=True, text=True)
+    assert done.returncode == 143 and done.stdout == "still here\n", done.stderr
 
 
 def test_the_signal_before_a_requeue_stops_as_sigterm_does_under_slurm_only():
