@@ -25,7 +25,7 @@ from featx.data.batch import Batch, Fault, Seconds
 from featx.data.decode import READERS, ValueRange, check_image, describe, read_or_fault
 from featx.data.preprocess import Decoder, Interpolation, Preprocessing
 from featx.data.sources import ImageTree, check_folder, check_list, is_lost
-from featx.data.workers import choose, send, start
+from featx.data.workers import Context, choose, send, start
 from featx.errors import BadValueError, ImageError, LostFolderError, count, log
 from featx.process.cores import cores_per_process
 from featx.process.shared import on_one_core
@@ -186,7 +186,7 @@ class ImageFolderDataModule(LightningDataModule):
             worker_init_fn=start,
             # Workers know what this process has imported, and need no script that can be imported again, as with
             # forkserver, the default of Python 3.14. https://docs.python.org/3/library/multiprocessing.html
-            multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
+            multiprocessing_context=Context() if workers and sys.platform == "linux" else None,
             generator=torch.Generator(),  # else it would draw a number from the process's own
         )
 

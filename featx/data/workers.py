@@ -3,12 +3,14 @@
 import multiprocessing
 import os
 import re
+import select
 import shutil
 import signal
 import sys
 import threading
 from collections.abc import Callable
 from functools import cache
+from multiprocessing.context import ForkContext, ForkProcess
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,6 +21,7 @@ from featx.data.batch import Batch
 from featx.errors import BadValueError, first_line, log, size_in_words
 from featx.process.lightning import end_at_an_unsent_batch
 
+PATIENCE = 10.0  # seconds in which a forked worker has to begin
 SHM = "/dev/shm"  # where Linux has shared memory and semaphores; Docker gives it 64 MB
 
 
@@ -53,6 +56,42 @@ def choose(num_workers: Literal["auto"] | int, cores: int, batches: int) -> int:
         log.warning("no data workers: they need semaphores in %s (%s). Images are decoded slower", SHM, reason)
         return 0
     return workers
+
+
+class _Worker(ForkProcess):
+    """A forked process that is forked again where it does not begin.
+
+    A thread of torch's that asks for the GIL at the moment of a fork leaves the child with a lock of Python 3.11's that
+    nobody releases, and the main process would wait for its batches: https://github.com/python/cpython/issues/112275.
+    """
+
+    _begun: int  # its end of a pipe
+
+    def run(self) -> None:
+        os.write(self._begun, b"1")
+        super().run()
+
+    @staticmethod
+    def _Popen(process: Any) -> Any:
+        for _ in range(3):
+            begun, process._begun = os.pipe()
+            try:
+                child = ForkProcess._Popen(process)
+            finally:
+                os.close(process._begun)
+            ready, *_ = select.select([begun], [], [], PATIENCE)
+            os.close(begun)
+            if ready:  # it has begun, or has ended, which is found elsewhere
+                return child
+            child.kill()
+            child.wait()
+        raise RuntimeError("DataLoader worker exited: three times it did not begin")
+
+
+class Context(ForkContext):
+    """Forks workers, and sees to it that they begin."""
+
+    Process = _Worker
 
 
 def start(worker: int) -> None:

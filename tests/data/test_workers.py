@@ -3,9 +3,12 @@
 import shutil
 import subprocess
 import sys
+import time
 
 import pytest
-from conftest import ENV, REPO
+from conftest import ENV, REPO, loader
+
+from featx.data import workers
 
 SMALL_SHM = """
 import os, resource, subprocess, sys
@@ -73,3 +76,25 @@ def test_a_worker_that_cannot_send_its_batch_ends_the_run_in_words(three_photos,
     assert done.returncode == 1 and "featx: error: a process that decodes images was lost" in done.stderr, done.stderr
     assert "Give a smaller --data.num_workers than 2" in done.stderr and "the same command goes on" in done.stderr
     assert "Traceback" not in done.stderr and len(done.stderr.splitlines()) <= 12
+
+
+def test_a_worker_that_does_not_begin_is_forked_again(photos, tmp_path, monkeypatch):
+    begin, marker = workers._Worker.run, tmp_path / "stuck"
+
+    def stuck_once(self):
+        if not marker.exists():
+            marker.touch()
+            time.sleep(60)
+        begin(self)
+
+    monkeypatch.setattr(workers._Worker, "run", stuck_once)
+    monkeypatch.setattr(workers, "PATIENCE", 1.0)
+    _, batches = loader(photos, num_workers=1, batch_size=8)
+    assert sum(batch.size for batch in batches) == 37 and marker.exists()
+
+
+def test_workers_that_never_begin_end_the_run(photos, monkeypatch):
+    monkeypatch.setattr(workers._Worker, "run", lambda self: time.sleep(60))
+    monkeypatch.setattr(workers, "PATIENCE", 0.2)
+    with pytest.raises(RuntimeError, match="DataLoader worker exited: three times it did not begin"):
+        list(loader(photos, num_workers=1, batch_size=8)[1])
