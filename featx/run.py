@@ -101,7 +101,7 @@ def estimate(trainer: Trainer, model: FeatureExtractor, data: ImageFolderDataMod
         for values in model.predict_step(moved).values():
             values.cpu()  # what is still computed is waited for
         reading, computing = (read - begin) / cores_per_process(trainer), time.perf_counter() - read
-    # A CPU is shared by both stages; beside a GPU the slower of the two is the wall.
+    # A CPU is shared by both stages; beside a GPU the slower of the two is the bottleneck.
     seconds = reading + computing if device.type == "cpu" else max(reading, computing)
     return seconds / batch.size * len(data.images) / trainer.world_size
 

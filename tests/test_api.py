@@ -401,7 +401,7 @@ def test_no_row_is_no_row(tmp_path):
     [
         ("x.csv", b"a,1.0,2.0\nb,1.0\n", "x.csv: row 2: 1 value, expected 2"),
         ("x.csv", b"a,1.0\n" * 16 + b"b,1.0,2.0\n", "x.csv: row 17: 2 values, expected 1"),
-        ("x.csv", b"a,1.0\nb,one\n", "x.csv: row 2: .*Expected numbers behind the name"),
+        ("x.csv", b"a,1.0\nb,one\n", "x.csv: row 2: .*Expected numbers after the name"),
         ("x.txt", b"", "x.txt: no such format. Expected a file that ends with .csv, .npy, .parquet"),
         ("x.npy", b"", "x.npy: No data left in file. Expected an array as featx writes it"),
     ],

@@ -36,7 +36,7 @@ def choose(num_workers: Literal["auto"] | int, cores: int, batches: int) -> int:
     Raises:
         BadValueError: Some were asked for, and none may be started.
     """
-    # As many as cores, beside as many threads of a network on the CPU: whoever has work takes a core, and none is
+    # As many as cores, beside as many threads of a network on the CPU: what has work takes a core, and none is
     # idle when images, or the network, are waited for. Fewer workers waited more, and nicer ones starved as soon as
     # another program ran.
     workers = min(cores, max(1, batches)) if num_workers == "auto" else num_workers

@@ -66,7 +66,7 @@ class _Torchvision:
         recipe = self._recipe(weights, size)
         preset = Preprocessing.of_weights(recipe)
         if self._arch in TRANSFORM_INPUT:
-            preset = replace(preset, source=f"{recipe}; behind it the network's own transform_input")
+            preset = replace(preset, source=f"{recipe}; then the network's own transform_input")
         if size in (None, preset.crop):
             return preset
         return replace(preset, resize=size, crop=size, source=f"{recipe}, at the {size} pixels of the weights")

@@ -64,7 +64,7 @@ def dtype_of(network: nn.Module) -> torch.dtype:
 
 
 class Rows(UserDict[str, Tensor]):
-    """Each layer's rows, ``(B, D) float32``, of a batch that may still be computed: who reads them waits for them.
+    """Each layer's rows, ``(B, D) float32``, of a batch that may still be computed: reading them waits for them.
 
     Args:
         finish: Waits for the rows and returns them.
@@ -268,7 +268,7 @@ def _join(parts: list[dict[str, Tensor]], places: Tensor) -> dict[str, Tensor]:
         if len(widths := {part[layer].shape[1] for part in parts}) > 1:
             raise UserError(
                 f"--model.layer {layer}: {' and '.join(map(str, sorted(widths)))} columns for images of different "
-                "shapes in one batch.\nGive them one shape with --data.crop, or take a layer behind the pooling."
+                "shapes in one batch.\nGive them one shape with --data.crop, or take a layer after the pooling."
             )
         found = torch.cat([part[layer] for part in parts])  # (B, D), as grouped
         features[layer] = found[places.to(found.device)]

@@ -30,7 +30,7 @@ T = TypeVar("T")
 class FeatureExtractor(LightningModule):
     """Which network, with which weights, and which of its layers.
 
-    To use a network of one's own, override ``build_network``::
+    To use your own network, override ``build_network``::
 
         class Mine(FeatureExtractor):
             def build_network(self) -> nn.Module:
@@ -303,7 +303,7 @@ class FeatureExtractor(LightningModule):
     def predict_step(self, batch: Batch, batch_idx: int = 0, dataloader_idx: int = 0) -> Mapping[str, Tensor]:
         """Return each layer's rows, ``(B, D) float32``, in the order of the batch's names; nothing without an image.
 
-        They may still be computed while the next batch is asked for: whoever reads them waits for them.
+        They may still be computed while the next batch is asked for: reading them waits for them.
 
         Raises:
             UserError: Images of different shapes gave rows of different lengths; or here, or where they are read.

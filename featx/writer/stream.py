@@ -153,7 +153,7 @@ class RowStream:
                 raise UserError(
                     f"--model.layer {layer}: from {batch.names[0]} on {values.shape[1]} columns, expected "
                     f"{state.columns} as before. Rows differ with the images' shapes.\n"
-                    "Give them one shape with --data.crop, or take a layer behind the pooling."
+                    "Give them one shape with --data.crop, or take a layer after the pooling."
                 )
             begin = time.thread_time()
             odd = ~np.isfinite(values)

@@ -39,7 +39,7 @@ class Csv(FileFormat):
                     found = parse(b"[" + text + b"]") if b"n" not in text else list(map(float, text.split(b",")))
                     values = np.array(found, np.float32)  # (D,)
                 except (ValueError, TypeError) as err:
-                    raise BadValueError(f"{path}: row {number}: {err}. Expected numbers behind the name.") from err
+                    raise BadValueError(f"{path}: row {number}: {err}. Expected numbers after the name.") from err
                 if len(values) != (columns := len(values) if columns is None else columns):
                     raise BadValueError(f"{path}: row {number}: {count(len(values), 'value')}, expected {columns:,}.")
                 yield [os.fsdecode(name)], values[None]
@@ -83,7 +83,7 @@ def is_plain(name: bytes) -> bool:
 
 
 def read_csv_names(file: BinaryIO, header: bool) -> Iterator[tuple[bytes, int]]:
-    """Yield each row's name and how many values stand behind it, without reading the values.
+    """Yield each row's name and how many values follow it, without reading the values.
 
     Args:
         file: A CSV as ``csv_row`` writes it.
@@ -94,7 +94,7 @@ def read_csv_names(file: BinaryIO, header: bool) -> Iterator[tuple[bytes, int]]:
 
 
 def csv_lines(file: BinaryIO, header: bool) -> Iterator[tuple[bytes, bytes]]:
-    """Yield each row's name, unquoted, and the text of its values, with the line break behind them."""
+    """Yield each row's name, unquoted, and the text of its values, with the line break after them."""
     if header:
         file.readline()
     for line in file:
