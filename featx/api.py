@@ -75,7 +75,7 @@ def extract(
 
     Raises:
         ImageError: An image cannot be read; with ``out_dir`` after the files were written.
-        ValueError: An option cannot be used; its message has the command line's words.
+        ValueError: An option cannot be used.
         FileNotFoundError: A folder, a list or a file of weights is not there.
         OSError: The disk failed.
     """

@@ -124,6 +124,7 @@ def _run(argv: list[str]) -> int:
         return 0
     from featx.errors import UserError, did_you_mean, log, log_to_stderr
 
+    UserError.on_command_line = True
     log_to_stderr()
     try:
         if command.startswith("-"):

@@ -15,10 +15,20 @@ SEE = "featx predict --help lists the options."
 class UserError(Exception):
     """A mistake that the user can mend: one short message, no traceback, exit status 2.
 
-    The message names the setting, the value received, what was expected and what to do.
+    The message names the option, the value received, what was expected and what to do. It is written in the command
+    line's words; from Python it reads ``batch_size=0: expected ...`` instead of ``--data.batch_size 0: expected ...``.
+
+    Attributes:
+        on_command_line: Whether this process runs a command.
     """
 
     exit_status = 2
+    on_command_line = False
+
+    def __str__(self) -> str:
+        """Return the message in the words of the command line or of Python."""
+        words = super().__str__()
+        return words if self.on_command_line else as_parameters(words)
 
 
 class BadValueError(UserError, ValueError):
@@ -39,6 +49,17 @@ class LostFolderError(UserError, FileNotFoundError):
     """The images are no longer there: exit status 4."""
 
     exit_status = 4
+
+
+def as_parameters(message: str) -> str:
+    """Return a message about options as one about the parameters that they are.
+
+    Example:
+        >>> as_parameters("--model.pool cls: no tokens. Expected --model.pool avg.")
+        'pool=cls: no tokens. Expected pool avg.'
+    """
+    option = r"--(?:data|model|writer|trainer)\.(\w+)"
+    return re.sub(option, r"\1", re.sub(rf"^{option} (?=[^\n]*: )", r"\1=", message))
 
 
 def did_you_mean(name: str, known: Iterable[str], most: int = 3) -> str:

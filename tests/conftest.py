@@ -18,7 +18,7 @@ from torchvision.datasets import ImageFolder
 
 from featx.data.module import ImageFolderDataModule
 from featx.data.preprocess import Preprocessing
-from featx.errors import log
+from featx.errors import UserError, log
 
 REPO = Path(__file__).parent.parent
 ENV = {**os.environ, "PYTHONWARNINGS": "", "TORCH_HOME": "/nonexistent/torch", "COLUMNS": "80"}
@@ -51,6 +51,12 @@ def three_photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for i in range(3):
         make_image(100 + i, (260, 240)).save(root / f"{i}.png")
     return root
+
+
+@pytest.fixture(autouse=True)
+def messages_of_the_command_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Messages name options, as nearly all tests expect them, until a test says otherwise."""
+    monkeypatch.setattr(UserError, "on_command_line", True)
 
 
 @pytest.fixture(autouse=True)

@@ -310,7 +310,7 @@ def test_a_script_without_a_guard_and_a_pool_get_their_rows(photos, tmp_path, me
     done = subprocess.run([sys.executable, "script.py"], cwd=tmp_path, env={**ENV, "PYTHONPATH": str(REPO)},
                           capture_output=True, text=True, timeout=300)  # fmt: skip
     assert done.stdout.splitlines()[:2] == ["37", "37"] and done.stderr == ""
-    assert "--data.num_workers 1: this is a daemonic process" in done.stdout
+    assert "num_workers=1: this is a daemonic process" in done.stdout
 
 
 def test_a_worker_that_imports_the_script_again_says_what_to_do(photos, monkeypatch):

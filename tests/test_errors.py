@@ -1,10 +1,13 @@
-"""What is said goes to stderr, whatever that is by then."""
+"""Notes go to what stderr is by then; messages name options on the command line and parameters in Python."""
 
 import io
 import sys
 
+import pytest
+
 from featx.cli import main
-from featx.errors import log
+from featx.data.module import ImageFolderDataModule
+from featx.errors import UserError, log
 
 
 def test_notes_go_to_what_stderr_is_by_then(monkeypatch):
@@ -16,3 +19,14 @@ def test_notes_go_to_what_stderr_is_by_then(monkeypatch):
     monkeypatch.setattr(sys, "stderr", io.StringIO())
     log.info("still here")
     assert sys.stderr.getvalue() == "still here\n"
+
+
+def test_a_message_names_the_parameter_in_python_and_the_option_on_the_command_line(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(UserError, "on_command_line", False)
+    with pytest.raises(UserError) as err:
+        ImageFolderDataModule(str(tmp_path), batch_size=0)
+    assert str(err.value) == "batch_size=0: expected a whole number of at least 1."
+    with pytest.raises(UserError, match=r"^interpolation=box: expected .* or bicubic with decoder turbo\.\ndecoder ex"):
+        ImageFolderDataModule(str(tmp_path), interpolation="box", decoder="turbo")
+    assert main(["predict", "--data.dir", str(tmp_path), "--data.batch_size", "0"]) == 2
+    assert "--data.batch_size 0: expected a whole number of at least 1." in capsys.readouterr().err

@@ -208,7 +208,7 @@ def describe(err: Exception, path: str, name: str) -> Fault:
 
 def _reason(err: Exception, words: str, path: str) -> str:
     if isinstance(err, BadValueError | ImageError):
-        return str(err)
+        return str(err.args[0])
     if isinstance(err, FileNotFoundError):
         return "a link to nothing" if os.path.islink(path) else "no such file"
     for kind, reason in REASONS:

@@ -282,6 +282,7 @@ class FeatureExtractor(LightningModule):
         found = self._passes.try_out(batch.groups[0][1], self.channels_last, self._compiles)
         self.layers = {layer: each.module for layer, each in found.items()}
         rows = dict(self.predict_step(batch))
+        self.stages.clear()  # the run's own, without a compiler's minute
         if many := [layer for layer, values in rows.items() if values.shape[1] > MANY_COLUMNS]:
             told = ", ".join(f"{layer} has {count(rows[layer].shape[1], 'column')}" for layer in many)
             pooled = self.pool == "none" and any(len(found[layer].shape) > 1 for layer in many)
