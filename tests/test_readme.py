@@ -329,7 +329,8 @@ def test_every_link_between_the_pages_leads_somewhere():
             assert target.exists(), f"{page.name}: {link}"
             assert not anchor or anchor in anchors(target.read_text()), f"{page.name}: {link}"
     linked = {link.partition("#")[0] for page, link in links if page.name == "README.md"}
-    assert {f"docs/{page.name}" for page in PAGES[1:]} | {"docs/show.png"} <= linked
+    from_speed = {"docs/bench.md"}  # a table that `make bench` writes
+    assert {f"docs/{page.name}" for page in PAGES[1:]} - from_speed | {"docs/show.png"} <= linked
 
 
 def test_readme_is_read_in_ten_minutes():
