@@ -1,9 +1,11 @@
 """A file -> an RGB image: decode one to PIL's very values, but strictly, and say what is wrong with one."""
 
+import io
 import os
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 import simplejpeg
@@ -18,10 +20,14 @@ from featx.process.shared import Shared, ignored
 # before. A run takes no rows from one whose files of this kind a reader of another number read.
 READERS = {"BMP": 1, "GIF": 1, "JPEG": 1, "PNG": 1, "PPM": 1, "TIFF": 1, "WEBP": 1}  # others: 1
 
+# What Pillow may look for: other formats start programs (EPS starts Ghostscript) or take nearly any bytes as theirs.
+FORMATS = ("JPEG", "PNG", "BMP", "GIF", "PPM", "TIFF", "WEBP", "JPEG2000", "AVIF")
+
 ValueRange = tuple[float, float]
 Pixels = NDArray[np.uint8]
 
 SIXTEEN_BITS: ValueRange = (0, 65535)
+DARK = 4095  # the brightest value of a 12-bit camera, which is nearly black among 65,536
 # PIL refuses an image of more as a decompression bomb: twice its MAX_IMAGE_PIXELS, at which it only warns. It reads
 # the header of every image, so that this holds whatever decodes it.
 MOST_PIXELS = 178_956_970
@@ -59,9 +65,23 @@ def _strict_pil() -> Iterator[None]:
 STRICT_PIL = Shared(_strict_pil)  # whatever else the process sets
 
 
-def read_or_fault(
-    root: str, name: str, value_range: ValueRange | None = None, strict: bool = True
-) -> tuple[Pixels | None, Fault | None, str]:
+class Decoded(NamedTuple):
+    """What an image file holds.
+
+    Attributes:
+        pixels: The image, ``(H, W, 3) uint8``, or None.
+        fault: What is wrong with it, or None.
+        kind: Pillow's name of the kind of file, of which there is an image.
+        dark: Whether it is 16-bit grey, read without a ``value_range``, of which no value is above 4095.
+    """
+
+    pixels: Pixels | None
+    fault: Fault | None
+    kind: str
+    dark: bool = False
+
+
+def read_or_fault(root: str, name: str, value_range: ValueRange | None = None, strict: bool = True) -> Decoded:
     """Decode the image ``name`` below ``root``, whatever the file does: what is wrong with it is returned, not raised.
 
     Args:
@@ -69,21 +89,16 @@ def read_or_fault(
         name: Path of the image below it.
         value_range: The values of images above 8 bits that become black and white.
         strict: Give no image for a file whose data is damaged; else give what PIL makes of it, and the fault beside.
-
-    Returns:
-        The image, ``(H, W, 3) uint8``, or None; what is wrong with it, or None; of an image the kind of its file.
     """
     path = os.path.join(root, name)
     try:
-        pixels, kind = _read(path, value_range, strict=True)
-        return pixels, None, kind
+        return _read(path, value_range, strict=True)
     except Exception as err:  # PIL raises OSError, SyntaxError, struct.error, MemoryError ... for broken files
         fault = describe(err, path, name)
     if not strict:
         with suppress(Exception):  # the fault says it already
-            pixels, kind = _read(path, value_range, strict=False)
-            return pixels, fault._replace(used=True), kind
-    return None, fault, ""
+            return _read(path, value_range, strict=False)._replace(fault=fault._replace(used=True))
+    return Decoded(None, fault, "")
 
 
 def read_image(path: str, value_range: ValueRange | None = None, strict: bool = True) -> Pixels:
@@ -110,40 +125,50 @@ def read_image(path: str, value_range: ValueRange | None = None, strict: bool = 
         ImageError: What PIL has no error for.
         Exception: Whatever PIL raises.
     """
-    return _read(path, value_range, strict)[0]
+    pixels = _read(path, value_range, strict).pixels
+    assert pixels is not None
+    return pixels
 
 
-def _read(path: str, value_range: ValueRange | None, strict: bool) -> tuple[Pixels, str]:
+def _read(path: str, value_range: ValueRange | None, strict: bool) -> Decoded:
     found = os.stat(path)
     if not stat.S_ISREG(found.st_mode):  # a pipe would be waited for, and /dev/zero has no end
         raise ImageError("a folder, not a file" if stat.S_ISDIR(found.st_mode) else "a pipe or a device, not a file")
     if found.st_size == 0:
         raise ImageError("empty")
-    with STRICT_PIL, open(path, "rb") as file, Image.open(file) as image:
+    with open(path, "rb") as file:
+        return decode(file, value_range, strict)
+
+
+def decode(file: BinaryIO, value_range: ValueRange | None = None, strict: bool = True) -> Decoded:
+    """Decode an open file that can be sought, as ``read_image`` does; raise what it raises."""
+    with STRICT_PIL, Image.open(file, formats=FORMATS) as image:
         _check_depth(image, value_range)
         kind = "JPEG" if image.format == "MPO" else str(image.format)  # several JPEGs, of which the first is taken
         if strict and kind == "PNG":
-            with Image.open(path) as twin:  # which cannot be decoded after it
+            file.seek(0)
+            with Image.open(io.BytesIO(file.read()), formats=FORMATS) as twin:  # which cannot be decoded after it
                 twin.verify()
         if strict and kind == "JPEG":
             file.seek(0)
             pixels = _decode_jpeg(file.read(), image)
             if pixels is not None and PIL_HAS_TURBO:
-                return pixels, kind
-        return _convert(image, value_range), kind
+                return Decoded(pixels, None, kind)
+        pixels, dark = _convert(image, value_range)
+        return Decoded(pixels, None, kind, dark)
 
 
 def to_rgb(image: Image.Image, value_range: ValueRange | None = None) -> Pixels:
     """Return one of PIL's images as 8-bit RGB, ``(H, W, 3) uint8``, as ``read_image`` does a file's."""
     _check_depth(image, value_range)
-    return _convert(image, value_range)
+    return _convert(image, value_range)[0]
 
 
 def check_image(path: str, value_range: ValueRange | None = None) -> None:
     """Raise BadValueError if the file's header says that it needs a ``value_range``, and for no other fault."""
     try:
         if stat.S_ISREG(os.stat(path).st_mode):
-            with STRICT_PIL, Image.open(path) as image:
+            with STRICT_PIL, Image.open(path, formats=FORMATS) as image:
                 _check_depth(image, value_range)
     except BadValueError as err:
         raise BadValueError(f"{path}: {err}") from err
@@ -186,15 +211,15 @@ def _check_depth(image: Image.Image, value_range: ValueRange | None) -> None:
         )
 
 
-def _convert(image: Image.Image, value_range: ValueRange | None) -> Pixels:
+def _convert(image: Image.Image, value_range: ValueRange | None) -> tuple[Pixels, bool]:
     if not _is_deep(image):
-        return np.array(image.convert("RGB"))
+        return np.array(image.convert("RGB")), False
     values = np.asarray(image).astype(np.float64)  # (H, W)
     if not np.isfinite(values).all():
         raise ImageError("holds values that are nan or infinite")
     low, high = value_range or SIXTEEN_BITS
     grey = np.rint(np.clip((values - low) * 255 / (high - low), 0, 255)).astype(np.uint8)
-    return np.repeat(grey[:, :, None], 3, axis=2)
+    return np.repeat(grey[:, :, None], 3, axis=2), value_range is None and bool(values.max() <= DARK)
 
 
 def describe(err: Exception, path: str, name: str) -> Fault:

@@ -213,7 +213,7 @@ class ImageFolderDataModule(LightningDataModule):
         """Return how many seconds of a core ``--data.decoder turbo`` would save for an image, by the first images."""
         assert self.images is not None
         preprocessing, root = self.preprocessing(preset), self.images.root
-        found = (read_or_fault(root, name, self.value_range, self.strict)[0] for name in self.images.names[:images])
+        found = (read_or_fault(root, name, self.value_range, self.strict).pixels for name in self.images.names[:images])
         taken: dict[Decoder, list[float]] = {"exact": [], "turbo": []}
         with on_one_core():
             for pixels in (pixels for pixels in found if pixels is not None):
@@ -246,7 +246,7 @@ class _Images(Dataset[Sample]):
     def read(self, name: str) -> tuple[Tensor | None, Fault | None, Seconds, str]:
         """Return an image as the network takes it, ``(3, H, W) uint8``, its fault, seconds, and the file's kind."""
         tensor, begin = None, time.thread_time()
-        pixels, fault, kind = read_or_fault(self.images.root, name, self.value_range, self.strict)
+        pixels, fault, kind, _ = read_or_fault(self.images.root, name, self.value_range, self.strict)
         decoded = time.thread_time()
         if pixels is not None:
             try:

@@ -126,6 +126,20 @@ def test_value_range_scales_a_12_bit_camera(tmp_path):
     assert read_image(path, (0, 4095))[0, :, 0].tolist() == [0, 255, 128, 255]
 
 
+@pytest.mark.parametrize(("brightest", "dark"), [(4095, True), (4096, False)])
+def test_16_bit_grey_that_is_nearly_black_is_noticed_unless_a_value_range_says_what_is_white(tmp_path, brightest, dark):
+    Image.fromarray(np.array([[0, brightest]], np.uint16)).save(tmp_path / "camera.png")
+    assert read_or_fault(str(tmp_path), "camera.png").dark is dark
+    assert not read_or_fault(str(tmp_path), "camera.png", (0, 65535)).dark
+
+
+def test_a_file_that_would_start_a_program_is_not_opened(tmp_path):
+    data = encode(make_image(3, (30, 20)), "EPS")
+    assert Image.open(io.BytesIO(data)).format == "EPS"
+    pixels, fault = read(tmp_path, data)
+    assert pixels is None and fault.reason == "not an image that PIL can read"
+
+
 def test_value_range_leaves_8_bits_alone(tmp_path):
     path = str(tmp_path / "image.png")
     make_image(3, (30, 20)).save(path)
@@ -318,10 +332,10 @@ def test_what_is_wrong_is_told_in_words_without_the_machines_paths(tmp_path):
         "pipe.jpg": ("a pipe or a device, not a file", "ImageError: a pipe or a device, not a file"),
     }
     for name, (reason, exception) in words.items():
-        assert read_or_fault(str(tmp_path), name) == (None, Fault(name, reason, exception), "")
-        assert read_or_fault(str(tmp_path), name, strict=False) == (None, Fault(name, reason, exception), "")
+        assert read_or_fault(str(tmp_path), name) == (None, Fault(name, reason, exception), "", False)
+        assert read_or_fault(str(tmp_path), name, strict=False) == (None, Fault(name, reason, exception), "", False)
         check_image(str(tmp_path / name))  # looks only for what a value_range could mend
-    _, fault, _ = read_or_fault(str(tmp_path), "float.tif")
+    fault = read_or_fault(str(tmp_path), "float.tif").fault
     assert "32-bit float values" in fault.reason and "--data.value_range" in fault.reason and "\n" not in fault.reason
 
 
@@ -338,7 +352,7 @@ def test_what_is_wrong_is_told_in_words_without_the_machines_paths(tmp_path):
     ],
 )
 def test_no_exception_of_a_decoder_goes_through(tmp_path, monkeypatch, err, reason):
-    def fail(*_):
+    def fail(*_, **__):
         raise err
 
     monkeypatch.setattr(Image, "open", fail)
