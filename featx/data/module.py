@@ -123,6 +123,12 @@ class ImageFolderDataModule(LightningDataModule):
         log.info("images: %s%s of %s%s", count(len(images), "image"), classes, self.dir, listed)
         if images.left_out:
             log.warning("left out of %s: %s", self.dir, images.left_out)
+        if images.images_left_out > len(images):
+            log.warning(
+                "MORE IMAGES ARE LEFT OUT THAN TAKEN: %s and %s. Taken are those in class folders or, where these hold "
+                "none, those in %s itself; --data.files LIST takes exactly those that it lists",
+                f"{images.images_left_out:,}", f"{len(images):,}", self.dir,
+            )  # fmt: skip
         self.images = images
 
     def preprocessing(self, preset: Preprocessing) -> Preprocessing:

@@ -1,9 +1,9 @@
 """Folder -> images: find every file in ImageFolder's order, and say what was left out."""
 
+import errno
 import hashlib
 import os
 from array import array
-from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from typing import overload
 
@@ -12,7 +12,10 @@ from numpy.typing import NDArray
 from torchvision.datasets import ImageFolder, VisionDataset
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from featx.errors import BadValueError, MissingPathError, UserError, count
+from featx.data.selection import SYSTEM_FOLDERS, LeftOut, is_image
+from featx.errors import BadValueError, MissingPathError, UserError
+
+NOT_READ = (errno.EACCES, errno.EPERM, errno.ENAMETOOLONG)  # what else a folder refuses with may be a failing disk
 
 
 class Names(Sequence[str]):
@@ -76,12 +79,14 @@ class ImageTree(ImageFolder):  # type: ignore[misc]
           dogs/old/rex.jpg   row 2
 
     A root without class folders is one class, named ``""``; folders in which there is no image do not count there,
-    so that an output folder beside the photographs changes nothing. After
+    so that an output folder beside the photographs changes nothing. Hidden files and folders, whose names begin with a
+    dot, and ``SYSTEM_FOLDERS`` are left out at any depth: they hold what systems keep beside photographs. After
     https://github.com/pytorch/vision/blob/main/torchvision/datasets/folder.py and, for flat folders,
     https://github.com/pytorch/vision/issues/4925.
 
     Unlike there, a folder that is named like an image and holds none stands in the place of that image, which then
-    cannot be read; and a link to a folder in which it lies itself is not followed.
+    cannot be read; and a link to a folder in which it lies itself is not followed, nor a folder below that the user
+    may not read, or whose path is too long.
 
     Attributes:
         names: Paths of the images below ``root``, with ``/``, in the order of the rows.
@@ -89,6 +94,7 @@ class ImageTree(ImageFolder):  # type: ignore[misc]
         mtimes: When they were last changed, in ns, ``(N,) int64``; -1 where there is no file.
         classes: Names of the class folders, sorted.
         left_out: What was found and left out, in words, or ``""``.
+        images_left_out: How many images are among it.
 
     Args:
         root: The folder.
@@ -98,7 +104,7 @@ class ImageTree(ImageFolder):  # type: ignore[misc]
     Raises:
         MissingPathError: No such folder, or no such list.
         BadValueError: A file in its place, no image in it, or a list that cannot be used.
-        UserError: A folder in it that cannot be read.
+        UserError: It cannot be read.
     """
 
     def __init__(self, root: str, files: str | Sequence[str] | None = None) -> None:
@@ -106,8 +112,8 @@ class ImageTree(ImageFolder):  # type: ignore[misc]
         VisionDataset.__init__(self, root)  # ImageFolder's own keeps a tuple an image: 200 MB a million
         self.classes = [""]
         self.left_out = ""
-        self._unknown: Counter[str] = Counter()
-        self._loops: list[str] = []
+        self.images_left_out = 0
+        self._left = LeftOut()
         self.names, self.sizes, self.mtimes = _pack(self._find() if files is None else [_listed(root, files)])
         self.class_to_idx = {name: label for label, name in enumerate(self.classes)}
         if not self.names:
@@ -141,7 +147,6 @@ class ImageTree(ImageFolder):  # type: ignore[misc]
     def _find(self) -> Iterator[_Folder]:
         """Yield the folders that hold images, in order, their images sorted; then say what was left out."""
         top = self._scan("")
-        unknown, self._unknown = self._unknown, Counter()
         classes = sorted(top.folders)
         used = set()
         for name in classes:
@@ -150,15 +155,16 @@ class ImageTree(ImageFolder):  # type: ignore[misc]
                 yield folder
         flat = False
         if not used:  # no class folder holds an image: a flat folder, if anything
-            self._unknown += unknown
-            for name in filter(_is_image, classes):
+            for name in filter(is_image, classes):
                 top.add(name)
             flat = bool(top.names)
         if flat:
             yield top.in_order()
         else:
             self.classes = classes or [""]
-        self.left_out = self._describe_left_out(0 if flat else len(top.names), set(self.classes) - used - {""})
+        loose = 0 if flat else len(top.names)
+        self.left_out = self._left.describe(loose, set(self.classes) - used - {""})
+        self.images_left_out = self._left.images + loose
 
     def _walk(self, name: str) -> list[_Folder]:
         """Return the folders that hold images, from a class folder down, sorted by their paths."""
@@ -175,7 +181,7 @@ class ImageTree(ImageFolder):  # type: ignore[misc]
                 holding.add(path)
             if path in holding:
                 holding.add(above)
-            elif above and _is_image(last):
+            elif above and is_image(last):
                 folders[above].add(last)
         return [folders[path].in_order() for path in sorted(folders) if folders[path].names]
 
@@ -187,36 +193,30 @@ class ImageTree(ImageFolder):  # type: ignore[misc]
                 for entry in entries:
                     self._sort_in(entry, folder)
         except OSError as err:
-            raise UserError(f"--data.dir {self.root}: {err.strerror}: {err.filename}") from err
+            if not path or err.errno not in NOT_READ:
+                raise UserError(f"--data.dir {self.root}: {err.strerror}: {err.filename}") from err
+            self._left.unread[path] = str(err.strerror)
         return folder
 
     def _sort_in(self, entry: os.DirEntry[str], folder: _Folder) -> None:
-        name = entry.name
+        name, hidden = entry.name, entry.name.startswith(".")
         if _is_folder(entry):
-            if entry.is_symlink() and self._leads_back(folder.path + name):
-                self._loops.append(folder.path + name)
+            if hidden or name.lower() in SYSTEM_FOLDERS:
+                self._left.add_folder(entry.path)
+            elif entry.is_symlink() and self._leads_back(folder.path + name):
+                self._left.loops.append(folder.path + name)
             else:
                 folder.folders.append(name)
-        elif _is_image(name):
+        elif is_image(name) and not hidden:
             folder.add(name, *_look(entry))
-        elif not name.startswith("."):
-            self._unknown[os.path.splitext(name)[1] or "none"] += 1
+        else:
+            self._left.add_file(name)
 
     def _leads_back(self, path: str) -> bool:
         parts = path.split("/")
         above = ["/".join(parts[:depth]) for depth in range(len(parts))]  # from the root, "", to its own folder
         root = str(self.root)
         return any(os.path.samefile(os.path.join(root, path), os.path.join(root, folder)) for folder in above)
-
-    def _describe_left_out(self, loose: int, empty: set[str]) -> str:
-        suffixes = [suffix for suffix, _ in self._unknown.most_common()]
-        parts = (
-            (loose, "image", "beside the class folders", list[str]()),
-            (self._unknown.total(), "file", "with other suffixes", suffixes),
-            (len(empty), "class folder", "without images", sorted(empty)),
-            (len(self._loops), "link", "back to a folder around", sorted(self._loops)),
-        )
-        return ", ".join(f"{count(number, noun)} {what}{_some(names)}" for number, noun, what, names in parts if number)
 
 
 def check_folder(root: str) -> None:
@@ -307,11 +307,3 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
         return entry.is_dir()
     except OSError:  # a link to itself
         return False
-
-
-def _is_image(name: str) -> bool:
-    return name.lower().endswith(IMG_EXTENSIONS)
-
-
-def _some(names: list[str]) -> str:
-    return f" ({', '.join(names[:3])}{', …' if len(names) > 3 else ''})" if names else ""

@@ -3,6 +3,7 @@
 import errno
 import os
 import pickle
+import re
 import tempfile
 from contextlib import suppress
 from pathlib import Path
@@ -14,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torchvision.datasets import ImageFolder
 
+from featx.data.module import ImageFolderDataModule
 from featx.data.sources import ImageTree, Names, is_lost
 from featx.errors import BadValueError, MissingPathError, UserError
 
@@ -51,8 +53,85 @@ def test_what_imagefolder_leaves_out_is_counted(tmp_path):
     assert list(tree.names) == ["cats/1.png", "cats/2.png"]
     assert tree.left_out == (
         "1 image beside the class folders, 3 files with other suffixes (.gif, none), "
-        "2 class folders without images (dogs, empty)"
+        "2 class folders without images (dogs, empty), 1 hidden file (.DS_Store)"
     )
+
+
+def put(root, *paths):
+    """Make empty files; their names are all that is looked at."""
+    for path in paths:
+        (root / path).parent.mkdir(parents=True, exist_ok=True)
+        (root / path).touch()
+
+
+FOLDERS = {  # as they come from other systems: what is in them, which images are taken, and what is said of the rest
+    "Jupyter": (
+        ["1.jpg", "2.jpg", ".ipynb_checkpoints/1-checkpoint.jpg"],
+        ["1.jpg", "2.jpg"],
+        "1 hidden or system folder (.ipynb_checkpoints)",
+    ),
+    "Synology": (
+        ["1.jpg", "@eaDir/1.jpg/SYNOPHOTO_THUMB_M.jpg", "@eaDir/1.jpg/SYNOPHOTO_THUMB_XL.jpg", "#recycle/notes.txt"],
+        ["1.jpg"],
+        "1 file with other suffixes (.txt), 1 hidden or system folder (@eaDir)",
+    ),
+    "macOS": (
+        ["cats/a.jpg", "cats/._a.jpg", "cats/.DS_Store", "dogs/b.png", "dogs/._b.png", "dogs/.c.heic.icloud",
+         ".DS_Store", "__MACOSX/cats/._a.jpg", ".Trashes/501/old.jpg", ".Spotlight-V100/store"],
+        ["cats/a.jpg", "dogs/b.png"],
+        "3 hidden or system folders (.Spotlight-V100, .Trashes, __MACOSX), "
+        "5 hidden files (.DS_Store, ._*, .*.icloud)",
+    ),
+    "Windows": (
+        ["Bilder/a.JPG", "Bilder/Thumbs.db", "Bilder/desktop.ini", "$Recycle.Bin/S-1-5-21/$R1.jpg",
+         "System Volume Information/x.png", "lost+found/1.jpg"],
+        ["Bilder/a.JPG"],
+        "2 files with other suffixes (.db, .ini), "
+        "3 hidden or system folders ($Recycle.Bin, System Volume Information, lost+found)",
+    ),
+    "Google Takeout": (
+        ["Takeout/Google Photos/Photos from 2019/a.jpg", "Takeout/Google Photos/Photos from 2019/a.jpg.json",
+         "Takeout/Google Photos/Photos from 2019/b.HEIC", "Takeout/Google Photos/Trip/c.jpg",
+         "Takeout/Google Photos/Trip/metadata.json"],
+        ["Takeout/Google Photos/Photos from 2019/a.jpg", "Takeout/Google Photos/Trip/c.jpg"],
+        "3 files with other suffixes (.json, .HEIC)",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("system", FOLDERS)
+def test_what_systems_keep_beside_photographs_is_left_out_and_counted(tmp_path, system):
+    paths, taken, left_out = FOLDERS[system]
+    put(tmp_path, *paths)
+    tree = ImageTree(str(tmp_path))
+    assert (list(tree.names), tree.left_out) == (taken, left_out)
+
+
+def test_a_list_takes_what_it_names_wherever_it_is(tmp_path):
+    put(tmp_path, "a.jpg", ".hidden/b.jpg", "@eaDir/c.jpg")
+    tree = ImageTree(str(tmp_path), write_list(tmp_path, b"@eaDir/c.jpg\n.hidden/b.jpg"))
+    assert list(tree.names) == ["@eaDir/c.jpg", ".hidden/b.jpg"] and tree.sizes.tolist() == [0, 0]
+
+
+@pytest.mark.parametrize(
+    ("left_out", "images"),
+    [
+        (["1.jpg", "2.jpg", "notes.txt"], 2),  # beside the class folders
+        (["cats/1.HEIC", "cats/2.heic", "cats/clip.mov"], 2),
+        (["cats/.thumbs/1.jpg", "cats/.thumbs/deep/2.jpg"], 2),
+        (["cats/.1.jpg.icloud", "cats/.2.heic.icloud"], 2),
+        (["cats/._1.jpg", "cats/._2.jpg", "cats/@eaDir/1.jpg", "cats/@eaDir/2.jpg"], 0),  # which nobody misses
+    ],
+)
+def test_more_images_left_out_than_taken_are_warned_of_loudly(tmp_path, caplog, left_out, images):
+    put(tmp_path, "cats/a.jpg", left_out[0])
+    ImageFolderDataModule(str(tmp_path)).setup()
+    assert "MORE IMAGES" not in caplog.text
+    put(tmp_path, *left_out)
+    assert ImageTree(str(tmp_path)).images_left_out == images
+    ImageFolderDataModule(str(tmp_path)).setup()
+    assert ("MORE IMAGES ARE LEFT OUT THAN TAKEN: 2 and 1." in caplog.text) == bool(images)
+    assert caplog.text.count("--data.files LIST takes") == bool(images)
 
 
 def test_no_folder_a_file_and_no_image_are_told(tmp_path):
@@ -84,6 +163,7 @@ def test_any_tree_of_class_folders_comes_in_imagefolders_order(files):
                 folder.mkdir(parents=True, exist_ok=True)
                 (folder / f"{name}{suffix}").touch()
         theirs = [path for path, _ in ImageFolder(root, allow_empty=True).samples] if files else []
+        theirs = [path for path in theirs if "/." not in path.removeprefix(root)]
         if theirs:
             ours = ImageTree(root)
             assert [ours.path(i) for i in range(len(ours))] == theirs
@@ -164,17 +244,53 @@ def test_links_to_folders_are_followed_but_not_in_a_circle(tmp_path):
     assert tree.left_out == "3 links back to a folder around (cats/link/far, cats/old/around, cats/old/up)"
 
 
-def test_a_folder_that_cannot_be_read_is_told(photos, monkeypatch):
-    scandir = os.scandir
+@pytest.mark.parametrize(("place", "fatal"), [("bees/wild", False), ("ants", False), ("", True)])
+def test_a_folder_that_may_not_be_read_is_counted_and_the_data_folder_itself_is_refused(
+    photos, monkeypatch, place, fatal
+):
+    scandir, closed = os.scandir, os.path.join(photos, place)
 
     def refuse(path):
-        if str(path).endswith("wild"):
+        if path == closed:
             raise PermissionError(errno.EACCES, "Permission denied", path)
         return scandir(path)
 
+    everything = list(ImageTree(str(photos)).names)
     monkeypatch.setattr("os.scandir", refuse)
-    with pytest.raises(UserError, match=r"--data.dir .*: Permission denied: .*bees/wild"):
+    if fatal:
+        with pytest.raises(UserError, match=r"--data.dir .*: Permission denied: "):
+            ImageTree(str(photos))
+    else:
+        tree = ImageTree(str(photos))
+        assert list(tree.names) == [name for name in everything if not name.startswith(place)]
+        assert tree.left_out == f"1 folder that cannot be read ({place}: Permission denied)"
+
+
+def test_a_disk_that_fails_in_a_folder_ends_the_run(photos, monkeypatch):
+    scandir = os.scandir
+
+    def fail(path):
+        if str(path).endswith("wild"):
+            raise OSError(errno.EIO, "Input/output error", path)
+        return scandir(path)
+
+    monkeypatch.setattr("os.scandir", fail)
+    with pytest.raises(UserError, match=r"--data.dir .*: Input/output error: .*bees/wild"):
         ImageTree(str(photos))
+
+
+def test_a_folder_whose_path_is_too_long_is_counted(tmp_path):
+    put(tmp_path, "cats/a.jpg")
+    folder = os.open(tmp_path / "cats", os.O_RDONLY)
+    for _ in range(20):  # 20 x 251 bytes, more than a path may have
+        os.mkdir("d" * 250, dir_fd=folder)
+        folder, above = os.open("d" * 250, os.O_RDONLY, dir_fd=folder), folder
+        os.close(above)
+    os.close(folder)
+    tree = ImageTree(str(tmp_path))
+    assert list(tree.names) == ["cats/a.jpg"]
+    assert re.fullmatch(r"1 folder that cannot be read \(cats/d+…d+: File name too long\)", tree.left_out)
+    assert len(tree.left_out) < 150
 
 
 def write_list(folder, content):
