@@ -187,7 +187,7 @@ def _rebuild(file: Finished, options: Namespace) -> tuple[Any, Any]:
     recorded = file.record["run"]["options"]
     made_by = OWN if recorded["model_class"] == OWN_BEFORE else recorded["model_class"]
     _check_trust(file, options, made_by, recorded["model"].get("arch"))
-    groups = {"model": {}, "data": recorded["data"] | {"dir": options.images}}
+    groups = {"model": {}, "data": {"pad": True} | recorded["data"] | {"dir": options.images}}
     for name, value in recorded["model"].items():
         if name not in LEFT_OUT:
             groups["model"][name] = value

@@ -6,6 +6,7 @@ import os
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib.metadata import version
@@ -26,7 +27,7 @@ from featx.data.decode import READERS, ValueRange, check_image, describe, read_o
 from featx.data.preprocess import Decoder, Interpolation, Preprocessing
 from featx.data.sources import ImageTree, check_folder, check_list, is_lost
 from featx.data.workers import Context, choose, send, start
-from featx.errors import BadValueError, ImageError, LostFolderError, count, log
+from featx.errors import BadValueError, ImageError, LostFolderError, UserError, count, log
 from featx.process.cores import cores_per_process
 from featx.process.shared import on_one_core
 
@@ -43,6 +44,7 @@ class ImageFolderDataModule(LightningDataModule):
         resize: Short side after resizing, in pixels; auto: what the weights were trained with; null: no resize.
         crop: Side of the centre crop, in pixels; auto: what the weights were trained with; null: no crop.
         interpolation: PIL's filter for resizing; auto: what the weights were trained with.
+        pad: Pad images smaller than the crop with black.
         value_range: Values that become black and white in images above 8 bits, as '[0,4095]'; 16-bit: all 65536.
         files: A file with the images to take, a path below dir a line, in the order of the rows; null: all in dir.
         on_error: What an image that cannot be read does: list: it has no row, and is listed; stop: it ends the run.
@@ -62,6 +64,7 @@ class ImageFolderDataModule(LightningDataModule):
         resize: Literal["auto"] | int | None = "auto",
         crop: Literal["auto"] | int | None = "auto",
         interpolation: Interpolation = "auto",
+        pad: bool = False,
         value_range: ValueRange | None = None,
         files: str | None = None,
         on_error: Literal["list", "stop"] = "list",
@@ -90,6 +93,7 @@ class ImageFolderDataModule(LightningDataModule):
         self.resize = resize
         self.crop = crop
         self.interpolation = interpolation
+        self.pad = pad
         self.value_range = value_range
         self.files = files
         self.on_error = on_error
@@ -132,15 +136,30 @@ class ImageFolderDataModule(LightningDataModule):
         self.images = images
 
     def preprocessing(self, preset: Preprocessing) -> Preprocessing:
-        """Return what the network was trained with, ``preset``, with this module's options put over it."""
+        """Return what the network was trained with, ``preset``, with this module's options put over it.
+
+        Raises:
+            BadValueError: A crop that is larger than what images are resized to, and no padding.
+        """
         options = {"resize": self.resize, "crop": self.crop, "interpolation": self.interpolation}
         given: dict[str, Any] = {name: value for name, value in options.items() if value != "auto"}
-        return replace(preset, **given, source=preset.source + ", with your options") if given else preset
+        if self.pad:
+            given["pad"] = True
+        made = replace(preset, **given, source=preset.source + ", with your options") if given else preset
+        if made.may_pad and made.resize is not None and not made.pad:
+            raise BadValueError(
+                f"--data.resize {made.resize} with --data.crop {made.crop}: images would be smaller than the crop.\n"
+                f"Expected --data.crop {made.resize} or less, --data.resize {made.crop} or more, or --data.pad true, "
+                "which pads with black."
+            )
+        return made
 
     def identity(self, preset: Preprocessing) -> dict[str, Any]:
         """Return all of the data's that decides a value, as plain values for JSON."""
         preprocessing = asdict(self.preprocessing(preset))
         del preprocessing["source"]  # where the values come from decides nothing
+        if not self.preprocessing(preset).may_pad:
+            del preprocessing["pad"]
         return {
             "preprocessing": json.loads(json.dumps(preprocessing)),
             "value_range": list(self.value_range) if self.value_range else None,
@@ -163,7 +182,9 @@ class ImageFolderDataModule(LightningDataModule):
         if samples is None:
             images = self._dataset(preset)
             samples = (images[index] for index in range(len(images)))
-        grey = self.preprocessing(preset).to_tensor(np.full((256, 256, 3), 128, np.uint8), self.decoder)
+        preprocessing = self.preprocessing(preset)
+        side = max(256, preprocessing.crop or 0)
+        grey = preprocessing.to_tensor(np.full((side, side, 3), 128, np.uint8), self.decoder)
         none = (0, "", grey, None, (0.0, 0.0), "")
         sample = next((sample for sample in islice(samples, 64) if sample[2] is not None), none)
         return Collate(self.batch_size)([sample])
@@ -223,10 +244,11 @@ class ImageFolderDataModule(LightningDataModule):
         taken: dict[Decoder, list[float]] = {"exact": [], "turbo": []}
         with on_one_core():
             for pixels in (pixels for pixels in found if pixels is not None):
-                for decoder, seconds in taken.items():
-                    begin = time.thread_time()
-                    preprocessing.to_tensor(pixels, decoder)
-                    seconds.append(time.thread_time() - begin)
+                with suppress(UserError):  # such an image has no row
+                    for decoder, seconds in taken.items():
+                        begin = time.thread_time()
+                        preprocessing.to_tensor(pixels, decoder)
+                        seconds.append(time.thread_time() - begin)
         return median(taken["exact"]) - median(taken["turbo"]) if taken["exact"] else 0.0
 
     def _dataset(self, preset: Preprocessing) -> "_Images":
@@ -257,7 +279,7 @@ class _Images(Dataset[Sample]):
         if pixels is not None:
             try:
                 tensor = self.preprocessing.to_tensor(pixels, self.decoder)
-            except (ImageError, MemoryError) as err:  # raised, it would arrive wrapped
+            except (ImageError, BadValueError, MemoryError) as err:  # raised, it would arrive wrapped
                 fault = describe(err, os.path.join(self.images.root, name), name)
         return tensor, fault, (decoded - begin, time.thread_time() - decoded), kind
 

@@ -34,6 +34,7 @@ class Preprocessing:
         std: Standard deviation of each channel, on the scale 0..1.
         source: Where these values come from.
         squash: Whether both sides are resized to ``resize``, so that the image is distorted.
+        pad: Whether an image smaller than ``crop`` is padded with black; else it cannot be used.
     """
 
     resize: int | None
@@ -43,6 +44,7 @@ class Preprocessing:
     std: tuple[float, ...]
     source: str
     squash: bool = False
+    pad: bool = False
 
     @classmethod
     def of_weights(cls, weights: Any) -> "Preprocessing":
@@ -78,7 +80,13 @@ class Preprocessing:
             std=tuple(data["std"]),
             source=name,
             squash=data["crop_mode"] == "squash",
+            pad=data["crop_pct"] > 1,  # three of VOLO's, which timm evaluates so
         )
+
+    @property
+    def may_pad(self) -> bool:
+        """Whether images may be smaller than the crop, in which case ``pad`` decides."""
+        return self.crop is not None and (self.resize is None or self.resize < self.crop)
 
     @classmethod
     def usual(cls) -> "Preprocessing":
@@ -94,6 +102,7 @@ class Preprocessing:
 
         Raises:
             ImageError: So long and narrow that resizing would make a decompression bomb of it.
+            BadValueError: Smaller than the crop, and not to be padded.
         """
         height, width = pixels.shape[:2]
         if self.resize is not None and self.resize**2 * max(height, width) / min(height, width) > MOST_PIXELS:
@@ -107,6 +116,11 @@ class Preprocessing:
                 size = [self.resize] * (2 if self.squash else 1)  # one number is the short side
                 image = v2.resize(image, size, method, antialias=True)
             if self.crop is not None:
+                height, width = v2.get_size(image)
+                if min(height, width) < self.crop and not self.pad:
+                    raise BadValueError(
+                        f"{width} x {height}: smaller than the crop of {self.crop}. --data.pad true pads it with black"
+                    )
                 image = v2.center_crop(image, [self.crop, self.crop])
         tensor: Tensor = v2.pil_to_tensor(image) if decoder == "exact" else image
         return tensor

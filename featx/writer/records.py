@@ -30,7 +30,7 @@ SHAPE: dict[tuple[type, ...], str] = {  # what a record is read for; whatever el
 }
 IN_WORDS = {str: "text", int: "a number", dict: "an object", list: "a list", bool: "true or false", NOTHING: "null"}
 # Keys of an identity that were added to it, dotted, each with the value that decided before. Nothing is ever taken out.
-SINCE: Json = {"revisions.preprocessing": 1, "revisions.pass": 1, "revisions.text": 1}
+SINCE: Json = {"revisions.preprocessing": 1, "revisions.pass": 1, "revisions.text": 1, "preprocessing.pad": True}
 
 
 def merge(*parts: Json) -> Json:

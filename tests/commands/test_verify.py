@@ -1,5 +1,6 @@
 """``featx verify``: one line for what is wrong with a file, and rows computed again."""
 
+import json
 import shutil
 
 import pytest
@@ -37,6 +38,15 @@ def test_a_file_as_it_was_written_is_right(made, name, capsys):
     assert "21 rows of 4 values as recorded; 21 rows computed again, the largest relative difference is 0.0e+00" in (
         capsys.readouterr().out
     )
+
+
+def test_rows_of_images_that_an_earlier_version_padded_are_computed_so_again(made, tmp_path, capsys):
+    run(made / "photos", tmp_path, data={"resize": 20, "crop": 30, "pad": True})
+    record = json.loads((tmp_path / "2.json").read_text())
+    del record["run"]["options"]["data"]["pad"], record["identity"]["preprocessing"]["pad"]
+    (tmp_path / "2.json").write_text(json.dumps(record))
+    assert main(["verify", str(tmp_path / "2.csv"), "--images", str(made / "photos"), *TINY]) == 0
+    assert "21 rows computed again, the largest relative difference is 0.0e+00" in capsys.readouterr().out
 
 
 def change_a_digit(data):

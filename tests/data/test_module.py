@@ -105,6 +105,19 @@ def test_an_image_too_narrow_to_be_resized_is_told_and_not_tried(tmp_path):
     assert batch.names == ["a.jpg"] and batch.faults == []
 
 
+def test_an_image_smaller_than_the_crop_is_listed_or_padded(tmp_path):
+    for i, size in enumerate([(60, 50), (60, 40), (300, 60)]):
+        make_image(i, size).save(tmp_path / f"{i}.png")
+    data, (batch,) = loader(tmp_path, num_workers=0, resize=None, crop=50)
+    assert batch.names == ["0.png", "2.png"]
+    (fault,) = batch.faults
+    assert fault[:2] == ("1.png", "60 x 40: smaller than the crop of 50. --data.pad true pads it with black")
+    assert data.turbo_saves(Preprocessing.usual()) is not None  # which measures with the others
+    _, (batch,) = loader(tmp_path, num_workers=0, resize=None, crop=50, pad=True)
+    assert (batch.names, batch.faults) == (["0.png", "1.png", "2.png"], [])
+    assert not batch.groups[0][1][1, :, :5].any() and batch.groups[0][1][1, :, 5:45].any()
+
+
 def test_a_lost_folder_is_not_so_many_bad_images(some_broken):
     data, batches = loader(some_broken, num_workers=0, batch_size=2)
     bad = list(batches)[1]
@@ -182,6 +195,29 @@ def test_options_stand_over_the_preset():
     changed = ImageFolderDataModule("x", resize=224, crop=None).preprocessing(preset)
     assert (changed.resize, changed.crop, changed.interpolation) == (224, None, "bilinear")
     assert changed.source.endswith("with your options")
+
+
+@pytest.mark.parametrize(
+    ("options", "resize", "crop"),
+    [({"resize": 32}, 32, 224), ({"crop": 300}, 256, 300), ({"resize": 5, "crop": 6}, 5, 6)],
+)
+def test_a_crop_larger_than_the_resized_images_is_refused_unless_they_are_to_be_padded(options, resize, crop):
+    words = (
+        rf"--data.resize {resize} with --data.crop {crop}: .*\nExpected --data.crop {resize} or less.*--data.pad true"
+    )
+    with pytest.raises(BadValueError, match=words):
+        ImageFolderDataModule("x", **options).preprocessing(Preprocessing.usual())
+    assert ImageFolderDataModule("x", **options, pad=True).preprocessing(Preprocessing.usual()).pad
+
+
+def test_padding_is_part_of_the_identity_where_it_decides_and_nowhere_else():
+    def identity(**options):
+        return ImageFolderDataModule("x", **options).identity(Preprocessing.usual())["preprocessing"]
+
+    for options in ({}, {"resize": 224}, {"resize": None, "crop": None}, {"crop": 256}):
+        assert "pad" not in identity(**options) and identity(**options) == identity(**options, pad=True)
+    assert identity(resize=None)["pad"] is False and identity(resize=None, pad=True)["pad"] is True
+    assert identity(resize=32, pad=True)["pad"] is True
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from conftest import make_image
 from torchvision import models, transforms
 
 from featx.data.preprocess import Preprocessing
+from featx.errors import BadValueError
 
 
 @pytest.mark.parametrize("entry", [models.AlexNet_Weights.IMAGENET1K_V1, models.EfficientNet_B0_Weights.IMAGENET1K_V1])
@@ -30,6 +31,35 @@ def test_null_leaves_a_step_out():
     ours = Preprocessing(None, None, "bilinear", (0.0,) * 3, (1.0,) * 3, "a test")
     assert torch.equal(ours.to_tensor(np.array(image)), transforms.PILToTensor()(image))
     assert str(ours) == "no resize, no crop (a test)"
+
+
+@pytest.mark.parametrize("decoder", ["exact", "turbo"])
+@pytest.mark.parametrize("size", [(50, 40), (64, 40), (40, 64)])
+def test_an_image_smaller_than_the_crop_is_refused_or_padded_as_torchvision_pads(size, decoder):
+    image = make_image(5, size)
+    ours = replace(Preprocessing.usual(), resize=None, crop=48)
+    with pytest.raises(BadValueError, match=rf"{size[0]} x {size[1]}: smaller than the crop of 48. --data.pad true"):
+        ours.to_tensor(np.array(image), decoder)
+    padded = replace(ours, pad=True).to_tensor(np.array(image), decoder)
+    expected = transforms.Compose([transforms.CenterCrop(48), transforms.PILToTensor()])(image)
+    assert torch.equal(padded, expected)
+    assert ours.to_tensor(np.array(make_image(5, (48, 48))), decoder).shape == (3, 48, 48)
+
+
+def test_no_weights_of_torchvision_pad_and_those_of_timm_that_do_are_taken_so():
+    for name in models.list_models(module=models):
+        for entry in models.get_model_weights(name):
+            assert not Preprocessing.of_weights(entry).may_pad, entry
+    data = {
+        "input_size": (3, 448, 448),
+        "crop_mode": "center",
+        "interpolation": "bicubic",
+        "mean": (0.0,),
+        "std": (1.0,),
+    }
+    volo = Preprocessing.of_timm("timm/volo_d4_448", data | {"crop_pct": 1.15})
+    assert (volo.resize, volo.crop, volo.pad) == (389, 448, True)
+    assert not Preprocessing.of_timm("timm/x", data | {"crop_pct": 1.0}).pad
 
 
 def test_normalize_changes_nothing_in_place():

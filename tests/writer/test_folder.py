@@ -224,6 +224,20 @@ def test_a_key_that_is_added_to_the_identity_changes_no_digest(photos, monkeypat
     assert records.differences(old, new | {"bands": [4, 3, 2]}) == ["bands: null -> [4, 3, 2]"]
 
 
+def test_rows_of_images_that_an_earlier_version_padded_are_continued_with_padding_alone(photos, tmp_path):
+    run(photos, tmp_path, data={"resize": 200, "pad": True})
+    record = json.loads((tmp_path / "2.json").read_text())
+    del record["identity"]["preprocessing"]["pad"]  # which was not an option, and was done
+    (tmp_path / "2.json").write_text(json.dumps(record))
+    assert run(photos, tmp_path, data={"resize": 200, "pad": True}).computed == 0
+    record["identity"]["preprocessing"]["resize"] = None
+    (tmp_path / "2.json").write_text(json.dumps(record))
+    with pytest.raises(
+        BadValueError, match=r"was made by another run. What differs:\n  preprocessing.pad: true -> false"
+    ):
+        run(photos, tmp_path, data={"resize": None})
+
+
 def test_a_crash_while_files_are_removed_leaves_none_without_a_record(photos, tmp_path, monkeypatch):
     run(photos, tmp_path / "made", format=["csv", "npy"])
     remove, removed = disk.remove, []
