@@ -1,4 +1,4 @@
-"""featx: a folder of images into CNN features, exactly."""
+"""featx: exact CNN features of a folder of images."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -39,7 +39,7 @@ _HOME = {
 
 
 def __getattr__(name: str) -> Any:
-    """Import a public name when it is first asked for, so that ``featx --help`` need not import torch."""
+    """Import a public name on first use, so that ``featx --help`` does not import torch."""
     if name not in _HOME:
         raise AttributeError(f"module 'featx' has no attribute {name!r}")
     from importlib import import_module

@@ -1,4 +1,4 @@
-"""From Python in one line: ``featx.extract``, the command line's options as keywords, in memory or to files."""
+"""``featx.extract``: features from Python in one line, in memory or to files, with the command line's options."""
 
 import inspect
 import logging
@@ -37,8 +37,8 @@ from featx.writer.folder import file_name, read_errors
 from featx.writer.formats import Floats
 
 Source = str | os.PathLike[str] | Iterable[str | os.PathLike[str]] | Iterable[Image.Image]
-LIBRARIES = r"(lightning|torch|torchvision|torchmetrics|timm|jsonargparse)\b"  # which warn of each other
-NOT_HERE = ("dir", "out_dir", "layer", "on_error", "dry_run")  # parameters of extract, or of no use in it
+LIBRARIES = r"(lightning|torch|torchvision|torchmetrics|timm|jsonargparse)\b"  # they warn about each other
+NOT_HERE = ("dir", "out_dir", "layer", "on_error", "dry_run")  # extract's own parameters, or useless in it
 
 
 def extract(
@@ -52,43 +52,43 @@ def extract(
 ) -> tuple[Any, ...]:
     """Compute the features of images, in memory or to files.
 
-    As one line, and with what ``--data.batch_size 32`` is on the command line::
+    Options of the command line, such as ``--data.batch_size 32``, are keywords::
 
         names, values = featx.extract("photos", layer="fc7", weights="alexnet.pth", batch_size=32)
 
     Args:
-        source: A folder of images; or paths of images; or PIL images, taken as they come, which are named 0, 1, 2 ...
-        layer: A layer, or a list of them.
-        out_dir: Write files there, as ``featx predict`` does, and go on where a run was ended; only of a folder.
-        errors: What images that cannot be read do: raise the first, or return them all.
+        source: A folder of images; or paths of images; or PIL images, which are named 0, 1, 2 ...
+        layer: A layer, or a list of layers.
+        out_dir: Write files there and continue an interrupted run, as ``featx predict`` does; only for a folder.
+        errors: For images that cannot be read: ``raise`` the first one, or ``return`` them all.
         model: A subclass of FeatureExtractor.
-        options: The command line's options without their group, as ``arch``, ``pool``, ``resize``, ``devices`` (1,
-            unless given), and with ``out_dir`` also ``format``, ``header`` ...; of ``strict``, which two groups have,
+        options: The command line's options without their group, such as ``arch``, ``pool``, ``resize``, ``devices``
+            (default 1), and with ``out_dir`` also ``format``, ``header`` ... Two groups have ``strict``: use
             ``model_strict`` and ``data_strict``.
 
     Returns:
-        The names of the rows as a list, and their values, ``(N, D) float32``, in the same order; for a list of layers
-        a dict of values by layer. With ``errors="return"`` a list of the images that cannot be read stands behind,
-        each with ``path``, ``reason`` and ``exception``; all but those that were ``used`` all the same have no row.
-        With ``out_dir`` the values are those of the first format; npy's stay on disk, mapped read-only, but for those
-        of several shards.
+        The names of the rows, a list, and their values, ``(N, D) float32``, in the same order; for a list of layers
+        a dict of values by layer. ``errors="return"`` adds a third: the list of images that cannot be read, each with
+        ``path``, ``reason`` and ``exception``; only those that were ``used`` anyway have a row.
+        With ``out_dir`` the values come from the first format; an npy file stays on disk, mapped read-only, unless
+        there are several shards.
 
     Raises:
-        ImageError: An image cannot be read; with ``out_dir`` after the files were written.
+        ImageError: An image cannot be read; with ``out_dir``, raised after the files are written.
         ValueError: An option cannot be used.
-        FileNotFoundError: A folder, a list or a file of weights is not there.
+        FileNotFoundError: A folder, a list or a file of weights does not exist.
         OSError: The disk failed.
     """
     if getattr(multiprocessing.current_process(), "_inheriting", False):  # a worker, as it imports the script again
         sys.exit(
-            "featx.extract: where processes are not forked, data workers import the script, which calls it again.\n"
+            "featx.extract: on this system data workers import the script, which calls it again.\n"
             "Call it below if __name__ == '__main__', or with num_workers=0."
         )
     if errors not in ("raise", "return"):
         raise BadValueError(f"errors={errors!r}: expected 'raise' or 'return'.")
     dir = os.fspath(source) if isinstance(source, str | os.PathLike) else ""
     if out_dir is not None and not dir:
-        raise BadValueError(f"out_dir={str(out_dir)!r}: expected a folder as source. files= lists the images in it.")
+        raise BadValueError(f"out_dir={str(out_dir)!r}: expected a folder as source. Select its images with files=.")
     owners = {"model": model, "data": ImageFolderDataModule, "writer": FeatureWriter}
     groups = _sort_in(options, owners, out_dir is not None)
     groups["model"]["layer"], groups["data"]["dir"] = layer, dir
@@ -108,14 +108,14 @@ def extract(
     if lost and errors == "raise":
         raise ImageError(
             f"{len(lost)} of {len(lost) + len(names):,} images cannot be read, the first is {lost[0].path}: "
-            f"{lost[0].reason}\nThe files have the others. errors='return' returns these and the list."
+            f"{lost[0].reason}\nThe files have the others. errors='return' returns their rows and these errors."
         )
     values = features[layer] if isinstance(layer, str) else features
     return (names, values, faults) if errors == "return" else (names, values)
 
 
 def _sort_in(options: dict[str, Any], owners: dict[str, type], files: bool) -> dict[str, dict[str, Any]]:
-    """Return keywords in the groups of the command line that know them."""
+    """Return keywords by the command line's groups."""
     homes = [("trainer", name) for name in command_line.TRAINER]
     homes += [(group, name) for group, owner in owners.items() for name in inspect.signature(owner).parameters]
     often = Counter(name for _, name in homes)
@@ -128,10 +128,10 @@ def _sort_in(options: dict[str, Any], owners: dict[str, type], files: bool) -> d
     for word, value in options.items():
         if word not in known:
             near = [whole for whole, (_, name) in known.items() if name == word]
-            told = f" Did you mean {either(near)}?" if near else did_you_mean(word, known)
+            hint = f" Did you mean {either(near)}?" if near else did_you_mean(word, known)
             if ("writer", word) in homes and often[word] == 1 and not files:
-                told = " It is for files: give out_dir, too."
-            raise BadValueError(f"{word}={value!r}: no such option.{told}\n{SEE}")
+                hint = " It applies to files: add out_dir."
+            raise BadValueError(f"{word}={value!r}: no such option.{hint}\n{SEE}")
         group, name = known[word]
         groups[group][name] = os.fspath(value) if isinstance(value, os.PathLike) else value
     return groups
@@ -166,14 +166,14 @@ def _in_memory(
     trainer = _trainer(trainer_options, rows, Progress(len(source) if isinstance(source, Sized) else 0))
     if trainer.world_size > 1:
         raise BadValueError(
-            f"devices={trainer_options.get('devices')!r}: each of several processes would return its own share.\n"
-            "With out_dir= they write one file, of which all return the rows."
+            f"devices={trainer_options.get('devices')!r}: each process would return only its share of the rows.\n"
+            "With out_dir= they write one file, and each returns all rows."
         )
     data: ImageFolderDataModule = made.data
     if pictures := _pictures(source, data):
         samples, ahead = tee(_samples(pictures, data, made.model))
         set_up(made.model, data, ahead)
-        del ahead  # else all that is taken is kept for it
+        del ahead  # tee would keep every sample for it
         _predict(trainer, made.model, dataloaders=_batches(samples, data.batch_size))
     else:
         data.check()
@@ -184,7 +184,7 @@ def _in_memory(
 
 
 def _pictures(source: Any, data: ImageFolderDataModule) -> Iterator[Image.Image] | None:
-    """Return PIL images, or None where the source is paths, which the data module then has."""
+    """Return PIL images, or None if the source is paths, which then go to the data module."""
     if isinstance(source, str | os.PathLike):
         return None
     images = iter(source)
@@ -200,18 +200,18 @@ def _pictures(source: Any, data: ImageFolderDataModule) -> Iterator[Image.Image]
 
 
 def _samples(pictures: Iterator[Image.Image], data: ImageFolderDataModule, model: FeatureExtractor) -> Iterator[Sample]:
-    """Yield PIL images as they come, as the data module would read them; the model is configured by then."""
+    """Yield PIL images as the data module's samples; the model must be configured."""
     preprocessing = data.preprocessing(model.preprocessing)
     for index, picture in enumerate(pictures):
         name, pixels, fault = str(index), None, None
         if not isinstance(picture, Image.Image):
             raise BadValueError(
-                f"source: number {name} is a {type(picture).__name__}. Expected PIL images, as the first was one, or "
+                f"source: item {name} is a {type(picture).__name__}. Expected only PIL images, like the first, or only "
                 "paths of images."
             )
         try:
             pixels = preprocessing.to_tensor(to_rgb(picture, data.value_range), data.decoder)
-        except Exception as err:  # it may still have to be decoded
+        except Exception as err:  # PIL may decode it only now
             fault = describe(err, name, name)
         yield index, name, pixels, fault, (0.0, 0.0), ""
 
@@ -223,10 +223,10 @@ def _batches(samples: Iterator[Sample], batch_size: int) -> Iterator[Batch]:
 
 
 class _Rows(Callback):
-    """Keeps what comes, where no writer takes it."""
+    """Collects rows in memory."""
 
     def __init__(self, stop: bool) -> None:
-        self.stop = stop  # at an image that cannot be read
+        self.stop = stop  # at the first image that cannot be read
         self.names: list[str] = []
         self.faults: list[Fault] = []
         self.chunks: dict[str, list[Floats]] = defaultdict(list)
@@ -238,7 +238,7 @@ class _Rows(Callback):
         if lost and self.stop:
             raise ImageError(
                 f"{lost[0].path}: {lost[0].reason} ({lost[0].exception})\n"
-                "errors='return' goes on, and returns the images that cannot be read beside the rows."
+                "errors='return' continues, and returns such images besides the rows."
             )
         self.names += batch.names
         self.faults += batch.faults
@@ -247,7 +247,7 @@ class _Rows(Callback):
 
 
 def _predict(trainer: Trainer, model: FeatureExtractor, **data: Any) -> None:
-    # Lightning leaves Ctrl-C ignored after one, and a DataLoader with workers its own handler of SIGCHLD
+    # Lightning ignores Ctrl-C after the first, and a DataLoader with workers leaves its own handler of SIGCHLD
     numbers = {signal.SIGINT, getattr(signal, "SIGCHLD", signal.SIGINT)}
     before = {number: signal.getsignal(number) for number in numbers}
     try:
@@ -264,7 +264,7 @@ def _predict(trainer: Trainer, model: FeatureExtractor, **data: Any) -> None:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep Lightning's banners and tips out of a notebook."""
+    """Silence Lightning's banners and tips."""
     levels = {logger: logger.level for logger in map(logging.getLogger, ("lightning.pytorch", "lightning.fabric"))}
     try:
         for logger in levels:

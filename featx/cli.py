@@ -1,4 +1,4 @@
-"""The command line: which command, and how a run ends; ``featx --help`` answers without importing torch."""
+"""The command line: picks the command and ends the process; ``featx --help`` answers without importing torch."""
 
 import io
 import os
@@ -9,35 +9,36 @@ from typing import Any, NoReturn
 
 from featx import __version__
 from featx.process.signals import INTERRUPTED, Stopped, leave_at_once, listen
-from featx.process.start import import_lean
+from featx.process.start import import_fast
 
 MODULES = {name: name for name in ("predict", "layers", "verify", "completion")} | {"show": "show.page"}
 
 HELP = """\
 usage: featx COMMAND [options]
 
-A folder of images into CNN features, exactly: one row an image, in order.
+Turn a folder of images into CNN features: one exact row per image, in order.
 
 commands:
-  predict     write the activations of a network's layers for every image
-  layers      list the layers that a network has, with their columns and cost
-  verify      hold a finished file against its record, and against its images
-  show        write a page on which a finished file's images are seen
+  predict     write a network's activations for every image
+  layers      list a network's layers, with their columns and cost
+  verify      check a finished file against its record and its images
+  show        make a web page that maps a finished file's images
+  completion  print a completion script for bash, zsh or tcsh
 
-  featx predict --data.dir photos --model.layer fc7     writes features/fc7.csv
-  featx predict --help                                  lists the options
-  featx layers --model.arch resnet50                    lists its layers
-  featx completion bash                                 completes its options
-  featx --version
+examples:
+  featx predict --data.dir photos --model.layer fc7     write features/fc7.csv
+  featx predict --help                                  list its options
+  featx layers --model.arch resnet50                    list ResNet-50's layers
+  featx --version                                       print the version
 """
 
 
 def run() -> NoReturn:
-    """Run the process's command line and end the process."""
+    """Run this process's command line, then end the process."""
     streams = open_streams()
     try:
         status = main()
-    except SystemExit as end:  # of a parser that has said all
+    except SystemExit as end:  # a parser has printed its message
         status = end.code if isinstance(end.code, int) else int(end.code is not None)
     for stream in streams:
         getattr(sys, stream.title).flush()
@@ -48,13 +49,13 @@ def run() -> NoReturn:
 
 
 class Stream(io.FileIO):
-    """stdout or stderr, which what is printed never fails on.
+    """stdout or stderr; printing to it never raises.
 
-    That a reader has gone, as ``| head`` does, is no fault: what else is printed goes nowhere.
+    A reader that closes its pipe, such as ``| head``, is no error: further output is dropped.
 
     Attributes:
         title: stdout or stderr.
-        fault: Why something could not be written.
+        fault: Why a write failed, or None.
     """
 
     def __init__(self, number: int, title: str) -> None:
@@ -63,7 +64,7 @@ class Stream(io.FileIO):
         self.fault: OSError | None = None
 
     def write(self, data: Any) -> int:
-        """Write bytes and return how many were."""
+        """Write bytes and return their number."""
         try:
             return super().write(data) or 0
         except BrokenPipeError:  # https://docs.python.org/3/library/signal.html#note-on-sigpipe
@@ -74,19 +75,19 @@ class Stream(io.FileIO):
 
 
 def open_streams() -> list[Stream]:
-    """Put streams on which printing never fails in the place of ``sys.stdout`` and ``sys.stderr``, and return them.
+    """Replace ``sys.stdout`` and ``sys.stderr`` by streams that never raise, and return them.
 
-    One that was closed, as ``>&-`` does, is opened on /dev/null, so that no other file is opened in its place.
+    A stream that was closed (``>&-``) is opened on /dev/null; otherwise the next file opened would take its number.
     """
     for number in range(3):
         try:
             os.fstat(number)
         except OSError:
-            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # takes the lowest number that is free
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # takes the lowest free number
     streams = [Stream(1, "stdout"), Stream(2, "stderr")]
     for stream in streams:
         before: Any = getattr(sys, stream.title)
-        how: dict[str, Any] = {"encoding": "utf-8", "errors": "backslashreplace"}  # where there was none
+        how: dict[str, Any] = {"encoding": "utf-8", "errors": "backslashreplace"}  # if there was none
         if before is not None:
             how = {name: getattr(before, name) for name in ("encoding", "errors", "line_buffering", "write_through")}
         buffer: Any = stream if how.get("write_through") else io.BufferedWriter(stream)
@@ -98,8 +99,8 @@ def main(argv: list[str] | None = None) -> int:
     """Run a command line and return its exit status.
 
     Returns:
-        0: done. 1: a bug, or a failure of the machine. 2: a mistake in what was asked. 3: done, but for images that
-        cannot be read. 4: the disk. 130: Ctrl-C. 143: SIGTERM.
+        0: done. 1: a bug or a failure of the machine. 2: a mistake in the command. 3: done, except for images that
+        cannot be read. 4: a disk error. 130: Ctrl-C. 143: SIGTERM.
     """
     argv = sys.argv[1:] if argv is None else argv
     listen()
@@ -133,7 +134,7 @@ def _run(argv: list[str]) -> int:
             raise UserError(f"{command}: expected a command before it{':' if line else '.'}{line or near}")
         if command not in MODULES:
             raise UserError(f"{command}: no such command.{did_you_mean(command, MODULES)} featx --help lists them.")
-        module = import_lean(f"featx.commands.{MODULES[command]}")
+        module = import_fast(f"featx.commands.{MODULES[command]}")
         return int(getattr(module, command)(rest))
     except UserError as err:
         log.error("%s", err)

@@ -1,4 +1,4 @@
-"""What featx tells its user: mistakes in words, names that were nearly right, notes on stderr."""
+"""Messages: the user's mistakes, suggestions for mistyped names, notes on stderr."""
 
 import difflib
 import logging
@@ -13,7 +13,7 @@ SEE = "featx predict --help lists the options."
 
 
 class UserError(Exception):
-    """A mistake that the user can mend: one short message, no traceback, exit status 2.
+    """A mistake that the user can correct: one short message, no traceback, exit status 2.
 
     The message names the option, the value received, what was expected and what to do. It is written in the command
     line's words; from Python it reads ``batch_size=0: expected ...`` instead of ``--data.batch_size 0: expected ...``.
@@ -36,7 +36,7 @@ class BadValueError(UserError, ValueError):
 
 
 class MissingPathError(UserError, FileNotFoundError):
-    """A file or folder that an option names and that does not exist."""
+    """An option names a file or folder that does not exist."""
 
 
 class ImageError(UserError, ValueError):
@@ -46,7 +46,7 @@ class ImageError(UserError, ValueError):
 
 
 class LostFolderError(UserError, FileNotFoundError):
-    """The images are no longer there: exit status 4."""
+    """The folder of images has disappeared during the run: exit status 4."""
 
     exit_status = 4
 
@@ -79,7 +79,7 @@ def either(words: Sequence[str]) -> str:
 
 
 def as_list(value: str) -> str:
-    """Return several words or numbers as the command line takes them as a list, one alone as nothing.
+    """Return several words or numbers as a quoted list for the command line, or "" for a single one.
 
     Example:
         >>> as_list("fc6, fc7")
@@ -105,33 +105,38 @@ def size_in_words(number: float) -> str:
 
 
 def first_line(err: BaseException) -> str:
-    """Return what an error says on its first line, or its type where it says nothing."""
+    """Return the first line of an error's message, or its type if it has no message."""
     return (str(err).strip() or type(err).__name__).split("\n")[0]
 
 
 def rank() -> int:
-    """Return this process's number among all of the run, 0 where there is one, as its launcher set it."""
+    """Return this process's rank as its launcher set it, 0 for a single process."""
     for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID"):
         if os.environ.get(name, "").isdigit():
             return int(os.environ[name])
     return 0
 
 
+def note(label: str, text: str) -> None:
+    """Log a line of a run's summary; the texts of several align."""
+    log.info("%-15s%s", f"{label}:", text)
+
+
 def log_to_stderr() -> None:
-    """Send notes and warnings to stderr, one line each: all of them from rank 0, only errors from the others."""
+    """Send notes and warnings to stderr, one line each; ranks other than 0 report errors only."""
     log.handlers = [_Stderr()]
     log.propagate = False
     log.setLevel(logging.INFO if rank() == 0 else logging.ERROR)
-    for category in (DeprecationWarning, FutureWarning):  # between libraries
+    for category in (DeprecationWarning, FutureWarning):  # from one library to another
         warnings.filterwarnings("ignore", category=category)
     warnings.showwarning = lambda message, *_, **__: log.warning("%s", str(message).strip().split("\n")[0])
 
 
 class _Stderr(logging.Handler):
-    """Writes to what stderr is by then: whoever put another in its place may have closed the one before."""
+    """Looks up sys.stderr at each write, since a program may have replaced and closed the earlier one."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Write a note as it is, a warning or an error with its level in front."""
+        """Write a note as it is, and a warning or an error after its level."""
         where = f" [rank {rank()}]" if rank() else ""
         level = f"featx: {record.levelname.lower()}{where}: " if record.levelno >= logging.WARNING else ""
         sys.stderr.write(f"{level}{record.getMessage()}\n")

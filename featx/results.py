@@ -1,4 +1,4 @@
-"""A finished file: its names and values, its record, the images of its rows and those that have none."""
+"""A finished file: its names and values, its record, its images and their errors."""
 
 import os
 import zlib
@@ -26,16 +26,16 @@ def load(path: PathLike, mmap: bool = False) -> tuple[list[str], Floats]:
 
     Args:
         path: LAYER.csv, with or without a header; LAYER.npy, with LAYER.names.txt beside it; LAYER.parquet; a folder
-            LAYER of such files as ``--writer.shard_rows`` makes it, or ``LAYER/*.npy`` where it has several formats.
-        mmap: Whether an ``.npy`` stays on disk, mapped read-only; several are brought to memory.
+            LAYER of shards (``--writer.shard_rows``), or ``LAYER/*.npy`` if it has several formats.
+        mmap: Leave an ``.npy`` file on disk and map it read-only. Shards are always read into memory.
 
     Returns:
-        The names of the rows, and their values: ``(N, D) float32``, or float16 where the file holds that, in memory.
-        A name that is not UTF-8 comes with surrogates, as the system's file names do in Python.
+        The names of the rows, and their values, ``(N, D) float32``, or float16 if the file has that. A name that is not
+        UTF-8 contains surrogates, as file names do in Python.
 
     Raises:
-        FileNotFoundError: No such file, or an ``.npy`` without its names.
-        ValueError: It does not hold what featx writes, or pyarrow is missing for Parquet.
+        FileNotFoundError: No such file, or the names beside an ``.npy`` file are missing.
+        ValueError: The file is not in featx's format, or Parquet needs pyarrow, which is not installed.
     """
     names: list[str] = []
     chunks = []
@@ -46,29 +46,29 @@ def load(path: PathLike, mmap: bool = False) -> tuple[list[str], Floats]:
 
 
 def record(path: PathLike) -> dict[str, Any]:
-    """Return what LAYER.json says of a file of features: what made it, with which weights, from which images.
+    """Return LAYER.json, the record of a file of features: the network, weights, options and images it came from.
 
     Args:
-        path: The file, the folder of shards, one of them, or LAYER.json itself.
+        path: The file, the folder of shards, one of the shards, or LAYER.json itself.
 
     Raises:
-        FileNotFoundError: There is no record beside it.
-        ValueError: What is there is no record of featx, or one of a newer featx.
+        FileNotFoundError: There is no record beside the file.
+        ValueError: It is not a record that featx wrote, or a newer featx wrote it.
     """
     beside = record_path(Path(path))
     found = records.read_record(beside)
     if found is None:
-        raise MissingPathError(f"{beside}: no record. Expected what featx predict wrote.")
+        raise MissingPathError(f"{beside}: no record. Expected a file that featx predict wrote.")
     return found
 
 
 def named(path: Path) -> Path:
-    """Return a path that ends in a name: the folder ``.`` of ``features/fc7`` as ``../fc7``."""
+    """Return a path that ends in a name: ``.`` inside ``features/fc7`` becomes ``../fc7``."""
     return path if path.name not in ("", "..") else path / ".." / path.resolve().name
 
 
 def record_path(path: Path) -> Path:
-    """Return where a file's record is: beside it or, of a shard or the folder of all, beside that folder."""
+    """Return the path of a file's record: beside the file or, for shards, beside their folder."""
     if path.is_dir():
         return Path(f"{named(path)}.json")
     beside, above = path.with_suffix(".json"), Path(f"{path.absolute().parent}.json")
@@ -76,7 +76,7 @@ def record_path(path: Path) -> Path:
 
 
 def stack(chunks: list[Floats]) -> Floats:
-    """Return rows in one array, ``(N, D)``, of chunks, ``(R, D)`` each, which are given up one by one."""
+    """Join chunks of rows, ``(R, D)`` each, to one array, ``(N, D)``, freeing each chunk once it is copied."""
     if len(chunks) < 2:
         return chunks[0] if chunks else np.empty((0, 0), np.float32)
     whole = np.empty((sum(map(len, chunks)), chunks[0].shape[1]), chunks[0].dtype)
@@ -90,24 +90,26 @@ def stack(chunks: list[Floats]) -> Floats:
 
 
 def read(path: Path, mmap: bool = True) -> Iterator[Rows]:
-    """Yield names and values, ``(R, D)``, of some rows after the others; what ``load`` raises is raised here."""
+    """Yield names and values, ``(R, D)``, of some rows at a time; raises what ``load`` raises."""
     if path.is_dir() or path.stem == "*":
         return chain.from_iterable(read(shard, mmap) for shard in _shards(path))
     if (format := FORMATS.get(path.suffix[1:])) is None:
         raise BadValueError(f"{path}: no such format. Expected a file that ends with .{', .'.join(FORMATS)}.")
     if not path.is_file():
-        raise MissingPathError(f"{path}: no such file. Expected what featx predict wrote.")
+        raise MissingPathError(f"{path}: no such file. Expected a file that featx predict wrote.")
     return format.read(path, mmap)
 
 
 def _shards(path: Path) -> list[Path]:
-    """Return the shards in a folder, or those of ``LAYER/*.npy``, in order: one format, and all there."""
+    """Return the shards in a folder, or those of ``LAYER/*.npy``, in order; refuse mixed formats and gaps."""
     folder, wanted = (path, list(FORMATS)) if path.is_dir() else (path.parent, [path.suffix[1:]])
     found = sorted(file for file in folder.glob("[0-9]*") if file.suffix[1:] in wanted and file.stem.isdigit())
     if not found:
-        raise MissingPathError(f"{path}: no shards. Expected what featx predict wrote with --writer.shard_rows.")
+        raise MissingPathError(f"{path}: no shards. Expected shards that featx predict wrote with --writer.shard_rows.")
     if len(kinds := sorted({file.suffix for file in found})) > 1:
-        raise BadValueError(f"{path}: holds {' and '.join(kinds)}. Expected one of them, as '{folder}/*{kinds[0]}'")
+        raise BadValueError(
+            f"{path}: holds {' and '.join(kinds)}. Expected one, such as '{folder}/*{kinds[0]}'"
+        )
     if len(found) != int(found[-1].stem) + 1:
         raise BadValueError(f"{path}: {count(len(found), 'shard')}, the last is {found[-1].name}. Some are missing.")
     return found
@@ -120,7 +122,7 @@ class Finished:
     Attributes:
         path: The file, or the folder.
         record_path: Where its record is, or would be.
-        record: What LAYER.json says, of one shard with its own ``rows``; empty where it is missing.
+        record: The contents of LAYER.json, for a shard with the shard's ``rows``; empty if the record is missing.
     """
 
     path: Path
@@ -129,17 +131,17 @@ class Finished:
 
     @property
     def is_known(self) -> bool:
-        """Whether there is a record, and it knows the file."""
+        """Whether there is a record and it lists the file."""
         return self.path.name in {part for name in self.record.get("files", ()) for part in Path(name).parts}
 
     @property
     def is_shard(self) -> bool:
-        """Whether this is one file of several."""
+        """Whether this is one of several shards."""
         return self.path.absolute().parent != self.record_path.absolute().parent
 
     @property
     def own(self) -> range:
-        """Which of all images are the file's: a shard has those of its number."""
+        """Indices of this file's images among all images of the run."""
         total = self.record["inputs"]["images"]
         size = self.record["identity"]["shard_rows"] if self.is_shard else total
         start = int(self.path.stem) * size if self.is_shard else 0
@@ -147,7 +149,7 @@ class Finished:
 
     @cached_property
     def images(self) -> list[str] | None:
-        """The images' paths below the data folder, or None where the list of them is no longer there, or damaged."""
+        """The images' paths below the data folder, or None if the list of them is missing or damaged."""
         kept = self.record_path.parent / HIDDEN / file_name(self.record["layer"]) / "images.gz"
         try:
             names = [name for name, _, _ in records.read_inputs(kept, slice(self.own.start, self.own.stop))]
@@ -157,7 +159,7 @@ class Finished:
 
     @cached_property
     def faults(self) -> list[Fault]:
-        """What is wrong with images of the file's, of all images where the list of them is no longer there."""
+        """Errors of this file's images; those of all images if the list of images is missing."""
         faults = read_errors(self.record_path.with_name(file_name(self.record["layer"], "errors.csv")))
         if self.images is None:
             return faults
@@ -166,22 +168,24 @@ class Finished:
 
     @cached_property
     def rows(self) -> list[str] | None:
-        """The path of each row's image, or None where the list of images is no longer there."""
+        """The path of each row's image, or None if the list of images is missing."""
         lost = {fault.path for fault in self.faults if not fault.used}
         return self.images and [name for name in self.images if name not in lost]
 
 
 def find(path: Path) -> Finished:
-    """Return a finished file, a folder of shards or one of them.
+    """Return a finished file, a folder of shards, or one shard.
 
     Raises:
-        MissingPathError: It is not there.
-        BadValueError: Its record is none of featx's, or one of a newer featx.
+        MissingPathError: It does not exist.
+        BadValueError: Its record was not written by featx, or by a newer featx.
     """
     if not path.exists():
         beside = path.parent.glob("[!.]*")
         near = did_you_mean(path.name, [other.name for other in beside if other.suffix not in (".json", ".html")])
-        raise MissingPathError(f"{path}: no such file.{near} Expected what featx predict wrote, as features/fc7.csv")
+        raise MissingPathError(
+            f"{path}: no such file.{near} Expected a file that featx predict wrote, such as features/fc7.csv"
+        )
     path = named(path)
     place = record_path(path)
     record = records.read_record(place) or {}

@@ -1,4 +1,4 @@
-"""The run: all checks before the first batch, how long it would take, and how it ends, whatever ends it."""
+"""A run: the checks before the first batch, an estimate of its time, and how it ends."""
 
 import os
 import re
@@ -14,7 +14,7 @@ from lightning.pytorch.callbacks import LambdaCallback
 from torch import Tensor
 
 from featx.data.module import ImageFolderDataModule, Sample
-from featx.errors import UserError, count, first_line, log, rank
+from featx.errors import UserError, count, first_line, log, note, rank
 from featx.model.extractor import FeatureExtractor
 from featx.process.cores import cores_per_process
 from featx.process.lightning import give_children_to, keep_signals, refusal, report_lost_workers_once
@@ -24,13 +24,13 @@ from featx.writer.disk import GOES_ON
 
 
 class FailedError(UserError):
-    """The machine failed the run: exit status 1."""
+    """The machine failed: exit status 1."""
 
     exit_status = 1
 
 
 class Plan(NamedTuple):
-    """What a run will write: the values in a row by layer and, in process 0, the bytes of all files."""
+    """What a run will write: values per row for each layer and, on rank 0, bytes of all files."""
 
     columns: dict[str, int]
     size: int
@@ -39,10 +39,10 @@ class Plan(NamedTuple):
 def prepare(
     trainer: Trainer, model: FeatureExtractor, data: ImageFolderDataModule, writer: FeatureWriter
 ) -> Plan | None:
-    """Find every mistake that can be found before the first batch, the cheap ones first, a download last.
+    """Check everything that can be checked before the first batch: cheap checks first, a download last.
 
     Returns:
-        What there is to do, or None.
+        What there is to do, or None if nothing is left.
     """
     try:
         writer.check()
@@ -59,49 +59,49 @@ def prepare(
     except BaseException as err:
         writer.release()
         if isinstance(err, UserError) and rank() and {"TORCHELASTIC_RUN_ID", "SLURM_PROCID"} & os.environ.keys():
-            sys.exit(err.exit_status)  # rank 0 makes the same checks and says it
+            sys.exit(err.exit_status)  # rank 0 makes the same checks and reports it
         raise
 
 
 def set_up(
     model: FeatureExtractor, data: ImageFolderDataModule, samples: Iterable[Sample] | None = None
 ) -> dict[str, Tensor]:
-    """Build the network, try it out on an image, and return the image's rows, ``(1, D) float32`` of each layer.
+    """Build the network, run it on one image, and return each layer's row, ``(1, D) float32``.
 
     Args:
         model: The network.
         data: The images.
-        samples: Images that are not in a folder; the first of them are taken.
+        samples: Images that are not in a folder.
 
     Raises:
-        UserError: A mistake in what was asked; the cheap ones are found first, a download comes last.
+        UserError: A mistake in the options.
     """
     model.check()
     if samples is None:
         data.setup()
     model.configure_model()
-    log.info("preprocessing: %s", data.preprocessing(model.preprocessing))
+    note("preprocessing", str(data.preprocessing(model.preprocessing)))
     sample = model.try_out(data.first_batch(model.preprocessing, samples))
     layers = [f"{layer}{f' = {path}' if path != layer else ''}, {count(sample[layer].shape[1], 'column')}"
               for layer, path in model.layers.items()]  # fmt: skip
-    log.info("%s: %s", "layers" if len(layers) > 1 else "layer", "; ".join(layers))
+    note("layers" if len(layers) > 1 else "layer", "; ".join(layers))
     return sample
 
 
 def estimate(trainer: Trainer, model: FeatureExtractor, data: ImageFolderDataModule) -> float:
-    """Return how many seconds the run would take, by two batches of it on its device."""
+    """Estimate the seconds of the whole run from two of its batches, computed on its device."""
     assert data.images is not None
     device = trainer.strategy.root_device
     model.to(device)
-    for number in (0, int(len(data.images) > data.batch_size)):  # the first one also pays for what happens once
+    for number in (0, int(len(data.images) > data.batch_size)):  # the first batch warms up
         begin = time.perf_counter()
         batch = data.read_batch(number, model.preprocessing)
         read = time.perf_counter()
         moved = batch._replace(groups=[(rows, images.to(device)) for rows, images in batch.groups])
         for values in model.predict_step(moved).values():
-            values.cpu()  # what is still computed is waited for
+            values.cpu()  # waits for the result
         reading, computing = (read - begin) / cores_per_process(trainer), time.perf_counter() - read
-    # A CPU is shared by both stages; beside a GPU the slower of the two is the bottleneck.
+    # On a CPU both stages share the cores; with a GPU the slower stage decides.
     seconds = reading + computing if device.type == "cpu" else max(reading, computing)
     return seconds / batch.size * len(data.images) / trainer.world_size
 
@@ -110,8 +110,8 @@ def run(trainer: Trainer, model: FeatureExtractor, data: ImageFolderDataModule) 
     """Run a command's Trainer, and end all of its processes when one of them ends early.
 
     Raises:
-        UserError: What went wrong, in words.
-        Stopped: The run was asked to end, or another process was lost.
+        UserError: Anything that featx has a message for.
+        Stopped: A signal, or the loss of another process, ended the run.
     """
     watch = Watch(lambda text: log.error("%s. %s", text, GOES_ON))
     if trainer.world_size > 1:
@@ -126,38 +126,38 @@ def run(trainer: Trainer, model: FeatureExtractor, data: ImageFolderDataModule) 
         trainer.predict(model, datamodule=data, return_predictions=False)
         watch.leave(0)
     except BaseException as err:
-        told = in_words(err, trainer, data)
-        watch.leave(told.exit_status if isinstance(told, UserError | Stopped) else 1)
+        reported = explain(err, trainer, data)
+        watch.leave(reported.exit_status if isinstance(reported, UserError | Stopped) else 1)
         if trainer.is_global_zero:
             end_processes(getattr(trainer.strategy.launcher, "procs", []))
         end_at_the_latest(PATIENCE, 1)
-        if told is err:
+        if reported is err:
             raise
-        raise told from err
+        raise reported from err
 
 
-def in_words(err: BaseException, trainer: Trainer, data: ImageFolderDataModule) -> BaseException:
-    """Return what the user hears of an error: a message where featx has one, else the error itself."""
+def explain(err: BaseException, trainer: Trainer, data: ImageFolderDataModule) -> BaseException:
+    """Return the error to report: one with a message for the user if featx has one, else the error itself."""
     if isinstance(err, UserError | Stopped):
         return err
-    # What else ends a run may follow from a signal, which reached the workers too, or from a process that was lost.
+    # Any other error may follow from a signal, which the workers got too, or from the loss of a process.
     if verdict() is None:
         time.sleep(1 if trainer.world_size > 1 else 0.2)
     if (status := verdict()) is not None:
         return Stopped(status)
     if isinstance(err, MisconfigurationException):
         return refusal(err, {})
-    first, advice = first_line(err), f"Give a smaller --data.num_workers than {data.workers}. {GOES_ON}"
+    first, advice = first_line(err), f"Use fewer --data.num_workers than {data.workers}. {GOES_ON}"
     if isinstance(err, torch.OutOfMemoryError):
         what = f"out of memory at --data.batch_size {data.batch_size}"
-        advice = "Give a smaller --data.batch_size with --writer.overwrite true: last digits depend on the batch."
+        advice = "Use a smaller --data.batch_size with --writer.overwrite true: last digits depend on the batch."
     elif trainer.world_size > 1 and isinstance(err, torch.distributed.DistStoreError):
-        what, advice = "the run's other machines did not come", GOES_ON
+        what, advice = "the run's other machines did not connect", GOES_ON
     elif isinstance(err, RuntimeError) and re.search("DataLoader worker.*(killed|exited)", str(err)):
-        what = "a process that decodes images was lost, most often for want of memory or of threads"
+        what = "a process that decodes images died, most often for lack of memory or threads"
         first = first.split(". ")[0]
     elif isinstance(err, BlockingIOError) or "start new thread" in first or "Too many open files" in first:
-        what = "the system refuses another process, thread or open file (ulimit -u, ulimit -n)"
+        what = "the system allows no more processes, threads or open files (ulimit -u, ulimit -n)"
     else:
         return err
     return FailedError(f"{what}: {first}\n{advice}")

@@ -26,5 +26,5 @@ def test_demo_takes_a_trained_network_from_a_package_where_nothing_can_be_downlo
     assert all(line.split()[1] in set(names) - {line.split()[0]} for line in table)
     assert demo.LITE in (REPO / "README.md").read_text()
     again = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300)
-    assert again.returncode == 0 and "finished before, nothing to do: 15 rows" in again.stdout
+    assert again.returncode == 0 and "already finished, nothing to do: 15 rows" in again.stdout
     assert "motorcycle-left.png" in next(line for line in table if line.split()[0] == "motorcycle-right.png")

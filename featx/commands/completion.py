@@ -1,4 +1,4 @@
-"""``featx completion SHELL``: a script by which a shell completes commands, options and their values."""
+"""``featx completion SHELL``: prints a script that completes commands, options and values in a shell."""
 
 import argparse
 from typing import Any, get_type_hints
@@ -15,7 +15,7 @@ PATHS = {"data.dir", "data.files", "model.weights", "writer.out_dir", "config"}
 
 
 def completion(argv: list[str]) -> int:
-    """Print the script for a shell: bash, zsh or tcsh.
+    """Print the completion script for bash, zsh or tcsh.
 
     Raises:
         BadValueError: Another shell, or shtab is not installed.
@@ -33,7 +33,7 @@ def completion(argv: list[str]) -> int:
 
 
 def _parser(file: Any) -> argparse.ArgumentParser:
-    """Return a parser of the commands and the names of their options, which only serves to be completed."""
+    """Return a parser of the commands and their options, used for completion only."""
     parser = argparse.ArgumentParser("featx")
     commands = parser.add_subparsers()
     for command in ("predict", "layers"):
@@ -44,7 +44,7 @@ def _parser(file: Any) -> argparse.ArgumentParser:
             if name != "return"
         }
         options |= {f"trainer.{name}": [] for name in TRAINER} | {"config": [], "model": []}
-        sub = commands.add_parser(command, help=command)  # shtab hides those without
+        sub = commands.add_parser(command, help=command)  # shtab hides commands without help
         for name, choices in options.items():
             action: Any = sub.add_argument(f"--{name}", choices=choices or None)
             if name in PATHS:
@@ -52,7 +52,7 @@ def _parser(file: Any) -> argparse.ArgumentParser:
         for name in ("print_config", "help_all") if command == "predict" else ("json",):
             sub.add_argument(f"--{name}", action="store_true")
     for command, options_of in (("verify", ["--images", "--model", "--model.arch"]), ("show", ["--images", "--map"])):
-        sub = commands.add_parser(command, help=command)  # shtab hides those without
+        sub = commands.add_parser(command, help=command)
         for option in options_of:
             one: Any = sub.add_argument(option, choices=["pca", "tsne"] if option == "--map" else None)
             if option == "--images":
@@ -64,6 +64,6 @@ def _parser(file: Any) -> argparse.ArgumentParser:
 
 
 def _choices(hint: Any) -> list[str]:
-    """Return the words that a type allows: those of its Literals, true and false, null."""
+    """Return the words that a type allows: its literals, true and false, null."""
     words = [word for kind in expected(hint) for word in kind.split(" or ")]
     return [word for word in words if " " not in word and word not in ("text", "module.Class")]

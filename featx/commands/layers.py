@@ -1,4 +1,4 @@
-"""``featx layers``: which layers a network has, in the order of execution, and what a row and a pass of each cost."""
+"""``featx layers``: lists a network's layers in the order of execution, with the size and cost of each."""
 
 import json
 from concurrent.futures import ThreadPoolExecutor
@@ -10,7 +10,7 @@ from lightning.pytorch import Trainer
 from featx.commands import options
 from featx.data.module import ImageFolderDataModule
 from featx.data.preprocess import Preprocessing
-from featx.errors import SEE, BadValueError, log
+from featx.errors import SEE, BadValueError, log, note
 from featx.model.build import is_function
 from featx.model.costs import Row, measure
 from featx.model.extractor import FeatureExtractor
@@ -21,10 +21,10 @@ from featx.writer.callback import FeatureWriter
 
 
 def layers(argv: list[str]) -> int:
-    """Run ``featx layers`` with these options and return the exit status, 0.
+    """Run ``featx layers`` and return the exit status, 0.
 
     Raises:
-        UserError: A mistake in them.
+        UserError: A mistake in the options.
     """
     options.import_from_here()
     if "-h" in argv or "--help" in argv:
@@ -38,7 +38,7 @@ def layers(argv: list[str]) -> int:
     made = parser.instantiate_classes(config)
     model: FeatureExtractor = made.model
     size = _prepare(model, made.data)
-    with ThreadPoolExecutor(1, initializer=one_core) as core:  # as predict's slices have it
+    with ThreadPoolExecutor(1, initializer=one_core) as core:  # like predict's slices
         rows = core.submit(measure, model, size, lambda row: len(formats.csv_row(b"", row))).result()
     print(json.dumps([asdict(row) for row in rows], indent=1) if config.json else as_table(rows))
     return 0
@@ -49,17 +49,17 @@ def _print_help() -> None:
     options.print_group("network", "model", FeatureExtractor, lambda name: name != "layer")
     options.print_group("size of the images", "data", ImageFolderDataModule, ("resize", "crop").__contains__)
     print("also:")
-    options.print_option("json", None, "Print a JSON list of objects, of the same fields, in place of the table.")
+    options.print_option("json", None, "Print a JSON list with the same fields instead of the table.")
     for name, text in options.ALSO.items():
         options.print_option(name, None, text)
     print("""
-The images are random, and where --model.weights is auto, the weights too. All
-other options of featx predict are taken and change nothing, so that a line or a
-config of it can be used as it is.""")
+The images are random, and so are the weights if --model.weights is auto. The
+other options of featx predict are accepted and ignored, so you can reuse its
+command lines and configs.""")
 
 
 def _parser() -> options.Parser:
-    """Return a parser of all that ``featx predict`` takes, so that a line or a config of it serves here too."""
+    """Return a parser of all options of ``featx predict``, so that its command lines and configs work here too."""
     parser = options.Parser(prog="featx layers", default_env=False)
     parser.add_argument("-c", "--config", action=ActionConfigFile)
     parser.add_lightning_class_args(FeatureExtractor, "model", subclass_mode=True)
@@ -72,19 +72,19 @@ def _parser() -> options.Parser:
 
 
 def _prepare(model: FeatureExtractor, data: ImageFolderDataModule) -> int:
-    """Build the network and return the side of the images that it is to be given."""
-    model.layer = PENULTIMATE  # a name that any network knows; whether this one has it, the pass shows
+    """Build the network and return the side of its images, in pixels."""
+    model.layer = PENULTIMATE  # a name that is valid for any network; the pass shows whether this one has it
     if model.weights == "auto" and not (model.own_network or is_function(model.arch)):
-        model.weights = "random"  # no download for a table in which they matter little
+        model.weights = "random"  # no download: they hardly matter for the table
     level = log.level
     if model.weights == "random":
-        log.setLevel("ERROR")  # that its features would say nothing is no concern here
+        log.setLevel("ERROR")  # no warning of random features
     try:
         model.configure_model()
     finally:
         log.setLevel(level)
     if model.weights == "random":
-        log.info("network: %s, weights: %s", model.title, model.weights_used)
+        note("network", f"{model.title}, weights: {model.weights_used}")
     preset = data.preprocessing(model.preprocessing)
     size = preset.crop or preset.resize or Preprocessing.usual().crop
     assert size is not None
@@ -92,7 +92,7 @@ def _prepare(model: FeatureExtractor, data: ImageFolderDataModule) -> int:
 
 
 def as_table(rows: list[Row]) -> str:
-    """Return the rows as text, paths whole and numbers plain, in 80 columns where the paths allow it."""
+    """Return the table as text, in 80 columns unless paths are too long."""
     alias = " alias" if any(row.alias for row in rows) else ""
     cells = [(f"path{alias}", "type", "shape", "columns", "bytes", "time%")]
     for row in rows:
@@ -104,7 +104,7 @@ def as_table(rows: list[Row]) -> str:
     gap, first = ("  ", wide) if wide + sum(widths) + 2 * len(widths) <= 80 else (" ", narrow)
     lines = []
     for name, kind, *rest in cells:
-        # The type is set to the right of the path, so that a long one of either costs nothing where the other is short.
+        # The type is right-aligned after the path, so a long type fits beside a short path and the reverse.
         padded = [name + kind.rjust(first - len(name)), *(cell.rjust(w) for cell, w in zip(rest, widths, strict=True))]
         lines.append(gap.join(padded))
     return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""How options are ordered, shown and refused: jsonargparse's parser, in featx's words."""
+"""The command line's options: their order, help and error messages, on top of jsonargparse."""
 
 import argparse
 import inspect
@@ -20,30 +20,30 @@ from featx.errors import SEE, BadValueError, UserError, as_list, did_you_mean, e
 
 TRAINER = {
     "accelerator": "cpu, gpu, mps or auto.",
-    "devices": "How many of them, a list as '[0,1]', or -1 for all; several make one process each.",
-    "num_nodes": "How many machines.",
-    "strategy": "How several processes are started, as ddp.",
-    "precision": "Precision of the network, as 32-true, bf16-mixed, 16-mixed.",
+    "devices": "Number of devices, a list such as '[0,1]', or -1 for all; one process for each.",
+    "num_nodes": "Number of machines.",
+    "strategy": "How several processes are started, such as ddp.",
+    "precision": "Precision of the network, such as 32-true, bf16-mixed, 16-mixed.",
 }
 ALSO = {
-    "config": "A YAML file of options; those on the command line win over it.",
-    "model CLASS": "A subclass of featx.FeatureExtractor, as my_module.MyExtractor.",
+    "config": "A YAML file of options; the command line takes precedence.",
+    "model CLASS": "A subclass of featx.FeatureExtractor, such as my_module.MyExtractor.",
 }
 PROBLEM = re.compile(r"Problem with given class_path '([^']*)':\s*(.*)")
-INNER = "\N{NULL}"  # around a message on the options of a class, which names them without the class's own
+INNER = "\N{NULL}"  # encloses a message about a class's options, in which they lack the class's prefix
 
 EXPECTED_CONFIG = """\
 Expected options as YAML, such as
 data:
   dir: photos
-featx predict ... --print_config prints all options of a command so."""
+featx predict ... --print_config prints a command's options like this."""
 
 
 def configs_first(argv: list[str]) -> list[str]:
-    """Move ``--config FILE`` and then ``--model CLASS`` to the front, each in their own order.
+    """Move ``--config FILE`` and then ``--model CLASS`` to the front, keeping the order within each.
 
-    jsonargparse lets what stands later win, so that a config behind an option would win over it, and a class
-    behind its options would reset them.
+    In jsonargparse the last word wins, so a config after an option would override it, and a class after its options
+    would reset them.
     """
     order = {"-c": 0, "--config": 0, "--model": 1}
     stray, *groups = _grouped(argv)
@@ -52,7 +52,7 @@ def configs_first(argv: list[str]) -> list[str]:
 
 
 def _grouped(words: Sequence[str]) -> list[list[str]]:
-    """Return the words before the first option, and then each option with those after it."""
+    """Return the words before the first option, then each option with the words after it."""
     groups: list[list[str]] = [[]]
     for word in words:
         if re.match("-[^0-9.]", word):
@@ -63,12 +63,12 @@ def _grouped(words: Sequence[str]) -> list[list[str]]:
 
 
 def import_from_here() -> None:
-    """Find modules in the current folder, too, as for ``--model my_module.MyExtractor``."""
+    """Allow modules in the current folder, for ``--model my_module.MyExtractor``."""
     sys.path.append(os.getcwd())
 
 
 class Parser(LightningArgumentParser):
-    """LightningCLI's parser, whose errors are UserErrors of few lines."""
+    """LightningCLI's parser, with short UserErrors."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs | {"allow_abbrev": False})
@@ -76,19 +76,19 @@ class Parser(LightningArgumentParser):
     def parse_args(  # type: ignore[override]
         self, args: Sequence[str] | None = None, *more: Any, **how: Any
     ) -> Any:
-        """Parse a command line; what can be seen from its words alone is refused first."""
+        """Parse a command line, after a check of its words."""
         args, known = configs_first(list(args or [])), self.actions()
         check_words(args, known)
-        if "--model" in known:  # the default is the class that it names, so that its own defaults stand
+        if "--model" in known:  # make the named class the default, so that its own defaults apply
             named = [word.partition("=")[2] or after for word, after in pairwise([*args, ""])
                      if word.partition("=")[0] == "--model"]  # fmt: skip
             for name in ["featx.FeatureExtractor", *named]:
-                with suppress(Exception):  # what is wrong with the class, parsing tells
+                with suppress(Exception):  # parsing reports what is wrong with the class
                     self.set_defaults({"model": {"class_path": name}})
         return super().parse_args(args, *more, **how)
 
     def parse_path(self, path: str | os.PathLike[str], *args: Any, **how: Any) -> Any:
-        """Parse a config; what is wrong with it is reported with its name."""
+        """Parse a config; its errors name the file."""
         try:
             check_config(Path(path), self.actions())
             return super().parse_path(path, *args, **how)
@@ -102,13 +102,13 @@ class Parser(LightningArgumentParser):
             cause = cause.__cause__ or cause.__context__
         if cause is not None:
             raise cause
-        told = explain(message, self.actions())
-        if "--data.dir" not in self.actions():  # the parser of the options of a class, whose prefix its caller knows
-            raise ValueError(f"{INNER}{told}{INNER}") from ex
-        raise BadValueError(told) from ex
+        words = explain(message, self.actions())
+        if "--data.dir" not in self.actions():  # the inner parser of a class's options; its caller knows their prefix
+            raise ValueError(f"{INNER}{words}{INNER}") from ex
+        raise BadValueError(words) from ex
 
     def actions(self) -> dict[str, Any]:
-        """Return the options with argparse's actions; those of ``--model``, which depend on its class, with None."""
+        """Return the options with argparse's actions; None for options of ``--model`` that depend on its class."""
         words = {word: action for action in self._actions for word in action.option_strings}
         own = {word: action for word, action in words.items()
                if word.startswith("--") and not word.endswith(("+", ".help"))}  # fmt: skip
@@ -121,7 +121,7 @@ class Parser(LightningArgumentParser):
 
 
 class PlainParser(argparse.ArgumentParser):
-    """A parser of few options, whose errors are UserErrors."""
+    """A parser for commands with few options, whose errors are UserErrors."""
 
     def __init__(self, prog: str, description: str) -> None:
         super().__init__(prog, description=description, allow_abbrev=False)
@@ -132,7 +132,7 @@ class PlainParser(argparse.ArgumentParser):
         raise UserError(f"{message}{end}\n{self.prog} --help lists the options.")
 
     def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
-        """Parse a command line; an option that does not exist is refused before arguments that it hides."""
+        """Parse a command line; report an unknown option before the arguments that it hides."""
         known = [word for action in self._actions for word in action.option_strings]
         for word in (word.partition("=")[0] for word in args or []):
             if word.startswith("-") and word not in known:
@@ -141,7 +141,7 @@ class PlainParser(argparse.ArgumentParser):
 
 
 def check_words(words: Sequence[str], known: dict[str, Any]) -> None:
-    """Refuse what is no option with one value: so much is seen before anything is parsed."""
+    """Refuse words that are not an option with one value, before anything is parsed."""
     stray, *groups = _grouped(words)
     if stray:
         near = f" Did you mean --data.dir {stray[0]}?" if os.path.isdir(stray[0]) else did_you_mean(stray[0], known)
@@ -151,18 +151,18 @@ def check_words(words: Sequence[str], known: dict[str, Any]) -> None:
         name = "--config" if name == "-c" else name
         values = [value] * bool(equals) + values
         if name not in known or name in ("--help", "--json", "--print_config"):
-            continue  # the parser knows more of it
+            continue  # the parser handles these
         value = " ".join(values)
         kinds = expected(getattr(known[name], "_typehint", None), value)
         if not values:
             raise BadValueError(f"{name}: expected a value after it{': ' * bool(kinds)}{', '.join(kinds)}.\n{SEE}")
         if not value:
-            raise BadValueError(f"{name} '': the value is empty. Expected one, or no {name} at all.")
+            raise BadValueError(f"{name} '': the value is empty. Expected a value, or no {name} at all.")
         if len(values) > 1:
-            listed = not kinds or any("list" in kind for kind in kinds)  # a class's options are not known here
+            listed = not kinds or any("list" in kind for kind in kinds)  # types of a class's options are unknown here
             raise BadValueError(
                 f"{name} {textwrap.shorten(value, 100, placeholder=' ...')}: {len(values)} values, expected one.\n"
-                f"One with spaces goes in quotes.{f' A list is written {as_list(value)}.' if listed else ''}"
+                f"Quote a value with spaces.{f' Write a list as {as_list(value)}.' if listed else ''}"
             )
         if name == "--config" and not os.path.isfile(value) and not re.search(r":\s", value):
             what = "this is a folder" if os.path.isdir(value) else "no such file"
@@ -173,17 +173,17 @@ def check_words(words: Sequence[str], known: dict[str, Any]) -> None:
 
 
 def check_config(path: Path, known: Collection[str]) -> None:
-    """Refuse a config that is no YAML, or has something other than options in it."""
+    """Refuse a config that is not YAML, or contains anything other than options."""
     try:
         config = yaml.safe_load(path.read_text("utf-8"))
     except yaml.MarkedYAMLError as err:
         line = f"line {err.problem_mark.line + 1}: " if err.problem_mark else ""
-        tabs = " YAML is indented with spaces." if "\\t" in str(err.problem) else ""
+        tabs = " Indent YAML with spaces." if "\\t" in str(err.problem) else ""
         raise BadValueError(f"{line}{err.problem}.{tabs}") from err
     except (UnicodeDecodeError, yaml.YAMLError) as err:
-        raise BadValueError(f"this is no text. {EXPECTED_CONFIG}") from err
+        raise BadValueError(f"this is not text. {EXPECTED_CONFIG}") from err
     if not isinstance(config, dict):
-        what = "this is empty" if config is None else "no options in it"
+        what = "the file is empty" if config is None else "no options in it"
         raise BadValueError(f"{what}. {EXPECTED_CONFIG}")
     if {"identity", "files"} <= config.keys():
         raise BadValueError(f"this is the record of a finished file. {EXPECTED_CONFIG}")
@@ -201,7 +201,7 @@ def check_config(path: Path, known: Collection[str]) -> None:
 
 
 def explain(message: str, known: dict[str, Any]) -> str:
-    """Say in featx's words what jsonargparse refuses; ``known`` are the options with argparse's actions."""
+    """Turn an error message of jsonargparse's into featx's; ``known`` has the options with argparse's actions."""
     if found := re.search(
         r"unrecognized arguments: ([^\s=]+)|(?:Group '(\S+)' does not accept option|Option) '([^\s']+)'", message
     ):
@@ -210,7 +210,7 @@ def explain(message: str, known: dict[str, Any]) -> str:
             return f"{word}: a value without an option. Expected --option value.\n{SEE}"
         return _no_such(word, known)
     if found := re.search(r"required: ([^\s,]+)", message):
-        example = ", as --data.dir photos" * (found[1] == "data.dir")
+        example = ", such as --data.dir photos" * (found[1] == "data.dir")
         return f"--{found[1]}: missing. Expected a value for it{example}.\n{SEE}"
     if not (found := re.search(r'Parser key "([^"]*)"', message)):
         return f"{_few_lines(message)}\n{SEE}"
@@ -234,7 +234,7 @@ def explain(message: str, known: dict[str, Any]) -> str:
 
 
 def expected(hint: Any, value: str = "") -> list[str]:
-    """Return in words what a type takes, each once; a value that was meant as a list shows how one is written."""
+    """Return a description of each value that a type takes; a value meant as a list shows how to write one."""
     words = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "null"}
     origin, parts = get_origin(hint), get_args(hint)
     if origin is Literal:
@@ -259,7 +259,7 @@ def _few_lines(text: str) -> str:
 
 
 def print_help(**classes: type) -> None:
-    """Print the options that prediction uses, in groups, with their defaults."""
+    """Print the options that prediction uses, in groups with their defaults."""
     print("usage: featx predict --data.dir FOLDER [options]\n")
     for title, (group, owner) in zip(("images", "network", "output"), classes.items(), strict=True):
         print_group(title, group, owner)
@@ -270,14 +270,14 @@ def print_help(**classes: type) -> None:
     print("also:")
     more = {
         "print_config": "Print all options with their values, as a config.",
-        "help_all": "Show everything that Lightning and jsonargparse understand.",
+        "help_all": "Show all options, including Lightning's and jsonargparse's.",
     }
     for name, text in (ALSO | more).items():
         print_option(name, None, text)
 
 
 def print_group(title: str, group: str, owner: type, shown: Callable[[str], bool] = bool) -> None:
-    """Print the options of a class, those whose name is to be shown."""
+    """Print those options of a class whose names ``shown`` accepts."""
     parser = Parser(default_env=False)
     parser.add_class_arguments(owner, group)
     print(f"{title}:")
@@ -287,7 +287,7 @@ def print_group(title: str, group: str, owner: type, shown: Callable[[str], bool
 
 
 def print_option(name: str, default: Any, text: str, required: bool = False) -> None:
-    """Print an option with its default and its help, in 80 columns."""
+    """Print an option with its default and help, in 80 columns."""
     shown = str(default).lower() if isinstance(default, bool) else default
     tail = " (required)" if required else f" ({shown})" if shown is not None else ""
     left = f"  --{name}"

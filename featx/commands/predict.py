@@ -1,4 +1,4 @@
-"""``featx predict``: LightningCLI wired to the three classes, and the last words."""
+"""``featx predict``: LightningCLI with featx's three classes, and the summary of a run."""
 
 import logging
 import math
@@ -14,29 +14,29 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from featx.commands import options
 from featx.data.module import ImageFolderDataModule
-from featx.errors import SEE, BadValueError, UserError, count, log, rank, size_in_words
+from featx.errors import SEE, BadValueError, UserError, count, log, note, rank, size_in_words
 from featx.model.extractor import FeatureExtractor
 from featx.process.cores import cores_per_process
 from featx.process.lightning import PLAIN, make_trainer
-from featx.process.progress import Progress, stages, where_the_time_went
+from featx.process.progress import Progress, bottleneck, stages
 from featx.run import estimate, prepare, run
 from featx.writer.callback import FeatureWriter
 from featx.writer.folder import file_name
 
 
 class FeatxCLI(LightningCLI):
-    """LightningCLI without what prediction has no use for."""
+    """LightningCLI without the parts that prediction does not use."""
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the writer's options."""
         parser.add_lightning_class_args(FeatureWriter, "writer")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Parse the command line, without a warning that it is given as ``args``."""
+        """Parse the command line, without LightningCLI's warning about ``args``."""
         self.config = parser.parse_args(args)
 
     def instantiate_classes(self) -> None:
-        """Make the Trainer's parts, the data module and the model; a part that cannot be made is no bug."""
+        """Make the objects; report a class that cannot be constructed as the user's mistake."""
         try:
             super().instantiate_classes()
         except ValueError as err:
@@ -46,16 +46,16 @@ class FeatxCLI(LightningCLI):
             raise BadValueError(f"{found.group(1)}: {found.group(2)}\n{SEE}") from err
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """Make the Trainer; what it refuses is a mistake in the ``--trainer`` options."""
+        """Make the Trainer; report its errors as mistakes in the ``--trainer`` options."""
         return make_trainer(partial(super().instantiate_trainer, **kwargs), vars(self.config.trainer))
 
 
 def predict(argv: list[str]) -> int:
-    """Run ``featx predict`` with these options and return the exit status: 0, or 3 where images could not be read.
+    """Run ``featx predict`` and return the exit status: 0, or 3 if images could not be read.
 
     Raises:
-        UserError: What went wrong, in words.
-        Stopped: The run was asked to end.
+        UserError: Anything that featx has a message for.
+        Stopped: A signal ended the run.
     """
     options.import_from_here()
     if "--help_all" in argv:
@@ -65,8 +65,8 @@ def predict(argv: list[str]) -> int:
         return 0
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)  # banners and tips
-    logging.getLogger("lightning.pytorch.profilers").setLevel(logging.INFO)  # which --trainer.profiler asks for
-    warnings.filterwarnings("ignore", category=PossibleUserWarning)  # how to train faster
+    logging.getLogger("lightning.pytorch.profilers").setLevel(logging.INFO)  # for --trainer.profiler
+    warnings.filterwarnings("ignore", category=PossibleUserWarning)  # advice on faster training
     progress = Progress()
     cli = FeatxCLI(
         FeatureExtractor,
@@ -85,10 +85,10 @@ def predict(argv: list[str]) -> int:
     writer: FeatureWriter = cli.config_init.writer
     plan = prepare(trainer, model, data, writer)
     if plan is None:
-        return _last_words(writer, None)
+        return _summarize(writer, None)
     if writer.dry_run:
         if rank() == 0:
-            batch = f"{trainer.strategy.root_device}, by two batches of {data.batch_size}"
+            batch = f"{trainer.strategy.root_device}, estimated from two batches of {data.batch_size}"
             print(f"images: {len(data.images):,}")
             print(f"columns: {', '.join(f'{layer} {number}' for layer, number in plan.columns.items())}")
             print(f"{' and '.join(writer.formats)}: about {size_in_words(plan.size)}")
@@ -101,20 +101,21 @@ def predict(argv: list[str]) -> int:
     seconds = progress.seconds
     if any(record["rows"] for record in writer.records.values()):
         gain = partial(data.turbo_saves, model.preprocessing) if data.decoder == "exact" else float
-        share = f"rank 0 of {trainer.world_size}: " if trainer.world_size > 1 else ""
         spent, on_gpu = stages(trainer, model, writer), trainer.strategy.root_device.type != "cpu"
-        for line in where_the_time_went(spent, seconds, cores_per_process(trainer), data.workers, on_gpu, gain):
-            log.info("%s%s", share, line)
+        ranks = f" (rank 0 of {trainer.world_size})" if trainer.world_size > 1 else ""
+        note("time", ", ".join(f"{name} {value:.1f} s" for name, value in spent.items()) + f"; total {seconds:.1f} s")
+        cores = cores_per_process(trainer)
+        note("bottleneck", bottleneck(spent, seconds, cores, data.workers, on_gpu, gain) + ranks)
     else:
         log.warning("no image could be read: the files have no rows")
-    return _last_words(writer, seconds)
+    return _summarize(writer, seconds)
 
 
-def _last_words(writer: FeatureWriter, seconds: float | None) -> int:
-    """Print rows, time and files, and return the exit status."""
+def _summarize(writer: FeatureWriter, seconds: float | None) -> int:
+    """Print the number of rows, the time and the files, and return the exit status."""
     rows = count(max((record["rows"] for record in writer.records.values()), default=0), "row")
     if seconds is None:
-        print(f"finished before, nothing to do: {rows}")
+        print(f"already finished, nothing to do: {rows}")
     else:
         print(f"{rows} in {seconds:.1f} s, {writer.computed / max(seconds, 1e-9):.1f} images/s")
     for layer in writer.records:
@@ -122,7 +123,7 @@ def _last_words(writer: FeatureWriter, seconds: float | None) -> int:
     for layer, record in writer.records.items():
         if record["errors"] + record["errors_used"]:
             what = [f"{count(record['errors'], 'image')} could not be read"] if record["errors"] else []
-            what += [f"{count(record['errors_used'], 'broken image')} used as read"] if record["errors_used"] else []
+            what += [f"{count(record['errors_used'], 'damaged image')} used anyway"] if record["errors_used"] else []
             path = Path(writer.out_dir) / file_name(layer, "errors.csv")
             print(f"{rows}, {', '.join(what)}, listed in {path}")
     return 3 if writer.faults else 0

@@ -1,4 +1,4 @@
-"""``featx verify``: a finished file against its record, and some of its rows against their images."""
+"""``featx verify``: checks a finished file against its record, and some of its rows against their images."""
 
 import os
 import shlex
@@ -24,36 +24,36 @@ from featx.writer.records import Json
 
 OWN = "featx.FeatureExtractor"
 OWN_BEFORE = "featx.model.extractor.FeatureExtractor"  # as 0.1.0 recorded it
-LEFT_OUT = {"unsafe_pickle": False}  # options that are gone or never come from a record, with the value to ignore
-CLOSE = 1e-4  # relative (L2); another kind of processor stays far below, other weights or pixels far above
+LEFT_OUT = {"unsafe_pickle": False}  # options never taken from a record, with the value that is ignored
+CLOSE = 1e-4  # relative (L2); other processors differ by far less, other weights or pixels by far more
 
 
 class Mismatch(UserError):
-    """A file is not what its record says: exit status 1."""
+    """A file does not match its record: exit status 1."""
 
     exit_status = 1
 
 
 def verify(argv: list[str]) -> int:
-    """Run ``featx verify FILE… [--images DIR]``: 0 where all is as recorded, else 1 and a line for each that is not."""
-    parser = PlainParser("featx verify", description="Hold finished files against their records.")
+    """Run ``featx verify FILE… [--images DIR]``: 0 if all files match their records, else 1 and a line for each."""
+    parser = PlainParser("featx verify", description="Check finished files against their records.")
     parser.add_argument("files", nargs="+", metavar="FILE", help="such as features/fc7.csv, or a folder of shards")
-    parser.add_argument("--images", metavar="DIR", help="also compute some rows again, from the images in this folder")
-    parser.add_argument("--model", metavar="CLASS", help="the class that made the rows, where it is one of your own")
+    parser.add_argument("--images", metavar="DIR", help="also recompute some rows from the images in this folder")
+    parser.add_argument("--model", metavar="CLASS", help="the class that made the rows, if it is your own")
     parser.add_argument(
-        "--model.arch", dest="arch", metavar="FUNCTION", help="the function that made their network, likewise"
+        "--model.arch", dest="arch", metavar="FUNCTION", help="the function that built the network, if it is your own"
     )
     options = parser.parse_args(argv)
     if not options.images and (named := options.model or options.arch):
-        raise BadValueError(f"{named}: it is for computing rows again. Expected --images DIR with it.")
+        raise BadValueError(f"{named}: only used to recompute rows. Expected --images DIR with it.")
     wrong = 0
     for path in chain.from_iterable(map(_files, map(Path, options.files))):
         try:
             record = check_file(path)
-            said = f"{count(record['rows'], 'row')} of {count(record['columns'], 'value')} as recorded"
+            result = f"{count(record['rows'], 'row')} of {count(record['columns'], 'value')} as recorded"
             if options.images:
-                said += f"; {check_rows(path, options)}"
-            print(f"{path}: {said}")
+                result += f"; {check_rows(path, options)}"
+            print(f"{path}: {result}")
         except Mismatch as err:
             print(f"{path}: {err}", file=sys.stderr)
             wrong = 1
@@ -61,7 +61,7 @@ def verify(argv: list[str]) -> int:
 
 
 def _files(path: Path) -> list[Path]:
-    """Return a file or, of a folder of shards, all that its record knows but the names beside an npy."""
+    """Return the file itself or, for a folder, all shards in its record."""
     if not path.is_dir():
         return [path]
     file = _find(path)
@@ -71,22 +71,22 @@ def _files(path: Path) -> list[Path]:
 def _find(path: Path) -> Finished:
     file = find(path)
     if not file.record:
-        raise MissingPathError(f"{file.record_path}: no such file. Expected what featx predict wrote, its record.")
+        raise MissingPathError(f"{file.record_path}: no such file. Expected the record that featx predict wrote.")
     return file
 
 
 def check_file(path: Path) -> Json:
-    """Return a finished file's record, if the file is what it says; of a shard with the number of its own rows.
+    """Check a finished file against its record and return the record, for a shard with the shard's number of rows.
 
     Raises:
         MissingPathError: There is no such file, or no record beside it.
-        Mismatch: It is not; the message says what differs.
+        Mismatch: The file differs from its record.
     """
     file = _find(path)
     record = file.record
     if not file.is_known:
         known = textwrap.shorten(", ".join(record["files"]), 200, placeholder=" …")
-        raise Mismatch(f"{file.record_path.name} does not know it, it knows {known}")
+        raise Mismatch(f"{file.record_path.name} does not list it; it lists {known}")
     names, widths = [], set[int]()
     for name, columns in _names_and_widths(path, record):
         names.append(name)
@@ -99,17 +99,17 @@ def check_file(path: Path) -> Json:
         for row, (name, expected) in enumerate(zip_longest(names, [_name(file, image) for image in file.rows]), 1):
             if name != expected:
                 raise Mismatch(f"row {row} is named {name!r}, expected {expected!r}")
-    said_of = {Path(name).name: said["sha256"] for name, said in record["files"].items()}
-    if journal.digest(path) != said_of[path.name]:
-        raise Mismatch(f"values differ from those written: its SHA-256 is not the recorded {said_of[path.name][:8]}…")
+    digests = {Path(name).name: written["sha256"] for name, written in record["files"].items()}
+    if journal.digest(path) != digests[path.name]:
+        raise Mismatch(f"values differ from those written: its SHA-256 is not the recorded {digests[path.name][:8]}…")
     listed = path.with_suffix(".names.txt")
-    if path.suffix == ".npy" and journal.digest(listed) != said_of[listed.name]:
+    if path.suffix == ".npy" and journal.digest(listed) != digests[listed.name]:
         raise Mismatch(f"names differ from those written: {listed.name} does not have the recorded SHA-256")
     return record
 
 
 def _names_and_widths(path: Path, record: Json) -> Iterator[tuple[bytes, int]]:
-    if path.suffix == ".csv":  # whose values need not be read to be counted
+    if path.suffix == ".csv":  # counted without reading the values
         with path.open("rb") as file:
             yield from formats.read_csv_names(file, record["identity"]["header"])
         return
@@ -121,39 +121,39 @@ def _names_and_widths(path: Path, record: Json) -> Iterator[tuple[bytes, int]]:
 
 
 def _name(file: Finished, image: str) -> bytes:
-    """Return an image's name as the file has it: Parquet holds nothing but UTF-8."""
+    """Return an image's name as it is in the file; Parquet takes UTF-8 only."""
     name = os.fsencode(image if file.record["identity"]["names"] == "relative" else os.path.basename(image))
     return name.decode(errors="backslashreplace").encode() if file.path.suffix == ".parquet" else name
 
 
 def check_rows(path: Path, options: Namespace) -> str:
-    """Compute the first, a middle and the last batch again, and say by how much they differ from the file.
+    """Recompute the first, a middle and the last batch, and return the largest difference in words.
 
     Args:
         path: The file.
-        options: The folder of its images, and whose code may run: ``images``, ``model`` and ``arch``.
+        options: ``images``, the folder; ``model`` and ``arch``, the user's own code that may run.
 
     Raises:
-        Mismatch: By more than another processor would explain, or the folder holds other images.
-        UserError: The record wants code run that ``options`` do not name, or cannot be used.
+        Mismatch: Rows differ by more than another processor would explain, or the folder has other images.
+        UserError: The record cannot be used, or needs code that ``options`` do not name.
     """
     file, folder = _find(path), options.images
     record, own = file.record, file.own
     if (used := record["identity"]["precision"]) != "32-true":
-        raise UserError(f"--images: rows of --trainer.precision {used} are not computed again.")
+        raise UserError(f"--images: rows of --trainer.precision {used} cannot be recomputed.")
     model, data = _rebuild(file, options)
     data.setup()
     model.configure_model()
-    sample = model.try_out(data.first_batch(model.preprocessing))  # which finds the memory layout
+    sample = model.try_out(data.first_batch(model.preprocessing))  # also chooses the memory layout
     if model.weights_digest != (expected := record["identity"]["weights"]):
         raise Mismatch(
-            f"weights of {model.weights_used} are not those of the record: "
+            f"the weights, {model.weights_used}, are not the recorded ones: "
             f"SHA-256 {expected[:8]}… -> {model.weights_digest[:8]}…"
         )
     if record["layer"] not in sample:
         raise _unusable(file, f"its layer is {record['layer']}, but --model.layer {model.layer}")
     if (columns := sample[record["layer"]].shape[1]) != record["columns"]:
-        raise Mismatch(f"rows computed again have {count(columns, 'value')}, expected {record['columns']:,}")
+        raise Mismatch(f"recomputed rows have {count(columns, 'value')}, expected {record['columns']:,}")
     if len(data.images) != record["inputs"]["images"]:
         raise Mismatch(f"{folder} holds {count(len(data.images), 'image')}, expected {record['inputs']['images']:,}")
     lost = {fault.path for fault in file.faults if not fault.used}
@@ -176,14 +176,14 @@ def check_rows(path: Path, options: Namespace) -> str:
             expected = expected.astype(values.dtype).astype(np.float32)
             difference = np.linalg.norm(values.astype(np.float32) - expected)
             worst = max(worst, float(difference / (np.linalg.norm(expected) or 1)))
-    told = f"{count(len(wanted), 'row')} computed again, the largest relative difference is {worst:.1e}"
+    result = f"{count(len(wanted), 'row')} recomputed, the largest relative difference is {worst:.1e}"
     if worst > CLOSE:
-        raise Mismatch(told)
-    return told
+        raise Mismatch(result)
+    return result
 
 
 def _rebuild(file: Finished, options: Namespace) -> tuple[Any, Any]:
-    """Make the model and the data that a record describes."""
+    """Make the model and the data module that a record describes."""
     recorded = file.record["run"]["options"]
     made_by = OWN if recorded["model_class"] == OWN_BEFORE else recorded["model_class"]
     _check_trust(file, options, made_by, recorded["model"].get("arch"))
@@ -192,14 +192,16 @@ def _rebuild(file: Finished, options: Namespace) -> tuple[Any, Any]:
         if name not in LEFT_OUT:
             groups["model"][name] = value
         elif value != LEFT_OUT[name]:
-            raise BadValueError(f"{file.record_path}: --model.{name} {str(value).lower()} is not taken from a record.")
+            raise BadValueError(
+                f"{file.record_path}: --model.{name} {str(value).lower()} is not taken from a record."
+            )
     parser = Parser(default_env=False)
     parser.add_subclass_arguments(FeatureExtractor, "model")
     parser.add_class_arguments(ImageFolderDataModule, "data")
     try:
         for group, owner in (("model", FeatureExtractor), ("data", ImageFolderDataModule)):
             hints = get_type_hints(owner.__init__)
-            for name, value in groups[group].items():  # of which the parser takes null for any type
+            for name, value in groups[group].items():  # the parser takes null for any type
                 if value is None and name in hints and type(None) not in get_args(hints[name]):
                     raise BadValueError(f"--{group}.{name} null: expected a value.")
         model = {"class_path": made_by, "init_args": groups["model"]}
@@ -212,7 +214,7 @@ def _rebuild(file: Finished, options: Namespace) -> tuple[Any, Any]:
 
 
 def _check_trust(file: Finished, options: Namespace, made_by: str, arch: Any) -> None:
-    """Raise UserError where making the model would run code that is not featx's and that the user did not name."""
+    """Raise UserError if making the model would run code that is not featx's and that the user did not name."""
     named = {"--model": options.model, "--model.arch": options.arch}
     known = {"--model": made_by, "--model.arch": arch}
     for option, word in named.items():
@@ -224,7 +226,7 @@ def _check_trust(file: Finished, options: Namespace, made_by: str, arch: Any) ->
         words = chain.from_iterable((option, known[option]) for option in needed)
         command = shlex.join(["featx", "verify", str(file.path), "--images", options.images, *words])
         raise UserError(
-            f"{file.record_path}: its rows were made by code that is not featx's, and a record alone does not run it.\n"
+            f"{file.record_path}: code that is not part of featx made these rows, and a record alone does not run it.\n"
             f"If you trust that code: {command}"
         )
     if needed:

@@ -27,7 +27,7 @@ from featx.data.decode import READERS, ValueRange, check_image, describe, read_o
 from featx.data.preprocess import Decoder, Interpolation, Preprocessing
 from featx.data.sources import ImageTree, check_folder, check_list, is_lost
 from featx.data.workers import Context, choose, send, start
-from featx.errors import BadValueError, ImageError, LostFolderError, UserError, count, log
+from featx.errors import BadValueError, ImageError, LostFolderError, UserError, count, log, note
 from featx.process.cores import cores_per_process
 from featx.process.shared import on_one_core
 
@@ -124,7 +124,7 @@ class ImageFolderDataModule(LightningDataModule):
             check_image(images.path(index), self.value_range)
         classes = f" in {count(len(images.classes), 'class folder')}" if images.classes != [""] else ""
         listed = f", listed in {self.files}" if self.files else ""
-        log.info("images: %s%s of %s%s", count(len(images), "image"), classes, self.dir, listed)
+        note("images", f"{len(images):,}{classes} of {self.dir}{listed}")
         if images.left_out:
             log.warning("left out of %s: %s", self.dir, images.left_out)
         if images.images_left_out > len(images):
@@ -198,9 +198,8 @@ class ImageFolderDataModule(LightningDataModule):
         cores = cores_per_process(self.trainer)
         on_gpu = self.trainer.strategy.root_device.type == "cuda"
         self.workers = workers = choose(self.num_workers, cores, len(self.batches))
-        chosen = " (--data.num_workers)" if self.num_workers != "auto" else ""
-        threads = "" if on_gpu else f", {count(cores, 'thread')} for the network"
-        log.info("cores: %d for each process, %s%s%s", cores, count(workers, "data worker"), chosen, threads)
+        threads = "" if on_gpu else f", {count(cores, 'network thread')}"
+        note("cores", f"{cores} per process: {count(workers, 'data worker')}{threads}")
         preset: Any = self.trainer.lightning_module.preprocessing
         collate = Collate(self.batch_size)
         return DataLoader(

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from featx.data.batch import Batch
 from featx.data.preprocess import Preprocessing
-from featx.errors import BadValueError, UserError, count, log
+from featx.errors import BadValueError, UserError, count, log, note
 from featx.model import build as networks
 from featx.model.build import SEED, Weights
 from featx.model.checkpoint import digest, fit, read_checkpoint
@@ -208,7 +208,7 @@ class FeatureExtractor(LightningModule):
         as_built = self.own_network and not weights.file
         self.weights_used = f"as {self.title}.build_network() made them" if as_built else weights.name
         self.weights_told = []
-        log.info("network: %s, weights: %s", self.title, self.weights_used)
+        note("network", f"{self.title}, weights: {self.weights_used}")
         if self._state is not None:
             self.weights_told = fit(network, self._state, self.weights, self.title, self.strict, networks.whose)
             self._state = None

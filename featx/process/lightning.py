@@ -1,6 +1,6 @@
-"""Lightning's Trainer: made for a prediction, or what it refuses in words; inside SLURM without srun, one process.
+"""Lightning's Trainer, made for prediction, with its errors as messages.
 
-What featx changes of Lightning, torch and multiprocessing, or uses by a private name, is all here; each place says
+All of featx's changes to Lightning, torch and multiprocessing, and all uses of their private names, are here; each says
 why, where it is discussed, and which test fails without it.
 """
 
@@ -34,23 +34,23 @@ def make_trainer(make: Callable[..., Trainer], options: Mapping[str, Any], forks
     """Return a Trainer that can predict.
 
     Args:
-        make: Makes it, with these keywords in addition.
-        options: What it will be made of.
-        forks: Whether processes may be forks of this one, as in a notebook.
+        make: Makes the Trainer; takes further keywords.
+        options: The Trainer's options, already known to ``make``.
+        forks: Allow strategies that fork this process, as in a notebook.
 
     Raises:
-        BadValueError: What is wrong with the options.
+        BadValueError: The options are wrong.
     """
     defaults = {name: parameter.default for name, parameter in inspect.signature(Trainer).parameters.items()} | PLAIN
     given = {name: value for name, value in options.items() if value != defaults.get(name) and value != "auto"}
     _check(given)
     more: dict[str, Any] = {}
-    # What Lightning takes for srun is SLURM_NTASKS, which salloc sets too:
+    # Lightning concludes from SLURM_NTASKS that srun started it, but salloc sets it too:
     # https://github.com/Lightning-AI/pytorch-lightning/issues/20776
     if "SLURM_NTASKS" in os.environ and "SLURM_PROCID" not in os.environ and not options.get("plugins"):
         more["plugins"] = [LightningEnvironment()]
         if os.environ["SLURM_NTASKS"] != "1" and "LOCAL_RANK" not in os.environ:
-            log.info("SLURM: one task of %s, since srun did not start this; srun featx ... starts all of them",
+            log.info("SLURM: running as one task of %s; to start all of them, run srun featx ...",
                      os.environ["SLURM_NTASKS"])  # fmt: skip
     try:
         trainer = make(**more)
@@ -58,7 +58,7 @@ def make_trainer(make: Callable[..., Trainer], options: Mapping[str, Any], forks
         raise
     except Exception as err:
         raise refusal(err, given) from err
-    # There is no public name for how processes are started: test_lightning.py::test_python_may_fork_but_not_spawn
+    # The start method has no public name: test_lightning.py::test_python_may_fork_but_not_spawn
     forked = isinstance(trainer.strategy.launcher, _MultiProcessingLauncher)
     spawned = forked and trainer.strategy.launcher._start_method != "fork"  # type: ignore[union-attr]
     if not _predicts(type(trainer.strategy)) or (forked and not forks) or spawned:
@@ -67,7 +67,7 @@ def make_trainer(make: Callable[..., Trainer], options: Mapping[str, Any], forks
 
 
 def keep_signals(trainer: Trainer) -> None:
-    """Leave the process's signals as they are: at SIGTERM Lightning's handler takes a note, and the run goes on.
+    """Keep the process's signal handlers: Lightning's own only sets a flag at SIGTERM, and the run continues.
 
     https://github.com/Lightning-AI/pytorch-lightning/pull/16525;
     tests/process/test_lightning.py::test_signals_and_the_default_dtype_stay_the_processs_own_while_a_trainer_predicts.
@@ -76,7 +76,7 @@ def keep_signals(trainer: Trainer) -> None:
 
 
 def keep_default_dtype(trainer: Trainer) -> None:
-    """Leave the default dtype as it is, which plugins of true precisions change for all threads.
+    """Keep the default dtype, which the plugins of true precisions change for all threads.
 
     https://github.com/pytorch/pytorch/issues/120819;
     tests/process/test_lightning.py::test_signals_and_the_default_dtype_stay_the_processs_own_while_a_trainer_predicts.
@@ -87,7 +87,7 @@ def keep_default_dtype(trainer: Trainer) -> None:
 
 
 def give_children_to(watch: Callable[[list[subprocess.Popen[bytes]]], None]) -> None:
-    """Let ``watch`` look after the processes that Lightning starts, which looks every 5 s and kills process 0.
+    """Let ``watch`` supervise the processes that Lightning starts: its own observer kills rank 0 after up to 5 s.
 
     https://github.com/Lightning-AI/pytorch-lightning/pull/18218;
     tests/writer/test_resume.py::test_a_lost_process_ends_the_others_in_words.
@@ -96,9 +96,9 @@ def give_children_to(watch: Callable[[list[subprocess.Popen[bytes]]], None]) -> 
 
 
 def report_lost_workers_once() -> None:
-    """Print nothing where torch's handler of SIGCHLD raises and nobody can catch it, wherever the main thread is then.
+    """Silence torch's SIGCHLD handler where its exception cannot be caught.
 
-    The loop that waits for batches finds the lost worker all the same: https://github.com/pytorch/pytorch/issues/22136;
+    The loop that waits for batches reports the lost worker anyway: https://github.com/pytorch/pytorch/issues/22136;
     tests/process/test_lightning.py::test_a_lost_worker_is_reported_once.
     """
 
@@ -110,7 +110,7 @@ def report_lost_workers_once() -> None:
 
 
 def end_at_an_unsent_batch() -> None:
-    """End this data worker where a batch cannot be sent: the queue's thread drops it, and the main process waits on.
+    """End this data worker if a batch cannot be sent: the queue would drop it, and the main process wait forever.
 
     https://github.com/python/cpython/issues/84376; Python has the hook for concurrent.futures;
     tests/data/test_workers.py::test_a_worker_that_cannot_send_its_batch_ends_the_run_in_words.
@@ -119,22 +119,22 @@ def end_at_an_unsent_batch() -> None:
 
 
 def refusal(err: Exception, given: Mapping[str, Any]) -> UserError:
-    """Return what Lightning refuses as a UserError, with the Trainer's options that were given."""
+    """Return an error of Lightning's as a UserError that names the Trainer's options given."""
     shown = {name: value for name, value in given.items() if name not in ("callbacks", "plugins")} or given
-    told = ", ".join(_option(name, value) for name, value in shown.items()) or "--trainer"
+    options = ", ".join(_option(name, value) for name, value in shown.items()) or "--trainer"
     advice = SEE
     if {"accelerator", "devices"} & given.keys():
-        advice = "--trainer.accelerator auto takes a GPU where there is one, else the CPU."
+        advice = "--trainer.accelerator auto uses a GPU if there is one, else the CPU."
     if "SLURM_NTASKS" in os.environ:
-        advice = "Inside SLURM: srun featx predict ... in a job with --ntasks-per-node, as docs/machines.md has it."
-    return BadValueError(f"{told}: {textwrap.shorten(str(err), 400, placeholder=' ...')}\n{advice}")
+        advice = "Inside SLURM, use srun featx predict ... in a job with --ntasks-per-node (see docs/machines.md)."
+    return BadValueError(f"{options}: {textwrap.shorten(str(err), 400, placeholder=' ...')}\n{advice}")
 
 
 def _check(given: Mapping[str, Any]) -> None:
     if given.get("fast_dev_run"):
         raise BadValueError(
-            f"{_option('fast_dev_run', given['fast_dev_run'])}: the files would lack what it leaves out.\n"
-            "--writer.dry_run true tries two batches and writes nothing; --data.files LIST takes some of the images."
+            f"{_option('fast_dev_run', given['fast_dev_run'])}: rows would be missing from the files.\n"
+            "Use --writer.dry_run true to try two batches and write nothing, or --data.files LIST to select images."
         )
     strategy = given.get("strategy")
     if isinstance(strategy, str):
@@ -150,7 +150,7 @@ def _check(given: Mapping[str, Any]) -> None:
 
 
 def _predicts(kind: Any) -> bool:
-    """Whether each process of a strategy has the whole network."""
+    """Whether a strategy gives each process the whole network."""
     return issubclass(kind, DDPStrategy | SingleDeviceStrategy) and not issubclass(kind, DeepSpeedStrategy)
 
 
@@ -158,7 +158,7 @@ def _no_strategy(strategy: Any) -> UserError:
     near = did_you_mean(str(strategy), ["auto", "ddp"])
     return BadValueError(
         f"{_option('strategy', strategy)}: expected auto or ddp.{near}\n"
-        "Each process has to hold the whole network, and to be started by a command of its own, as under ddp."
+        "Each process needs the whole network and its own command, as with ddp."
     )
 
 

@@ -1,9 +1,9 @@
-"""Images a second and time left: a bar on a terminal, a plain line now and then; and where the time went."""
+"""Progress of a run: a bar on a terminal, a line now and then in a log; and where the time went."""
 
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
@@ -17,13 +17,13 @@ STAGES = ("decode", "resize", "network", "text", "wait", "disk")
 
 
 class Progress(Callback):
-    """Show how far process 0 is; its share stands for the whole, since all have equally many batches, but for one.
+    """Show the progress of rank 0, which stands for all: their numbers of batches differ by one at most.
 
     Args:
-        total: Images, where the loader does not know it; 0: nobody does.
+        total: Number of images, if the loader does not know it; 0: unknown.
 
     Attributes:
-        stages: Seconds that cores took to decode and to resize, and that process 0 waited for images.
+        stages: Core seconds for decoding and resizing, and the seconds that rank 0 waited for images.
     """
 
     def __init__(self, total: int = 0) -> None:
@@ -35,11 +35,11 @@ class Progress(Callback):
 
     @property
     def seconds(self) -> float:
-        """From the first batch asked for until now; behind the run, until all is on disk."""
+        """Seconds since the first batch was requested."""
         return time.monotonic() - self._start
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Start the clock, and count from nothing where another Trainer had this before."""
+        """Start the clock and reset the counts, in case another Trainer has used this callback."""
         self._start = time.monotonic()
         self._done = 0
         self.stages.clear()
@@ -60,7 +60,7 @@ class Progress(Callback):
             self._bar = tqdm(total=total, unit=" images", desc=share, dynamic_ncols=True, smoothing=0.1)
 
     def on_predict_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, *_: Any) -> None:
-        """Count what it took to get a batch."""
+        """Add the time that a batch took to arrive."""
         self.stages["wait"] += time.monotonic() - self._asked
         for stage, seconds in zip(("decode", "resize"), batch.seconds, strict=True):
             self.stages[stage] += seconds
@@ -83,7 +83,7 @@ class Progress(Callback):
         self._asked = time.monotonic()
 
     def teardown(self, *_: Any, **__: Any) -> None:
-        """End the bar; rows are still computed and written, and the clock runs on."""
+        """Close the bar; the clock keeps running, since rows are still being computed and written."""
         if self._bar is not None:
             self._bar.close()
             self._bar = None
@@ -92,14 +92,14 @@ class Progress(Callback):
 
 
 def stages(trainer: Trainer, *owners: Any) -> dict[str, float]:
-    """Return the seconds of each stage so far in this process and its workers.
+    """Return the seconds of each stage so far, in this process and its workers.
+
+    decode, resize and text are core seconds. So is network on a CPU; on a GPU it is the time that the writing thread
+    waited for results. wait is the time that the main process waited for images, disk the time spent writing.
 
     Args:
-        trainer: Of the run; its Progress counts, a user's callback with an attribute of that name does not.
-        owners: What else has ``stages``: the FeatureExtractor and the FeatureWriter.
-
-    decode, resize and text are seconds of a core, and so is network on a CPU; on a GPU it is what the writing thread
-    waited for. wait is what the main process waited for images, disk what the writing thread did for the disk.
+        trainer: The run's; only its Progress callback counts, not a user's callback with a ``stages`` attribute.
+        owners: Other objects with ``stages``: the FeatureExtractor and the FeatureWriter.
     """
     found = dict.fromkeys(STAGES, 0.0)
     for owner in (*owners, *(bar for bar in trainer.callbacks if isinstance(bar, Progress))):  # type: ignore[attr-defined]
@@ -108,42 +108,38 @@ def stages(trainer: Trainer, *owners: Any) -> dict[str, float]:
     return {name: round(seconds, 2) for name, seconds in found.items()}
 
 
-def where_the_time_went(
+def bottleneck(
     spent: dict[str, float], seconds: float, cores: int, workers: int, on_gpu: bool, turbo_saves: Callable[[], float]
-) -> Iterator[str]:
-    """Yield two lines: the seconds of each stage, and which of them is the wall, with a piece of advice.
+) -> str:
+    """Return the bottleneck of a run, with a piece of advice.
 
     Args:
         spent: What ``stages`` returns.
-        seconds: The whole run's.
-        cores: That the process could use.
-        workers: That decoded.
+        seconds: Duration of the run.
+        cores: Number of cores that the process could use.
+        workers: Number of data workers.
         on_gpu: Whether the network ran on a GPU.
-        turbo_saves: Measures the seconds of a core that ``--data.decoder turbo`` would save; 0 where it would not.
+        turbo_saves: Measures the core seconds per image that ``--data.decoder turbo`` would save, or returns 0.
     """
-    yield "time: " + ", ".join(f"{name} {spent[name]:.1f} s" for name in STAGES) + f"; all {seconds:.1f} s"
     work = {"decoding": spent["decode"] + spent["resize"], "the network": spent["network"], "text": spent["text"]}
     on_cores = {name: value for name, value in work.items() if not (on_gpu and name == "the network")}
     busy = sum(on_cores.values()) / (cores * seconds)
     waiting = spent["wait"] > seconds / 2
     most = max(on_cores, key=lambda name: on_cores[name])
-    share = f"{100 * on_cores[most] / (cores * seconds):.0f} % of {count(cores, 'core')}"
+    share = f"({100 * on_cores[most] / (cores * seconds):.0f}% of {count(cores, 'core')})"
     if spent["disk"] > seconds / 2:
-        yield "the disk is the wall: --writer.out_dir on a faster one would help"
-    elif waiting and busy < 0.7 and workers < cores:
-        yield f"decoding is the wall, and cores are idle: more --data.num_workers than {workers} would help"
-    elif waiting and busy < 0.7:
-        yield "reading the images is the wall: --data.dir on a faster disk, or more --data.num_workers, would help"
-    elif not on_gpu and busy < 0.7:
-        worked = f"{count(cores, 'core')} worked {100 * busy:.0f} % of the time"
-        yield f"{worked}: other programs on this machine, or so short a run, are the wall"
-    elif on_gpu and not waiting:
-        yield "the network is the wall: a lower --trainer.precision, or more --trainer.devices, would help"
-    elif most == "decoding" and (saved := turbo_saves()) > 0:
-        yield f"decoding is the wall, {share}: --data.decoder turbo would save {saved * 1000:.1f} ms of it an image"
-    else:
-        others = 100 * (1 - on_cores[most] / (sum(on_cores.values()) or 1))
-        yield f"{most} is the wall, {share}: more cores would help; all else is {others:.0f} % of the work"
+        return "the disk; --writer.out_dir on a faster one would help"
+    if waiting and busy < 0.7 and workers < cores:
+        return f"decoding, while cores are idle; more --data.num_workers than {workers} would help"
+    if waiting and busy < 0.7:
+        return "reading the images; --data.dir on a faster disk or more --data.num_workers would help"
+    if not on_gpu and busy < 0.7:
+        return f"none; {count(cores, 'core')} {100 * busy:.0f}% busy: a short run, or other programs on this machine"
+    if on_gpu and not waiting:
+        return "the network; a lower --trainer.precision or more --trainer.devices would help"
+    if most == "decoding" and (saved := turbo_saves()) > 0:
+        return f"decoding {share}; --data.decoder turbo would save {saved * 1000:.1f} ms per image"
+    return f"{most} {share}; more cores would help"
 
 
 def _clock(seconds: float) -> str:

@@ -1,4 +1,4 @@
-"""What belongs to the whole process and featx has to change for a while: its threads agree, and set it back."""
+"""Settings of the whole process that featx changes for a while; its threads share the change and restore it."""
 
 import os
 import re
@@ -8,15 +8,15 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 
 LOCK = threading.RLock()
-if hasattr(os, "register_at_fork"):  # a process forked while another thread holds the lock would wait for it for ever
+if hasattr(os, "register_at_fork"):  # a child forked while another thread holds the lock would wait for it forever
     os.register_at_fork(before=LOCK.acquire, after_in_parent=LOCK.release, after_in_child=LOCK.release)
 
 
 class Shared:
-    """A change that lasts while at least one thread is within it: the first makes it, the last sets it back.
+    """A change that lasts while at least one thread is inside: the first makes it, the last undoes it.
 
     Args:
-        change: Returns the context that changes something and sets it back.
+        change: Returns the context manager that makes and undoes the change.
     """
 
     def __init__(self, change: Callable[[], AbstractContextManager[None]]) -> None:
@@ -43,7 +43,7 @@ class Shared:
 def ignored(modules: str, *categories: type[Warning]) -> Iterator[None]:
     """Ignore warnings of these categories from modules whose names begin with the pattern ``modules``.
 
-    ``warnings.catch_warnings`` would set back the filters of all threads, those that others have added too:
+    ``warnings.catch_warnings`` restores the filters of all threads and drops those that others added meanwhile:
     https://docs.python.org/3/library/warnings.html#warnings.catch_warnings.
     """
     pattern = re.compile(modules)
@@ -53,14 +53,14 @@ def ignored(modules: str, *categories: type[Warning]) -> Iterator[None]:
         yield
     finally:
         for added in filters:
-            with suppress(ValueError):  # others have set back the filters of before
+            with suppress(ValueError):  # another thread has restored older filters
                 warnings.filters.remove(added)  # type: ignore[attr-defined]
 
 
 def one_core() -> None:
-    """Let this thread compute alone, and threads that are started later as many at once as before.
+    """Limit this thread's computing to one core; threads started later keep the earlier number.
 
-    ``torch.set_num_threads`` holds for the thread that calls it and for all that begin after it.
+    ``torch.set_num_threads`` applies to the calling thread and to all threads started after it.
     """
     import torch
 
@@ -74,10 +74,10 @@ def one_core() -> None:
 
 @contextmanager
 def on_one_core() -> Iterator[None]:
-    """Let this thread compute alone for a while.
+    """Limit this thread's computing to one core for a while.
 
-    In a process that was forked from one that has computed, OpenMP waits for threads that are not there:
-    https://gcc.gnu.org/bugzilla/show_bug.cgi?id=58378. One thread alone does not ask for them.
+    In a process forked from one that has computed, OpenMP waits for threads that do not exist in the child:
+    https://gcc.gnu.org/bugzilla/show_bug.cgi?id=58378. A single thread does not need them.
     """
     import torch
 

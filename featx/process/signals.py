@@ -1,4 +1,4 @@
-"""How a run ends before its end: Ctrl-C, SIGTERM, and a process of the run that was lost."""
+"""How a run ends early: Ctrl-C, SIGTERM, or the loss of one of its processes."""
 
 import _thread
 import multiprocessing
@@ -15,21 +15,19 @@ from datetime import timedelta
 from types import FrameType
 from typing import Any, NoReturn
 
-TWICE = (
-    0.3  # seconds within which a second signal is the first one again: timeout(1) sends it to a process and its group
-)
+TWICE = 0.3  # seconds: timeout(1) sends one signal twice, to a process and to its group
 PATIENCE = 15.0  # seconds that an interrupted process has to end by itself
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # the last of them, under SLURM, before a requeue
-NOTICES = (10.0, 30.0)  # seconds until a process says that it waits for others, and from then on
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # SLURM may send SIGUSR1 before it requeues a job
+NOTICES = (10.0, 30.0)  # seconds until the first report of waiting for other processes, and between later ones
 
-INTERRUPTED = "featx: interrupted. The same command goes on where this one stopped."
+INTERRUPTED = "featx: interrupted. Run the same command again to continue."
 
 
 class Stopped(BaseException):
-    """The run was asked to end, or cannot go on without a process that was lost; nothing catches it but ``main``.
+    """A signal ended the run, or another of its processes was lost; only ``main`` catches this.
 
     Args:
-        exit_status: 128 and the signal's number, or that of the process that was lost.
+        exit_status: 128 plus the signal's number, or the exit status of the lost process.
     """
 
     def __init__(self, exit_status: int) -> None:
@@ -38,18 +36,18 @@ class Stopped(BaseException):
 
     @property
     def by_signal(self) -> bool:
-        """Whether the user, or a scheduler, asked for it."""
+        """Whether the user or a scheduler ended the run."""
         return self.exit_status > 128
 
 
-_verdict: int | None = None  # the exit status that a signal, or another process's end, asks for
+_verdict: int | None = None  # the exit status due to a signal or to another process's end
 
 
 def listen() -> None:
-    """Make Ctrl-C, SIGTERM and, under SLURM, the signal before a requeue raise Stopped; a second one ends at once."""
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # which this one has from a process that waits for it
+    """Make Ctrl-C, SIGTERM and, under SLURM, SIGUSR1 raise Stopped; a second signal ends the process at once."""
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # a parent that waits for others passes on a blocked mask
     for number in SIGNALS if "SLURM_JOB_ID" in os.environ else SIGNALS[:2]:
-        if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup and a shell's background jobs set it
+        if signal.getsignal(number) is not signal.SIG_IGN:  # nohup and a shell's background jobs ignore signals
             signal.signal(number, _stop)
 
 
@@ -74,25 +72,25 @@ def _status(number: int) -> int:
 
 
 def end_at_the_latest(seconds: float, status: int) -> None:
-    """End the process after so many seconds, whatever it is doing then."""
+    """End the process after this many seconds, whatever it is doing."""
     timer = threading.Timer(seconds, os._exit, [status])
     timer.daemon = True
     timer.start()
 
 
 class Watch:
-    """Looks after the other processes of a run, and ends this one when one of them is lost.
+    """Watches the other processes of a run, and ends this one when one of them is lost.
 
-    Lightning looks every 5 s and then kills process 0 with SIGKILL. Here every process waits for a word from process
-    0, and process 0 for one from each of them; when a process dies, the system closes its connections, and the other
-    side knows at once, on one machine and across many.
+    Lightning checks every 5 s and then kills rank 0 with SIGKILL. Here every process waits for a message from rank 0,
+    and rank 0 for one from each of the others. When a process dies, the system closes its connections, so the other
+    side knows at once, on one machine or several.
 
     Args:
-        told: Shows a message, from whichever process.
+        report_error: Shows a message.
     """
 
-    def __init__(self, told: Callable[[str], None]) -> None:
-        self._told = told
+    def __init__(self, report_error: Callable[[str], None]) -> None:
+        self._report_error = report_error
         self._group: Any = None
         self._others: Sequence[int] = ()
         self._threads: list[threading.Thread] = []
@@ -100,17 +98,17 @@ class Watch:
         self._running = threading.Event()
 
     def children(self, processes: list[subprocess.Popen[bytes]]) -> None:
-        """Take in the processes that this one has started; one that dies before all are connected ends the run."""
+        """Remember the processes that this one has started; one that dies before all are connected ends the run."""
         self._children = processes
 
     def wait_for_others(self, machines: int, place: str, report: Callable[[str], None]) -> None:
-        """Until the processes are connected, report now and then what is waited for, and end at a signal.
+        """Until the processes are connected, report now and then which are missing, and end at a signal.
 
-        Python's signal handlers do not run while torch waits for the others, but the number of a signal is written to
-        a file at once: https://github.com/pytorch/pytorch/issues/63802
+        Python's signal handlers do not run while torch waits for the others, but a signal's number is written to the
+        wakeup file descriptor at once: https://github.com/pytorch/pytorch/issues/63802
 
         Args:
-            machines: Of the run.
+            machines: Number of machines of the run.
             place: Host and port where the processes meet.
             report: Shows a line.
         """
@@ -119,7 +117,7 @@ class Watch:
         arrived, wakeup = os.pipe()
         os.set_blocking(wakeup, False)
         signal.set_wakeup_fd(wakeup, warn_on_full_buffer=False)
-        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # in this thread: torch would print 25 lines for one
+        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # in this thread: torch would print 25 lines
 
         def look() -> None:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
@@ -141,13 +139,13 @@ class Watch:
         for number, process in enumerate(self._children, 1):
             if process.poll():
                 if process.returncode < 0:
-                    self._told(f"the process of rank {number} was lost (signal {-process.returncode})")
+                    self._report_error(f"the process of rank {number} was lost (signal {-process.returncode})")
                 end_processes(self._children)
                 sys.stderr.flush()
                 os._exit(max(1, process.returncode))
 
     def _end_while_waiting(self, number: int, arrived: int) -> None:
-        """End the process at a signal that its main thread does not hear; a second signal ends it at once."""
+        """End the process at a signal that its main thread cannot handle; a second signal ends it at once."""
         first = os.environ.get("LOCAL_RANK", "0") == "0"
         hurry = select.select([arrived], [], [], 1 if first else 2)[0]
         if _verdict is not None or self._running.is_set():
@@ -159,7 +157,7 @@ class Watch:
         os._exit(_status(number))
 
     def connect(self, rank: int, size: int) -> None:
-        """Begin to watch, once the processes are connected."""
+        """Begin to watch, now that the processes are connected."""
         self._running.set()
         if size == 1:
             return
@@ -181,17 +179,17 @@ class Watch:
         status = torch.zeros(1, dtype=torch.int64)
         try:
             dist.recv(status, src=other, group=self._group)
-        except RuntimeError:  # the connection is gone without a word
+        except RuntimeError:  # the connection was closed without a message
             if self._group is None or _verdict is not None:
                 return
-            self._told(f"the process of rank {other} was lost")
+            self._report_error(f"the process of rank {other} was lost")
             status.fill_(1)
         if int(status) and self._group is not None and _verdict is None:
             _verdict = int(status)
             _thread.interrupt_main(signal.SIGTERM)
 
     def leave(self, status: int) -> None:
-        """Tell the others that this process ends: 0, all is done, or the status it ends with."""
+        """Send the others this process's exit status; 0 means that it is done."""
         group, self._group = self._group, None
         if group is None:
             return
@@ -203,31 +201,31 @@ class Watch:
                 dist.send(torch.tensor([status]), dst=other, group=group)
         if status == 0:
             for thread in self._threads:
-                thread.join(PATIENCE)  # the other side says 0 too
+                thread.join(PATIENCE)  # until the other side has sent its 0
 
 
 def leave_at_once(status: int) -> NoReturn:
-    """End this process and those that decode for it, without waiting for what its threads are doing.
+    """End this process and its data workers without waiting for its threads.
 
-    Python's own way out would take a second, and abort in a thread that still listens to another process.
+    Python's normal exit would take a second, and abort in a thread that still listens to another process.
     """
     for child in multiprocessing.active_children():
         child.terminate()
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
-        except OSError:  # a pipe that nobody reads any more, a full disk
+        except OSError:  # a closed pipe, a full disk
             status = status or 1
     os._exit(status)
 
 
 def verdict() -> int | None:
-    """Return the exit status that a signal, or the end of another process, asks for; None while all is well."""
+    """Return the exit status due to a signal or to another process's end, or None."""
     return _verdict
 
 
 def end_processes(processes: list[subprocess.Popen[bytes]], seconds: float = PATIENCE) -> None:
-    """Ask processes to end, wait for them, and kill those that do not."""
+    """Terminate processes, wait for them, and kill those that remain."""
     for process in processes:
         if process.poll() is None:
             process.terminate()

@@ -1,8 +1,8 @@
-"""A start without ballast: what torchvision, Lightning and torchmetrics import at once and no prediction uses.
+"""A faster start: skips imports of torchvision, Lightning and torchmetrics that prediction never uses.
 
 User CPU seconds, medians of 3, with torch 2.14 and lightning 2.6: ``featx layers`` 2.4 instead of 3.8, ``featx predict
---writer.dry_run true`` 2.9 instead of 4.0. FEATX_PLAIN_START=1 in the environment switches it off. A later import of
-torch._dynamo, as by the network's code, costs most of it: tests/process/test_start.py finds that.
+--writer.dry_run true`` 2.9 instead of 4.0. FEATX_PLAIN_START=1 in the environment switches it off. Most of the gain is
+lost if torch._dynamo is imported later; tests/process/test_start.py checks that featx does not.
 """
 
 import os
@@ -15,11 +15,11 @@ from typing import Any
 
 
 class OptimizedModule:
-    """What ``torch.compile`` would make of a LightningModule; featx compiles a function."""
+    """The class of compiled LightningModules, of which featx has none: it compiles a function."""
 
 
 def disable(function: Any = None, *_: Any, **__: Any) -> Any:
-    """Leave a function as it is, one of Lightning's logging that no graph holds."""
+    """Return the function unchanged: Lightning marks its logging, which is never compiled here."""
     return function or disable
 
 
@@ -28,8 +28,8 @@ def is_compile_supported(device: str) -> bool:
     return bool(import_module("torch._dynamo.utils").is_compile_supported(device))
 
 
-# torch._dynamo takes as long as torch itself, for these three names; scipy.signal half of that, to see whether it has
-# an old name: https://github.com/Lightning-AI/torchmetrics/blob/master/src/torchmetrics/__init__.py
+# Importing torch._dynamo takes as long as torch itself, only for these three names; scipy.signal takes half as long, to
+# look for an old name: https://github.com/Lightning-AI/torchmetrics/blob/master/src/torchmetrics/__init__.py
 STAND_INS: dict[str, dict[str, Any]] = {
     "torch._dynamo": {"OptimizedModule": OptimizedModule, "disable": disable, "__path__": []},
     "torch._dynamo.utils": {"is_compile_supported": is_compile_supported},
@@ -38,7 +38,7 @@ STAND_INS: dict[str, dict[str, Any]] = {
 
 
 class _StandIn(ModuleType):
-    """A module that has the few names its importers want; one that wants another gets the real module's."""
+    """A module with the few names that its importers use; any other name comes from the real module."""
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
@@ -49,7 +49,7 @@ class _StandIn(ModuleType):
 
 @contextmanager
 def stand_ins() -> Iterator[None]:
-    """Let modules be imported with stand-ins, in a process of featx's own; after it the real ones can be imported."""
+    """Import modules with stand-ins, in a process of featx's own; afterwards the real ones can be imported."""
     for name, known in STAND_INS.items():
         if name not in sys.modules:
             sys.modules[name] = module = _StandIn(name)
@@ -60,10 +60,10 @@ def stand_ins() -> Iterator[None]:
         _remove()
 
 
-def import_lean(name: str) -> ModuleType:
-    """Import a module, with stand-ins where they serve its own imports, else, as in another version, without them."""
+def import_fast(name: str) -> ModuleType:
+    """Import a module with stand-ins, or without them if its imports need more, as in other versions."""
     if os.environ.get("FEATX_PLAIN_START") != "1":
-        # What fails is a part of torch._dynamo's that has none; what is really missing is missing again.
+        # A failure is a submodule that has no stand-in; a module that is really missing fails again below.
         with suppress(ImportError), stand_ins():
             return import_module(name)
     return import_module(name)

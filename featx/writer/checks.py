@@ -10,7 +10,7 @@ from pathlib import Path
 from torch import Tensor
 
 from featx.data.batch import Images
-from featx.errors import BadValueError, count, log, size_in_words
+from featx.errors import BadValueError, count, log, note, size_in_words
 from featx.writer.disk import DiskError
 from featx.writer.folder import LayerState
 from featx.writer.formats import FORMATS, is_plain, row_name
@@ -74,7 +74,7 @@ def check_space(
         needed += sum(format.size(name, values) for format in state.formats) * len(images)
         left += max(0, rows - there) + copied + made * len(images)  # such are written when the rows are joined
     free = shutil.disk_usage(_nearest(folder)).free
-    log.info("output: about %s, %s free", size_in_words(needed), size_in_words(free))
+    note("output", f"about {size_in_words(needed)} in {folder}, {size_in_words(free)} free")
     if left > free:
         raise DiskError(
             f"--writer.out_dir {folder}: about {size_in_words(left)} more are needed, "

@@ -236,7 +236,7 @@ def test_mistakes_are_told_in_words(copy, tmp_path, capsys, monkeypatch):
 def test_a_path_that_is_no_set_of_shards_is_told_in_words(made, tmp_path, capsys):
     out = tmp_path / "out"
     run(made / "photos", out, shard_rows=8)
-    assert "out/fc7.csv: no such file. Expected what featx predict wrote" in said(capsys, out / "fc7.csv")
+    assert "out/fc7.csv: no such file. Expected a file that featx predict wrote" in said(capsys, out / "fc7.csv")
     assert "out: no record out.json beside it that knows it.\nExpected what featx predict" in said(capsys, out)
     assert "2/00004.csv: no such file. Did you mean 00003.csv" in said(capsys, out / "2" / "00004.csv")
     assert "2/00003.npy: no such file" in said(capsys, out / "2" / "00003.npy")

@@ -35,7 +35,7 @@ def copy(made, tmp_path):
 @pytest.mark.parametrize("name", ["plain", "header"])
 def test_a_file_as_it_was_written_is_right(made, name, capsys):
     assert main(["verify", str(made / name / "2.csv"), "--images", str(made / "photos"), *TINY]) == 0
-    assert "21 rows of 4 values as recorded; 21 rows computed again, the largest relative difference is 0.0e+00" in (
+    assert "21 rows of 4 values as recorded; 21 rows recomputed, the largest relative difference is 0.0e+00" in (
         capsys.readouterr().out
     )
 
@@ -46,7 +46,7 @@ def test_rows_of_images_that_an_earlier_version_padded_are_computed_so_again(mad
     del record["run"]["options"]["data"]["pad"], record["identity"]["preprocessing"]["pad"]
     (tmp_path / "2.json").write_text(json.dumps(record))
     assert main(["verify", str(tmp_path / "2.csv"), "--images", str(made / "photos"), *TINY]) == 0
-    assert "21 rows computed again, the largest relative difference is 0.0e+00" in capsys.readouterr().out
+    assert "21 rows recomputed, the largest relative difference is 0.0e+00" in capsys.readouterr().out
 
 
 def change_a_digit(data):
@@ -79,7 +79,7 @@ def test_a_folder_of_shards_is_told_shard_by_shard(made, tmp_path, capsys):
     run(made / "photos", tmp_path, shard_rows=8, format=["csv", "npy"])
     assert main(["verify", str(tmp_path / "2"), "--images", str(made / "photos"), *TINY]) == 0
     told = capsys.readouterr().out.splitlines()
-    assert len(told) == 6 and "2/00002.npy: 5 rows of 4 values as recorded; 5 rows computed again" in told[-1]
+    assert len(told) == 6 and "2/00002.npy: 5 rows of 4 values as recorded; 5 rows recomputed" in told[-1]
     assert sum("8 rows of 4" in line for line in told) == 4 and "relative difference is 0.0e+00" in told[2]
     shard = tmp_path / "2" / "00001.csv"
     shard.write_bytes(swap_rows(shard.read_bytes()))
@@ -115,7 +115,7 @@ def test_what_is_no_result_is_exit_2(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(("old", "new", "words"), [
-    ('"precision": "32-true"', '"precision": "bf16-mixed"', "--trainer.precision bf16-mixed are not computed again"),
+    ('"precision": "32-true"', '"precision": "bf16-mixed"', "--trainer.precision bf16-mixed cannot be recomputed"),
 ])  # fmt: skip
 def test_rows_that_this_machine_would_compute_otherwise_are_not_compared(made, copy, old, new, words, capsys, caplog):
     record = copy.with_suffix(".json")

@@ -29,7 +29,7 @@ def made(forks: bool = False, **options: object) -> Trainer:
         ({"strategy": DDPStrategy(start_method="spawn")}, "expected auto or ddp."),
         ({"strategy": "fsdp"}, "--trainer.strategy fsdp: expected auto or ddp."),
         ({"strategy": "deepspeed"}, "--trainer.strategy deepspeed: expected auto or ddp."),
-        ({"fast_dev_run": True}, "--trainer.fast_dev_run true: the files would lack"),
+        ({"fast_dev_run": True}, "--trainer.fast_dev_run true: rows would be missing"),
         ({"devices": 0}, "--trainer.devices 0: expected a whole number of at least 1, -1 for all"),
         ({"devices": "0"}, "--trainer.devices 0: expected a whole number of at least 1"),
         ({"accelerator": "gup"}, "--trainer.accelerator gup: "),

@@ -15,7 +15,7 @@ import torch
 from conftest import ENV, REPO
 
 from featx.process.signals import INTERRUPTED, SIGNALS, Watch
-from featx.run import FailedError, in_words
+from featx.run import FailedError, explain
 
 PROGRAM = """
 import os, signal, sys, time
@@ -95,15 +95,15 @@ def test_what_is_waited_for_is_told_with_how_many_machines_and_where(monkeypatch
 @pytest.mark.parametrize(
     ("error", "words"),
     [
-        (BlockingIOError(11, "Resource temporarily unavailable"), "refuses another process, thread or open file"),
-        (RuntimeError("can't start new thread"), "refuses another process, thread or open file"),
+        (BlockingIOError(11, "Resource temporarily unavailable"), "allows no more processes, threads or open files"),
+        (RuntimeError("can't start new thread"), "allows no more processes, threads or open files"),
         (
             RuntimeError("DataLoader worker (pid 7) exited unexpectedly. Details"),
-            r"\(pid 7\) exited unexpectedly\nGive",
+            r"\(pid 7\) exited unexpectedly\nUse",
         ),
-        (torch.distributed.DistStoreError("Timed out after 1801 seconds"), "other machines did not come: Timed out"),
+        (torch.distributed.DistStoreError("Timed out after 1801 seconds"), "other machines did not connect: Timed out"),
     ],
 )
-def test_what_the_machine_fails_at_is_reported_in_words(error, words):
-    found = in_words(error, SimpleNamespace(world_size=2), SimpleNamespace(workers=4))
+def test_failures_of_the_machine_get_a_message(error, words):
+    found = explain(error, SimpleNamespace(world_size=2), SimpleNamespace(workers=4))
     assert isinstance(found, FailedError) and re.search(words, str(found)) and "the same command goes on" in str(found)

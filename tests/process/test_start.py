@@ -66,10 +66,10 @@ def test_a_module_that_wants_more_of_them_than_stand_ins_have_is_imported_withou
     (tmp_path / "wants_more.py").write_text("from torch._dynamo import OptimizedModule\nimport torch._dynamo.config\n")
     (tmp_path / "lacks.py").write_text("import nothing_of_this_name\n")
     code = """
-from featx.process.start import import_lean
-print(import_lean("wants_more").OptimizedModule.__module__)
+from featx.process.start import import_fast
+print(import_fast("wants_more").OptimizedModule.__module__)
 try:
-    import_lean("lacks")
+    import_fast("lacks")
 except ImportError as err:
     print(err)
 """
@@ -83,4 +83,4 @@ def test_an_environment_variable_switches_them_off(monkeypatch, tmp_path):
     for value, found in (("1", False), ("0", True)):
         monkeypatch.setenv("FEATX_PLAIN_START", value)
         monkeypatch.delitem(sys.modules, "asks", raising=False)
-        assert start.import_lean("asks").found == found
+        assert start.import_fast("asks").found == found

@@ -431,7 +431,7 @@ def test_shards_that_are_not_whole_batches_are_refused(photos, tmp_path, rows, n
 
 def test_shards_that_load_cannot_take_as_one_are_told(photos, tmp_path):
     run(photos, tmp_path, format=["csv", "npy"], shard_rows=16)
-    with pytest.raises(BadValueError, match=r"2: holds .csv and .npy. Expected one of them, as .*2/\*.csv"):
+    with pytest.raises(BadValueError, match=r"2: holds .csv and .npy. Expected one, such as .*2/\*.csv"):
         load(tmp_path / "2")
     assert len(load(tmp_path / "2" / "*.npy")[0]) == 37
     (tmp_path / "2" / "00001.csv").unlink()

@@ -83,7 +83,7 @@ def kept(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.Mon
 def test_a_finished_file_of_an_earlier_version_is_finished(kept, capsys):
     before = (kept / "2.csv").read_bytes()
     assert main([*LINE, "--model.layer", "2"]) == 3
-    assert "finished before, nothing to do: 8 rows" in capsys.readouterr().out
+    assert "already finished, nothing to do: 8 rows" in capsys.readouterr().out
     assert (kept / "2.csv").read_bytes() == before
 
 

@@ -228,7 +228,7 @@ def test_a_class_of_a_record_is_made_where_the_user_names_it_only(made, copy, tm
     told = told_by(capsys, 2, *again)
     assert "2.json: its rows were made by code that is not featx's, and a record alone does not run it.\n" in told
     command = told.split("If you trust that code: featx verify ")[1]
-    assert "11 rows computed again" in told_by(capsys, 0, *shlex.split(command))
+    assert "11 rows recomputed" in told_by(capsys, 0, *shlex.split(command))
     told = told_by(capsys, 2, *again, "--model", "other.Class")
     assert "--model other.Class: " in told and "2.json says tiny.Tiny." in told
     change(copy, "run.options.model_class", "os.system")
@@ -255,7 +255,7 @@ def test_a_function_of_a_record_is_called_where_the_user_names_it_only(network_m
         told = told_by(capsys, 2, *again, "--model.arch", "own_build.other")
         assert "--model.arch own_build.other: " in told and "2.json says own_build.build." in told
         assert not os.path.exists("was_run") and "own_build" not in sys.modules
-    assert "1 row computed again" in told_by(capsys, 0, *again, "--model.arch", "own_build.build")
+    assert "1 row recomputed" in told_by(capsys, 0, *again, "--model.arch", "own_build.build")
 
 
 def test_weights_are_held_against_the_record_before_rows_are(network_made, capsys):

@@ -154,7 +154,7 @@ def test_sigterm_and_ctrl_c_end_in_words_and_go_on(place, tmp_path):
         wait_for_rows(process, tmp_path)
         returned, told = end(process, how)
         assert returned == status and "Traceback" not in told, told
-        assert "featx: interrupted. The same command goes on where this one stopped." in told
+        assert "featx: interrupted. Run the same command again to continue." in told
         assert not (tmp_path / "2.csv").exists()
     finish(place, tmp_path)
 
@@ -240,7 +240,7 @@ def test_a_finished_run_says_so_and_another_is_refused(place, tmp_path):
     out = tmp_path / "out"
     shutil.copytree(place / "clean", out)
     again = predict("photos", out, *BASE, cwd=place)
-    assert "finished before, nothing to do: 150 rows" in again.stdout
+    assert "already finished, nothing to do: 150 rows" in again.stdout
     before = {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()}
     other = ("--data.batch_size", "3", "--data.crop", "200")
     refused = featx("predict", "--data.dir", "photos", "--writer.out_dir", out, *BASE, *other, cwd=place)
