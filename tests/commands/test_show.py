@@ -133,7 +133,7 @@ def test_without_room_thumbnails_are_chosen_and_that_is_said(copy, monkeypatch):
     page = shown(copy)
     assert copy.with_suffix(".html").stat().st_size <= whole - 8_000
     assert 5 < len(page["thumbnails"]) < 27
-    assert "cluster shows the image nearest to its middle" in page["notes"][0]
+    assert "cluster shows the image nearest to its centre" in page["notes"][0]
     assert {str(row) for pair in page["twins"] for row in pair} < set(page["thumbnails"])
 
 
@@ -221,7 +221,7 @@ def said(capsys, *argv):
 def test_mistakes_are_told_in_words(copy, tmp_path, capsys, monkeypatch):
     assert "3.csv: no such file. Did you mean 2.csv?" in said(capsys, copy.with_name("3.csv"))
     (tmp_path / "x.csv").touch()
-    assert "no record x.json beside it" in said(capsys, tmp_path / "x.csv")
+    assert "no record x.json next to it" in said(capsys, tmp_path / "x.csv")
     assert "--images nowhere: no such folder" in said(capsys, copy, "--images", "nowhere")
     assert "invalid choice: 'som'" in said(capsys, copy, "--map", "som")
     assert "FILE" in said(capsys)
@@ -237,7 +237,7 @@ def test_a_path_that_is_no_set_of_shards_is_told_in_words(made, tmp_path, capsys
     out = tmp_path / "out"
     run(made / "photos", out, shard_rows=8)
     assert "out/fc7.csv: no such file. Expected a file that featx predict wrote" in said(capsys, out / "fc7.csv")
-    assert "out: no record out.json beside it that knows it.\nExpected what featx predict" in said(capsys, out)
+    assert "out: no record out.json next to it that lists it.\nExpected what featx predict" in said(capsys, out)
     assert "2/00004.csv: no such file. Did you mean 00003.csv" in said(capsys, out / "2" / "00004.csv")
     assert "2/00003.npy: no such file" in said(capsys, out / "2" / "00003.npy")
     (out / "2" / "00001.csv").write_bytes(b"".join((out / "2" / "00001.csv").read_bytes().splitlines(True)[1:]))
@@ -401,6 +401,25 @@ def test_dragging_moves_the_map_and_the_wheel_enlarges_it(browser):
     np.testing.assert_allclose(browser.ring(), (x, y), atol=2)
 
 
+def test_images_few_enough_to_see_are_on_the_map_themselves(browser, page):
+    shown = "return document.querySelectorAll('#thumbnails img:not(.dim)').length"
+    assert browser.js(shown) == 27
+    browser.find("#legend button:nth-child(3)").click()
+    assert browser.js(shown) == 6
+    browser.find("#legend button:nth-child(3)").click()
+    browser.search("image-04")
+    x, y = browser.ring()
+    browser.press("ESCAPE")
+    browser.mouse("mouseMoved", x + 20, y)  # on the thumbnail, far from where a point would be
+    browser.wait("return !document.querySelector('#tip').hidden")
+    browser.open(page, 390)
+    assert browser.js(shown) == 0
+    for _ in range(3):
+        event = {"type": "mouseWheel", "x": 195, "y": 350, "deltaX": 0, "deltaY": -100}
+        browser.driver.execute_cdp_cmd("Input.dispatchMouseEvent", event)
+    browser.wait(shown)
+
+
 def test_a_finger_drags_the_map_and_a_tap_shows_an_image(browser, page):
     browser.open(page, 390)
     browser.search("image-04")
@@ -427,7 +446,7 @@ def test_search_finds_by_name_and_keys_alone_do(browser):
     browser.press("ESCAPE")
     assert "Point at the map" in browser.text("#one")
     browser.find("#search input").send_keys("nothing of that name")
-    assert "No name holds that." in browser.text("#found")
+    assert "No name contains that." in browser.text("#found")
     browser.press("ESCAPE")
     assert browser.js("return document.querySelector('#search input').value") == ""
 

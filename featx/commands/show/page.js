@@ -1,9 +1,10 @@
-// The page of `featx show`. Bokeh draws the map; what is here finds the image under the pointer and shows it.
-// Names are only ever set as text: whatever stands in them, none becomes HTML.
+// The page of `featx show`. Bokeh draws the map; this script finds the image under the pointer and shows it.
+// Names are only ever set as text: whatever is in them, none becomes HTML.
 "use strict";
 
 const $ = (id) => document.getElementById(id);
 const bytes = (base64) => Uint8Array.from(atob(base64), (letter) => letter.charCodeAt(0));
+const FEW = 60; // images in view that are thumbnails on the map
 const digits = (number) => (number === 0 ? "0" : number < 0.001 ? number.toExponential(1) : number.toPrecision(3));
 
 function el(tag, properties = {}, ...children) {
@@ -37,11 +38,11 @@ async function main() {
   const named = (row) => el("span", { dir: "auto", textContent: page.names[row] });
 
   function card(row, distance) {
-    const told = distance === undefined ? null : el("b", { textContent: digits(distance) });
-    return el("button", { className: "card", type: "button", onclick: () => select(row) }, picture(row), told, named(row));
+    const apart = distance === undefined ? null : el("b", { textContent: digits(distance) });
+    return el("button", { className: "card", type: "button", onclick: () => select(row) }, picture(row), apart, named(row));
   }
 
-  /** The path of the file itself; bytes that are no UTF-8 come as lone surrogates, U+DC80 to U+DCFF. */
+  /** The path of the file itself; bytes that are not UTF-8 come as lone surrogates, U+DC80 to U+DCFF. */
   function link(row) {
     const encode = (part) =>
       /^[\udc80-\udcff]$/u.test(part) ? `%${(part.charCodeAt(0) & 255).toString(16)}` : encodeURIComponent(part);
@@ -52,7 +53,9 @@ async function main() {
 
   const size = total > 20000 ? 4 : total > 2000 ? 6 : 10;
   const source = new Bokeh.ColumnDataSource({ data: { x, y, colour: Array.from(labels, (_, row) => colour(row)) } });
+  const range = () => new Bokeh.DataRange1d({ range_padding: total > FEW ? 0.1 : 0.25 }); // room for thumbnails
   const figure = Bokeh.Plotting.figure({
+    x_range: range(), y_range: range(),
     tools: "wheel_zoom", active_scroll: "wheel_zoom", toolbar_location: null, lod_threshold: 20000,
     match_aspect: true, sizing_mode: "stretch_both", min_border: 0, outline_line_color: null,
     background_fill_color: null, border_fill_color: null,
@@ -63,11 +66,34 @@ async function main() {
   figure.scatter(field("x"), field("y"), { source, size, fill_color: field("colour"), line_color: null, fill_alpha: 0.85 });
   const { x_scale, y_scale } = (await Bokeh.Plotting.show(figure, $("drawn"))).frame;
 
-  /** Where a row stands in the map's element, in pixels. */
+  /** Where a row is in the map's element, in pixels. */
   const place = (row) => [x_scale.compute(x[row]), y_scale.compute(y[row])];
 
+  let side = 0; // of the thumbnails on the map, in pixels; 0: there are none
+  let only = -1; // the class that is shown alone
+
+  /** Show the images in view as thumbnails, if they are few enough to be recognized. */
+  function drawThumbnails() {
+    const { inner_width, inner_height } = figure;
+    const inView = (row) => x[row] > left && x[row] < right && y[row] > bottom && y[row] < top;
+    const [left, right] = [x_scale.invert(0), x_scale.invert(inner_width)];
+    const [top, bottom] = [y_scale.invert(0), y_scale.invert(inner_height)];
+    const rows = [];
+    for (let row = 0; row < total && rows.length <= FEW; row++) if (inView(row)) rows.push(row);
+    side = rows.length > FEW ? 0 : Math.min(112, 0.5 * Math.sqrt((inner_width * inner_height) / rows.length));
+    if (side < 40) side = 0;
+    $("thumbnails").replaceChildren(...rows.filter((row) => side && page.thumbnails[row]).map((row) => {
+      const [left, top] = place(row), img = small.get(row) ?? picture(row);
+      small.set(row, img);
+      img.style = `left: ${left}px; top: ${top}px; width: ${side}px; height: ${side}px; border-color: ${colour(row)}`;
+      img.className = only >= 0 && labels[row] !== only ? "dim" : "";
+      return img;
+    }));
+  }
+  const small = new Map(); // the thumbnails on the map, by row: a browser decodes each once
+
   /** The row nearest to a place in the map's element, if it is nearer than some pixels. */
-  function rowAt(left, top, pixels = 14) {
+  function rowAt(left, top, pixels = Math.max(14, side / 2)) {
     const atX = x_scale.invert(left), atY = y_scale.invert(top);
     let best = -1, least = (x_scale.invert(left + pixels) - atX) ** 2;
     for (let row = 0; row < total; row++) {
@@ -87,14 +113,20 @@ async function main() {
   /** Put rings around the image pointed at, the one shown and the ones nearest to it. */
   function mark() {
     const ring = (row, wider) => {
-      const [left, top] = place(row), wide = size + wider;
-      return el("i", { style: `left: ${left}px; top: ${top}px; width: ${wide}px; height: ${wide}px` });
+      const [left, top] = place(row), wide = (side || size) + wider;
+      const style = `left: ${left}px; top: ${top}px; width: ${wide}px; height: ${wide}px`;
+      return el("i", { style, className: side ? "square" : "" });
     };
     const rings = selected < 0 ? [] : [ring(selected, 16), ...nearest(selected).map((row) => ring(row, 8))];
     $("marks").replaceChildren(...rings, ...(hovered < 0 ? [] : [ring(hovered, 12)]));
+    small.forEach((img, row) => (img.style.zIndex = row === hovered ? 2 : row === selected ? 1 : 0));
   }
-  figure.x_range.change.connect(mark);
-  figure.y_range.change.connect(mark);
+  function draw() {
+    drawThumbnails();
+    mark();
+  }
+  figure.x_range.change.connect(draw);
+  figure.y_range.change.connect(draw);
 
   function hover(row) {
     if (row === hovered) return;
@@ -146,7 +178,7 @@ async function main() {
         x_scale.invert(grip[0]) - x_scale.invert(event.clientX),
         y_scale.invert(grip[1]) - y_scale.invert(event.clientY),
       );
-      requestAnimationFrame(() => ($("moved").style.transform = "")); // behind Bokeh's own, which draws in this frame
+      requestAnimationFrame(() => ($("moved").style.transform = "")); // after Bokeh's own, which draws in this frame
     }
     grip = null;
   }
@@ -157,7 +189,7 @@ async function main() {
   $("map").addEventListener("pointerleave", () => hover(-1));
   $("map").addEventListener("click", (event) => dragged || select(rowUnder(event)));
 
-  /** The row that lies nearest in a direction, within 45 degrees of it. */
+  /** The nearest row in a direction, within 45 degrees of it. */
   function step(from, right, up) {
     let best = from, least = Infinity;
     for (let row = 0; row < total; row++) {
@@ -221,7 +253,7 @@ async function main() {
     $("found").hidden = !words;
     $("found").replaceChildren(
       ...rows.slice(0, 20).map((row) => el("button", { type: "button", onclick: () => { leaveSearch(); select(row); } }, picture(row), named(row))),
-      faint(rows.length ? `${rows.length.toLocaleString("en")} found` : "No name holds that."),
+      faint(rows.length ? `${rows.length.toLocaleString("en")} found` : "No name contains that."),
     );
   }
   function leaveSearch() {
@@ -249,15 +281,15 @@ async function main() {
 
   // -- the rest of the page -------------------------------------------------------------------------------------
 
-  $("what").textContent = `${page.record.identity.network}, ${page.record.columns.toLocaleString("en")} values an image`;
+  $("what").textContent = `${page.record.identity.network}, ${page.record.columns.toLocaleString("en")} values per image`;
 
   const counts = page.classes.map(() => 0);
   labels.forEach((label) => counts[label]++);
-  let only = -1;
   function paint(label) {
     only = only === label ? -1 : label;
     [...$("legend").children].forEach((button, at) => at < page.classes.length && (button.ariaPressed = at === only));
     source.data = { ...source.data, colour: Array.from(labels, (at, row) => (only < 0 || at === only ? colour(row) : "#8884")) };
+    draw();
   }
   $("legend").append(
     ...page.classes.slice(0, 40).map((name, at) =>
@@ -300,6 +332,7 @@ async function main() {
     }));
   $("record").append(el("h2", { textContent: "Record" }), faint("What made these rows."), list(page.record));
 
+  drawThumbnails();
   // fc7.html#cats/felix.jpg begins with that image, its path encoded as in the link to its file.
   select(location.hash ? page.names.findIndex((_, row) => link(row) === page.folder + location.hash.slice(1)) : -1);
   document.documentElement.dataset.ready = "yes";

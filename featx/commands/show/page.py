@@ -1,4 +1,4 @@
-"""``featx show``: a finished file as a map of its images, one HTML page that opens from disk."""
+"""``featx show``: a finished file as a map of its images, in one HTML page that opens from disk."""
 
 import base64
 import gzip
@@ -31,31 +31,31 @@ from featx.writer import disk
 from featx.writer.folder import error_row
 from featx.writer.records import Json
 
-PAGE_BYTES = 12 * 2**20  # what opens at once, and what mail takes
+PAGE_BYTES = 12 * 2**20  # opens at once, and fits in a mail
 SIDES = (256, 192, 128, 96)  # of a thumbnail, in pixels: the largest that leaves room for all
 MOST_POINTS = 100_000
-TWINS = 0.1  # images nearer than this part of the usual distance are near-duplicates
+TWINS = 0.1  # images closer than this fraction of the usual distance are near-duplicates
 
 
 def show(argv: list[str]) -> int:
     """Run ``featx show FILE [--images DIR] [--map pca|tsne]`` and print the page's path."""
-    parser = PlainParser("featx show", description="Write a page on which a file's images are seen.")
-    parser.add_argument("file", metavar="FILE", help="features/fc7.csv, or a folder of shards; makes features/fc7.html")
-    parser.add_argument("--images", metavar="DIR", help="their folder, if it is no longer where they were read")
+    parser = PlainParser("featx show", description="Write a page that shows a file's images.")
+    parser.add_argument("file", metavar="FILE", help="features/fc7.csv or a folder of shards; writes features/fc7.html")
+    parser.add_argument("--images", metavar="DIR", help="folder of the images, if they have moved")
     parser.add_argument(
-        "--map", choices=("pca", "tsne"), default="pca", help="pca: at once (default); tsne: groups stand apart, slower"
+        "--map", choices=("pca", "tsne"), default="pca", help="pca: fast (default); tsne: slower, separates groups"
     )
     options = parser.parse_args(argv)
     file = find(Path(options.file))
     if not file.is_known:
         raise BadValueError(
-            f"{file.path}: no record {file.record_path.name} beside it that knows it.\n"
+            f"{file.path}: no record {file.record_path.name} next to it that lists it.\n"
             "Expected what featx predict wrote, with its record."
         )
     script = _bokeh()
     if options.images is not None and not Path(options.images).is_dir():
         raise MissingPathError(f"--images {options.images}: no such folder. Expected the one that featx predict read.")
-    shard = f"-{file.path.stem}" if file.is_shard else ""  # beside the folder: in it, it would be read as one
+    shard = f"-{file.path.stem}" if file.is_shard else ""  # next to the folder: inside, it would be read as one
     page = file.record_path.with_name(f"{file.record_path.stem}{shard}.html")
     folder = options.images or file.record["run"]["options"]["data"]["dir"]
     disk.replace(page, make_page(file, folder, options.map, script))
@@ -67,7 +67,7 @@ def show(argv: list[str]) -> int:
 def _bokeh() -> str:
     """Return the script of Bokeh, which draws the map."""
     try:
-        import sklearn  # noqa: F401  asked for here, so that nothing is missed after minutes of work
+        import sklearn  # noqa: F401  here, so that it is not found missing after minutes of work
         from bokeh.resources import Resources
     except ImportError as err:
         raise UserError(
@@ -82,7 +82,7 @@ def make_page(file: Finished, folder: str, kind: str, script: str) -> bytes:
 
     Args:
         file: The file, or a folder of shards.
-        folder: The folder of its images; those that are not there have no thumbnail.
+        folder: The folder of its images; missing ones have no thumbnail.
         kind: How rows become points: ``pca`` or ``tsne``.
         script: Bokeh's.
     """
@@ -99,7 +99,7 @@ def make_page(file: Finished, folder: str, kind: str, script: str) -> bytes:
         raise BadValueError(f"{file.path}: no row of finite values. Expected at least one image to show.")
 
     near, distances = nearest(values)
-    points, parts, told = flatten(values, kind)
+    points, parts, method = flatten(values, kind)
     usual = usual_distance(values)
     alone = np.argsort(-distances[:, 0], kind="stable")[:NEAREST] if near.size else np.arange(0)
     twins = find_twins(near, distances, TWINS * usual)
@@ -114,7 +114,7 @@ def make_page(file: Finished, folder: str, kind: str, script: str) -> bytes:
         # 12 bits of the 23, which take half the room: the page shows three digits
         "distances": _packed((distances.view(np.uint32) + 0x400) & 0xFFFFF800, "<u4"),
         "columns": near.shape[1],
-        "map": told,
+        "map": method,
         "usual": usual,
         "alone": alone.tolist(),
         "twins": list(twins)[:100],
@@ -131,15 +131,15 @@ def make_page(file: Finished, folder: str, kind: str, script: str) -> bytes:
     title = f"{file.record['layer']}{'/' + file.path.stem if file.is_shard else ''}: {count(len(names), 'image')}"
     room = (PAGE_BYTES - len(_html(title, page, script))) * 72 // 100  # base64 takes the rest
     value_range = file.record["identity"]["value_range"]
-    page["thumbnails"], said = _thumbnails(folder, names, value_range, wanted, parts, room)
-    notes += said
+    page["thumbnails"], more = _thumbnails(folder, names, value_range, wanted, parts, room)
+    notes += more
     for line in notes:
         log.info("%s", line)
     return _html(title, page, script)
 
 
 def _some_rows(file: Finished) -> tuple[list[str], Floats]:
-    """Return paths, or where they are not known names, and values, ``(N, D)``, of at most ``MOST_POINTS`` rows."""
+    """Return paths (names where paths are not known) and values, ``(N, D)``, of at most ``MOST_POINTS`` rows."""
     total, path, at = file.record["rows"], file.path, 0
     if path.is_dir():  # of several formats the one that is read first
         kinds = {Path(name).suffix for name in file.record["files"]}
@@ -163,7 +163,7 @@ def _some_rows(file: Finished) -> tuple[list[str], Floats]:
 def _thumbnails(
     folder: str, names: Sequence[str], value_range: ValueRange | None, wanted: set[int], parts: Floats, room: int
 ) -> tuple[dict[int, str], list[str]]:
-    """Return thumbnails in base64 by row, of all images or of those chosen, and what is to be said of them."""
+    """Return thumbnails in base64 by row, of all images or of those chosen, and notes about them."""
 
     def make(side: int, index: int) -> bytes:
         pixels, *_ = read_or_fault(folder, names[index], value_range, strict=False)
@@ -174,7 +174,7 @@ def _thumbnails(
         image.save(data, "WEBP", quality=75)
         return data.getvalue()
 
-    made, missing, said = dict[int, str](), 0, list[str]()
+    made, missing, notes = dict[int, str](), 0, list[str]()
     with ThreadPoolExecutor() as pool:
         some = range(0, len(names), -(-len(names) // 50))
         for side in SIDES:
@@ -190,21 +190,21 @@ def _thumbnails(
                 room -= len(data)
                 made[index] = base64.b64encode(data).decode()
     if len(chosen) < len(names):
-        said.append(
+        notes.append(
             f"Thumbnails of {len(made):,} of {len(names):,} images: the rows were put into clusters (k-means), and "
-            "each cluster shows the image nearest to its middle."
+            "each cluster shows the image nearest to its centre."
         )
     if missing:
         lost = count(missing, "image")
-        said.append(f"No thumbnail of {lost} that cannot be read in {folder} now (--images gives another folder).")
-    return made, said
+        notes.append(f"No thumbnail of {lost} that cannot be read in {folder} now (--images gives another folder).")
+    return made, notes
 
 
 def _colours(classes: int) -> Sequence[str]:
     from bokeh.palettes import Category10_10, Category20_20, Turbo256
 
     palette: Sequence[str] = Category10_10 if classes <= 10 else Category20_20 if classes <= 20 else Turbo256
-    return palette[:: max(1, len(palette) // classes)]
+    return palette if classes <= 20 else palette[:: max(1, len(palette) // classes)]
 
 
 def _packed(values: NDArray[Any], kind: str) -> str:
@@ -212,7 +212,7 @@ def _packed(values: NDArray[Any], kind: str) -> str:
 
 
 def _html(title: str, page: Json, script: str) -> bytes:
-    """Return the page: what users named stands in its data only, where no browser takes it for HTML."""
+    """Return the page: names that users chose are only in its data, where no browser takes them for HTML."""
     own = files("featx.commands.show")
     parts = {
         "title": html.escape(title),
