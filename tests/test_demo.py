@@ -19,12 +19,12 @@ def test_demo_takes_a_trained_network_from_a_package_where_nothing_can_be_downlo
     assert "--data.dir demo/photos" in done.stdout and "RANDOM" not in done.stderr
     names, rows = read_csv(tmp_path / "demo" / "features" / "pooled.csv")
     assert len(names) == 15 and rows.shape == (15, 1280)
-    table = done.stdout.partition("Most alike")[2].splitlines()[2:17]
+    table = done.stdout.partition("most similar image")[2].splitlines()[2:17]
     assert done.stdout.splitlines()[-1] == "Open demo/features/pooled.html in a browser."
     assert (tmp_path / "demo" / "features" / "pooled.html").stat().st_size > 100_000
     assert [line.split()[0] for line in table] == names
     assert all(line.split()[1] in set(names) - {line.split()[0]} for line in table)
-    assert demo.LITE in (REPO / "README.md").read_text()
+    assert demo.LITE in (REPO / "docs" / "networks.md").read_text()
     again = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300)
     assert again.returncode == 0 and "already finished, nothing to do: 15 rows" in again.stdout
     assert "motorcycle-left.png" in next(line for line in table if line.split()[0] == "motorcycle-right.png")
