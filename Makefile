@@ -2,31 +2,41 @@
 VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
+# Python compiles a module when it first imports it: compiling all that comes with torch takes longer than the demo.
+PIP := $(BIN)/pip install --quiet --disable-pip-version-check --no-compile
 
 .PHONY: demo test browser picture torture lint bench clean
 
-# torch and torchvision are resolved together, as they come: a CPU-only torch does not import with the index's torchvision.
+# torch and torchvision are resolved together: a CPU-only torch does not import with PyPI's torchvision.
 $(VENV)/installed: pyproject.toml
+	@echo "Installing featx and its tools for development into $(VENV), about 7 GB:"
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	$(PIP) --editable '.[dev]'
 	touch $@
 
-demo: $(VENV)/installed
+# What the demo needs. Where $(VENV)/installed is, nothing has to be installed.
+$(VENV)/installed-demo: pyproject.toml
+	@echo "Installing featx and what its demo needs into $(VENV), about 6 GB, most of it torch:"
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) --editable '.[demo,show]'
+	touch $@
+
+demo: $(or $(wildcard $(VENV)/installed),$(VENV)/installed-demo)
 	$(BIN)/python tests/demo.py demo
 
-# These start whole commands, or one for each fault; make test FAST=1 leaves them out.
+# These tests start whole commands, or one per fault; make test FAST=1 skips them.
 SLOW := test_cli.py test_readme.py test_demo.py test_bench.py process writer/test_resume.py writer/test_disk.py
 
 test: lint browser
 	$(BIN)/python -m pytest -n 2 $(if $(FAST),$(SLOW:%=--ignore=tests/%))
 
-# For the tests that look at the page of `featx show`; where there is no browser they are skipped.
+# For the tests of the page of `featx show`; without a browser they are skipped.
 browser:
 	@command -v chromedriver >/dev/null || \
 	{ apt-get update -qq && apt-get install -qq -y chromium chromium-driver; } >/dev/null 2>&1 || \
-	echo "no browser: it could not be installed (Debian's chromium and chromium-driver), its tests are skipped"
+	echo "no browser (Debian's chromium and chromium-driver could not be installed): skipping the tests that need it"
 
-# The picture in README: the page of a demo made anew, one image shown, in 256 colours.
+# The picture in README: the page of a fresh demo with one image selected, in 256 colours.
 picture: browser
 	rm -rf demo
 	$(MAKE) demo
@@ -46,10 +56,10 @@ lint: $(VENV)/installed
 	$(BIN)/mypy
 
 $(VENV)/installed-bench: $(VENV)/installed
-	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[bench]'
+	$(PIP) --editable '.[bench]'
 	touch $@
 
-# About 12 minutes of a machine with nothing else to do. BENCH="--keep docs/bench.md" keeps the table, BENCH=--quick
+# Takes about 12 minutes on an otherwise idle machine. BENCH="--keep docs/bench.md" saves the table, BENCH=--quick
 # shows in a minute that it works.
 bench: $(VENV)/installed-bench
 	$(BIN)/python tests/bench.py bench $(BENCH)
