@@ -21,9 +21,9 @@ from lightning.pytorch.callbacks import Callback
 from PIL import Image
 
 from featx.commands import options as command_line
-from featx.data.batch import Batch, Fault
+from featx.data.batch import Batch, Fault, Sample
 from featx.data.decode import describe, to_rgb
-from featx.data.module import Collate, ImageFolderDataModule, Sample
+from featx.data.module import Collate, ImageFolderDataModule
 from featx.data.sources import ImageTree
 from featx.errors import SEE, BadValueError, ImageError, did_you_mean, either
 from featx.model.extractor import FeatureExtractor
@@ -213,7 +213,7 @@ def _samples(pictures: Iterator[Image.Image], data: ImageFolderDataModule, model
             pixels = preprocessing.to_tensor(to_rgb(picture, data.value_range), data.decoder)
         except Exception as err:  # PIL may decode it only now
             fault = describe(err, name, name)
-        yield index, name, pixels, fault, (0.0, 0.0), ""
+        yield Sample(index, name, pixels, fault)
 
 
 def _batches(samples: Iterator[Sample], batch_size: int) -> Iterator[Batch]:

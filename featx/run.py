@@ -13,7 +13,8 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import LambdaCallback
 from torch import Tensor
 
-from featx.data.module import ImageFolderDataModule, Sample
+from featx.data.batch import Sample
+from featx.data.module import ImageFolderDataModule
 from featx.errors import UserError, count, first_line, log, note, rank
 from featx.model.extractor import FeatureExtractor
 from featx.process.cores import cores_per_process

@@ -145,6 +145,19 @@ def test_pil_images_of_16_bits_are_scaled_and_broken_ones_are_listed(tmp_path):
     assert [(fault.path, fault.reason) for fault in errors] == [("1", "truncated")]
 
 
+@pytest.mark.parametrize("as_paths", [False, True])
+def test_images_that_all_need_an_option_are_refused_at_once_and_one_of_several_is_listed(tmp_path, as_paths):
+    deep = Image.fromarray(np.zeros((60, 60), np.float32))
+    deep.save(tmp_path / "0.tif")
+    make_image(1, (60, 60)).save(tmp_path / "1.png")
+    sources = [tmp_path / "0.tif", tmp_path / "1.png"] if as_paths else [deep, make_image(1, (60, 60))]
+    with pytest.raises(ValueError, match=r"32-bit float values .*--data.value_range"):
+        extract(sources[:1], errors="return")
+    names, values, faults = extract(sources, errors="return")
+    assert (names, values.shape) == ([["1"], ["1.png"]][as_paths], (1, 4))
+    assert "--data.value_range" in faults[0].reason
+
+
 def test_images_that_cannot_be_read_are_raised_or_returned(broken, tmp_path):
     with pytest.raises(featx.ImageError, match=r"b/05.png: not an image that PIL can read .*\n.*errors='return'"):
         extract(broken)

@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
+from featx.errors import BadValueError
+
 if TYPE_CHECKING:  # a record is read without torch
     from torch import Tensor
 
@@ -45,6 +47,31 @@ class Fault(NamedTuple):
     reason: str
     exception: str
     used: bool = False
+
+    @property
+    def needs_option(self) -> bool:
+        """Whether an option would make the image readable, as its reason says."""
+        return self.exception.startswith(BadValueError.__name__)
+
+
+class Sample(NamedTuple):
+    """One image of a run, read.
+
+    Attributes:
+        place: In the order of the rows, from 0.
+        name: Its path below the data folder.
+        image: As the network takes it, ``(3, H, W) uint8``, or None.
+        fault: What is wrong with it, or None.
+        seconds: What a core took to decode it, and to resize it.
+        kind: Of the file that was decoded.
+    """
+
+    place: int
+    name: str
+    image: "Tensor | None"
+    fault: Fault | None
+    seconds: Seconds = (0.0, 0.0)
+    kind: str = ""
 
 
 class Batch(NamedTuple):

@@ -18,12 +18,12 @@ import numpy as np
 import PIL
 import torch
 from lightning.pytorch import LightningDataModule
-from torch import Tensor, stack
+from torch import stack
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from featx.data import preprocess
-from featx.data.batch import Batch, Fault, Seconds
-from featx.data.decode import READERS, ValueRange, check_image, describe, read_or_fault
+from featx.data.batch import Batch, Fault, Sample
+from featx.data.decode import READERS, ValueRange, describe, read_or_fault
 from featx.data.preprocess import Decoder, Interpolation, Preprocessing
 from featx.data.sources import ImageTree, check_folder, check_list, is_lost
 from featx.data.workers import Context, choose, send, start
@@ -31,7 +31,7 @@ from featx.errors import BadValueError, ImageError, LostFolderError, UserError, 
 from featx.process.cores import cores_per_process
 from featx.process.shared import on_one_core
 
-Sample = tuple[int, str, Tensor | None, Fault | None, Seconds, str]
+FIRST = 64  # images that are looked at before a run begins
 
 
 class ImageFolderDataModule(LightningDataModule):
@@ -114,14 +114,12 @@ class ImageFolderDataModule(LightningDataModule):
             check_list(self.files)
 
     def setup(self, stage: str | None = None) -> None:
-        """List the images, once for each run, and look at the first headers."""
+        """List the images, once for each run, and see that one of the first can be read with these options."""
         self.batches = None
         if self.images is not None and not self._used:
             return
         self._used = False
         images = ImageTree(self.dir, self.files)
-        for index in range(min(len(images), 64)):
-            check_image(images.path(index), self.value_range)
         classes = f" in {count(len(images.classes), 'class folder')}" if images.classes != [""] else ""
         listed = f", listed in {self.files}" if self.files else ""
         note("images", f"{len(images):,}{classes} of {self.dir}{listed}")
@@ -134,6 +132,7 @@ class ImageFolderDataModule(LightningDataModule):
                 f"{images.images_left_out:,}", f"{len(images):,}", self.dir,
             )  # fmt: skip
         self.images = images
+        _first_read(self._read_as(Preprocessing(None, None, "bilinear", (), (), "")).in_order())
 
     def preprocessing(self, preset: Preprocessing) -> Preprocessing:
         """Return what the network was trained with, ``preset``, with this module's options put over it.
@@ -178,16 +177,16 @@ class ImageFolderDataModule(LightningDataModule):
         Args:
             preset: The preprocessing that the network was trained with.
             samples: Images that are not in the folder.
+
+        Raises:
+            BadValueError: None of them can, and some need an option.
         """
-        if samples is None:
-            images = self._dataset(preset)
-            samples = (images[index] for index in range(len(images)))
+        if (sample := _first_read(samples or self._dataset(preset).in_order())) is not None:
+            return Collate(self.batch_size)([sample])
         preprocessing = self.preprocessing(preset)
         side = max(256, preprocessing.crop or 0)
         grey = preprocessing.to_tensor(np.full((side, side, 3), 128, np.uint8), self.decoder)
-        none = (0, "", grey, None, (0.0, 0.0), "")
-        sample = next((sample for sample in islice(samples, 64) if sample[2] is not None), none)
-        return Collate(self.batch_size)([sample])
+        return Collate(self.batch_size)([Sample(0, "", grey, None)])
 
     def predict_dataloader(self) -> DataLoader[Any]:
         """Return the loader of this process's batches, a contiguous run of the whole."""
@@ -233,13 +232,14 @@ class ImageFolderDataModule(LightningDataModule):
 
     def fault(self, name: str, preset: Preprocessing) -> Fault | None:
         """Return what is wrong with an image now."""
-        return self._dataset(preset).read(name)[1]
+        return self._dataset(preset).read(0, name).fault
 
     def turbo_saves(self, preset: Preprocessing, images: int = 16) -> float:
         """Return how many seconds of a core ``--data.decoder turbo`` would save for an image, by the first images."""
         assert self.images is not None
-        preprocessing, root = self.preprocessing(preset), self.images.root
-        found = (read_or_fault(root, name, self.value_range, self.strict).pixels for name in self.images.names[:images])
+        preprocessing = self.preprocessing(preset)
+        root, names = self.images.root, self.images.names[:images]
+        found = (read_or_fault(root, name, self.value_range, self.strict).pixels for name in names)
         taken: dict[Decoder, list[float]] = {"exact": [], "turbo": []}
         with on_one_core():
             for pixels in (pixels for pixels in found if pixels is not None):
@@ -251,8 +251,11 @@ class ImageFolderDataModule(LightningDataModule):
         return median(taken["exact"]) - median(taken["turbo"]) if taken["exact"] else 0.0
 
     def _dataset(self, preset: Preprocessing) -> "_Images":
+        return self._read_as(self.preprocessing(preset))
+
+    def _read_as(self, preprocessing: Preprocessing) -> "_Images":
         assert self.images is not None
-        return _Images(self.images, self.preprocessing(preset), self.value_range, self.strict, self.decoder)
+        return _Images(self.images, preprocessing, self.value_range, self.strict, self.decoder)
 
 
 @dataclass
@@ -267,11 +270,14 @@ class _Images(Dataset[Sample]):
         return len(self.images)
 
     def __getitem__(self, index: int) -> Sample:
-        name = self.images.names[index]
-        return index, name, *self.read(name)
+        return self.read(index, self.images.names[index])
 
-    def read(self, name: str) -> tuple[Tensor | None, Fault | None, Seconds, str]:
-        """Return an image as the network takes it, ``(3, H, W) uint8``, its fault, seconds, and the file's kind."""
+    def in_order(self) -> Iterator[Sample]:
+        """Yield all images."""
+        return map(self.__getitem__, range(len(self)))
+
+    def read(self, place: int, name: str) -> Sample:
+        """Return an image as the network takes it, or its fault."""
         tensor, begin = None, time.thread_time()
         pixels, fault, kind, _ = read_or_fault(self.images.root, name, self.value_range, self.strict)
         decoded = time.thread_time()
@@ -280,7 +286,24 @@ class _Images(Dataset[Sample]):
                 tensor = self.preprocessing.to_tensor(pixels, self.decoder)
             except (ImageError, BadValueError, MemoryError) as err:  # raised, it would arrive wrapped
                 fault = describe(err, os.path.join(self.images.root, name), name)
-        return tensor, fault, (decoded - begin, time.thread_time() - decoded), kind
+        return Sample(place, name, tensor, fault, (decoded - begin, time.thread_time() - decoded), kind)
+
+
+def _first_read(samples: Iterable[Sample]) -> Sample | None:
+    """Return the first of the ``FIRST`` samples with an image, or None where there is none.
+
+    Raises:
+        BadValueError: There is none, and some need an option: all that follow probably do.
+    """
+    faults = []
+    for sample in islice(samples, FIRST):
+        if sample.image is not None:
+            return sample
+        faults += [sample.fault] if sample.fault is not None else []
+    if needing := next((fault for fault in faults if fault.needs_option), None):
+        among = f"\nNone of the first {len(faults)} images can be read." if faults[1:] else ""
+        raise BadValueError(f"{needing.path}: {needing.reason}{among}")
+    return None
 
 
 class Collate:
@@ -295,17 +318,17 @@ class Collate:
 
     def __call__(self, samples: list[Sample]) -> Batch:
         """Return a batch; its number goes by its first sample's index."""
-        read = [(name, image) for _, name, image, *_ in samples if isinstance(image, Tensor)]
+        read = [(sample.name, sample.image) for sample in samples if sample.image is not None]
         shapes: dict[tuple[int, ...], list[int]] = {}
         for row, (_, image) in enumerate(read):
             shapes.setdefault(tuple(image.shape), []).append(row)
         # (G, 3, H, W) each, in memory as channels_last, which is how decoders write an image
         groups = [(rows, stack([read[row][1].permute(1, 2, 0) for row in rows]).permute(0, 3, 1, 2))
                   for rows in shapes.values()]  # fmt: skip
-        faults = [fault for _, _, _, fault, *_ in samples if fault is not None]
-        decode, resize = (sum(stage) for stage in zip(*(seconds for *_, seconds, _ in samples), strict=True))
-        number, names = samples[0][0] // self.batch_size, [name for name, _ in read]
-        kinds = {kind for _, _, image, _, _, kind in samples if image is not None}
+        faults = [sample.fault for sample in samples if sample.fault is not None]
+        decode, resize = (sum(stage) for stage in zip(*(sample.seconds for sample in samples), strict=True))
+        number, names = samples[0].place // self.batch_size, [name for name, _ in read]
+        kinds = {sample.kind for sample in samples if sample.image is not None}
         readers = {kind: READERS.get(kind, 1) for kind in sorted(kinds)}
         return Batch(number, names, groups, faults, len(samples), (decode, resize), readers)
 

@@ -162,11 +162,42 @@ def test_turbo_has_the_same_names_and_nearly_the_same_pixels(photos):
         assert difference.max() <= 2 and difference.any()
 
 
-def test_deep_images_are_found_before_the_first_batch(tmp_path):
-    Image.fromarray(np.zeros((4, 4), np.float32)).save(tmp_path / "x.tif")
-    with pytest.raises(BadValueError, match="value_range"):
+def make_float(path):
+    Image.fromarray(np.zeros((4, 4), np.float32)).save(path)
+
+
+def test_an_image_that_needs_an_option_is_listed_wherever_it_is(tmp_path):
+    for name in ("0.tif", "2.tif"):
+        make_float(tmp_path / name)
+    make_image(1, (40, 40)).save(tmp_path / "1.png")
+    data, (batch,) = loader(tmp_path, num_workers=0)
+    assert (batch.names, [fault.path for fault in batch.faults]) == (["1.png"], ["0.tif", "2.tif"])
+    assert all("--data.value_range" in fault.reason for fault in batch.faults)
+    assert data.first_batch(Preprocessing.usual()).names == ["1.png"]
+
+
+def test_a_run_is_refused_before_it_begins_where_all_that_can_be_opened_need_an_option(tmp_path):
+    for i in range(1, 65):
+        make_float(tmp_path / f"{i:02}.tif")
+    (tmp_path / "00.jpg").write_text("no image")
+    make_image(1, (40, 40)).save(tmp_path / "65.png")  # beyond those that are looked at
+    words = r"^01.tif: 32-bit float .*--data.value_range '\[0,1\]'\nNone of the first 64 images can be read"
+    with pytest.raises(BadValueError, match=words):
         ImageFolderDataModule(str(tmp_path)).setup()
     ImageFolderDataModule(str(tmp_path), value_range=(0, 1)).setup()
+    for name in ("63.tif", "64.tif"):
+        (tmp_path / name).unlink()
+    ImageFolderDataModule(str(tmp_path)).setup()
+
+
+def test_a_run_is_refused_where_all_of_the_first_images_are_smaller_than_the_crop(tmp_path):
+    make_image(1, (40, 40)).save(tmp_path / "1.png")
+    data = ImageFolderDataModule(str(tmp_path), resize=None)
+    data.setup()
+    with pytest.raises(BadValueError, match=r"^1.png: 40 x 40: smaller than the crop of 224. --data.pad true"):
+        data.first_batch(Preprocessing.usual())
+    (tmp_path / "1.png").write_text("no image")  # which no option would help
+    assert data.first_batch(Preprocessing.usual()).groups[0][1].shape == (1, 3, 224, 224)
 
 
 @pytest.mark.parametrize(
