@@ -21,7 +21,7 @@ from lightning.pytorch.callbacks import Callback
 from PIL import Image
 
 from featx.commands import options as command_line
-from featx.data.batch import Batch, Fault, Sample
+from featx.data.batch import Batch, Fault, Remarks, Sample, add_up, report
 from featx.data.decode import describe, to_rgb
 from featx.data.module import Collate, ImageFolderDataModule
 from featx.data.sources import ImageTree
@@ -229,6 +229,7 @@ class _Rows(Callback):
         self.stop = stop  # at the first image that cannot be read
         self.names: list[str] = []
         self.faults: list[Fault] = []
+        self.remarks: Remarks = {}
         self.chunks: dict[str, list[Floats]] = defaultdict(list)
 
     def on_predict_batch_end(
@@ -242,8 +243,12 @@ class _Rows(Callback):
             )
         self.names += batch.names
         self.faults += batch.faults
+        self.remarks = add_up([self.remarks, batch.remarks])
         for layer, rows in outputs.items():
             self.chunks[layer].append(rows.cpu().numpy())
+
+    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        report(self.remarks)
 
 
 def _predict(trainer: Trainer, model: FeatureExtractor, **data: Any) -> None:

@@ -145,6 +145,12 @@ def test_pil_images_of_16_bits_are_scaled_and_broken_ones_are_listed(tmp_path):
     assert [(fault.path, fault.reason) for fault in errors] == [("1", "truncated")]
 
 
+def test_images_of_one_colour_are_reported_at_the_end(caplog):
+    blank = [Image.new("RGB", (60, 60), "white")] * 2
+    extract([make_image(1, (60, 60)), *blank, make_image(2, (60, 60))], batch_size=2)
+    assert caplog.messages[-1].startswith("2 images of one single colour") and caplog.messages[-1].endswith("(1, …)")
+
+
 @pytest.mark.parametrize("as_paths", [False, True])
 def test_images_that_all_need_an_option_are_refused_at_once_and_one_of_several_is_listed(tmp_path, as_paths):
     deep = Image.fromarray(np.zeros((60, 60), np.float32))

@@ -1,9 +1,9 @@
 """What goes from the data through the network to the files: batches of images, with their names and faults."""
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypedDict
 
-from featx.errors import BadValueError
+from featx.errors import BadValueError, count, log
 
 if TYPE_CHECKING:  # a record is read without torch
     from torch import Tensor
@@ -64,6 +64,7 @@ class Sample(NamedTuple):
         fault: What is wrong with it, or None.
         seconds: What a core took to decode it, and to resize it.
         kind: Of the file that was decoded.
+        dark: Whether it is 16-bit grey that is nearly black for want of a ``value_range``.
     """
 
     place: int
@@ -72,6 +73,21 @@ class Sample(NamedTuple):
     fault: Fault | None
     seconds: Seconds = (0.0, 0.0)
     kind: str = ""
+    dark: bool = False
+
+
+class Remark(TypedDict):
+    """How many images that have a row something is remarkable about, and the first one's path."""
+
+    images: int
+    first: str
+
+
+Remarks = dict[str, Remark]  # by kind
+REMARKS = {
+    "one_colour": "of one single colour",
+    "dark": "of 16-bit grey, nearly black without --data.value_range",
+}
 
 
 class Batch(NamedTuple):
@@ -85,6 +101,7 @@ class Batch(NamedTuple):
         size: How many images these are, readable or not.
         seconds: What a core took to decode them, and to resize them.
         readers: The kinds of files that were decoded, each with the number of its reader.
+        remarks: What is remarkable about images that have a row.
     """
 
     number: int
@@ -94,3 +111,21 @@ class Batch(NamedTuple):
     size: int
     seconds: Seconds = (0.0, 0.0)
     readers: dict[str, int] = {}  # noqa: RUF012, nobody changes it
+    remarks: Remarks = {}  # noqa: RUF012, likewise
+
+
+def add_up(several: Iterable[Remarks]) -> Remarks:
+    """Return the remarks on batches in the order of the rows as those on all of their images."""
+    total: Remarks = {}
+    for remarks in several:
+        for kind, more in remarks.items():
+            before = total.get(kind, Remark(images=0, first=more["first"]))
+            total[kind] = Remark(images=before["images"] + more["images"], first=before["first"])
+    return dict(sorted(total.items()))
+
+
+def report(remarks: Remarks) -> None:
+    """Warn of each kind of remark, in a line."""
+    for kind, one in remarks.items():
+        more = ", …" if one["images"] > 1 else ""
+        log.warning("%s %s (%s%s)", count(one["images"], "image"), REMARKS.get(kind, kind), one["first"], more)

@@ -22,7 +22,7 @@ from torch import stack
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from featx.data import preprocess
-from featx.data.batch import Batch, Fault, Sample
+from featx.data.batch import Batch, Fault, Remark, Sample, add_up
 from featx.data.decode import READERS, ValueRange, describe, read_or_fault
 from featx.data.preprocess import Decoder, Interpolation, Preprocessing
 from featx.data.sources import ImageTree, check_folder, check_list, is_lost
@@ -104,6 +104,7 @@ class ImageFolderDataModule(LightningDataModule):
         self.readers = READERS
         self.workers = 0
         self._used = False  # the list of images, by a run
+        self._dark_reported = False
         # A rank without a batch is no mistake: https://github.com/Lightning-AI/pytorch-lightning/issues/13580
         self.allow_zero_length_dataloader_with_multiple_devices = True
 
@@ -115,7 +116,7 @@ class ImageFolderDataModule(LightningDataModule):
 
     def setup(self, stage: str | None = None) -> None:
         """List the images, once for each run, and see that one of the first can be read with these options."""
-        self.batches = None
+        self.batches, self._dark_reported = None, False
         if self.images is not None and not self._used:
             return
         self._used = False
@@ -216,11 +217,22 @@ class ImageFolderDataModule(LightningDataModule):
         )
 
     def on_before_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
-        """Raise, in the main process, where the user hears it, what a fault of a batch's says of the whole run."""
+        """Report, in the main process, what a batch says of the whole run.
+
+        Raises:
+            LostFolderError: The images are gone.
+        """
         if batch.faults and is_lost(self.dir):
             raise LostFolderError(
                 f"--data.dir {self.dir}: the folder is gone, or empty. It held {batch.faults[0].path}.\n"
                 "Where it lies on a disk or a share that was lost, bring that back and give the same command."
+            )
+        if "dark" in batch.remarks and not self._dark_reported:
+            self._dark_reported = True
+            log.warning(
+                "%s: 16-bit grey without a value above 4,095 becomes nearly black. Where that is a camera of 12 bits, "
+                "--data.value_range '[0,4095]' makes its brightest value white",
+                batch.remarks["dark"]["first"],
             )
         return batch
 
@@ -279,14 +291,14 @@ class _Images(Dataset[Sample]):
     def read(self, place: int, name: str) -> Sample:
         """Return an image as the network takes it, or its fault."""
         tensor, begin = None, time.thread_time()
-        pixels, fault, kind, _ = read_or_fault(self.images.root, name, self.value_range, self.strict)
+        pixels, fault, kind, dark = read_or_fault(self.images.root, name, self.value_range, self.strict)
         decoded = time.thread_time()
         if pixels is not None:
             try:
                 tensor = self.preprocessing.to_tensor(pixels, self.decoder)
             except (ImageError, BadValueError, MemoryError) as err:  # raised, it would arrive wrapped
                 fault = describe(err, os.path.join(self.images.root, name), name)
-        return Sample(place, name, tensor, fault, (decoded - begin, time.thread_time() - decoded), kind)
+        return Sample(place, name, tensor, fault, (decoded - begin, time.thread_time() - decoded), kind, dark)
 
 
 def _first_read(samples: Iterable[Sample]) -> Sample | None:
@@ -330,7 +342,18 @@ class Collate:
         number, names = samples[0].place // self.batch_size, [name for name, _ in read]
         kinds = {sample.kind for sample in samples if sample.image is not None}
         readers = {kind: READERS.get(kind, 1) for kind in sorted(kinds)}
-        return Batch(number, names, groups, faults, len(samples), (decode, resize), readers)
+        remarks = add_up(
+            {kind: Remark(images=1, first=sample.name)} for sample in samples for kind in _remarkable(sample)
+        )
+        return Batch(number, names, groups, faults, len(samples), (decode, resize), readers, remarks)
+
+
+def _remarkable(sample: Sample) -> Iterator[str]:
+    """Yield the kinds of remarks on an image that has a row."""
+    if sample.image is not None and sample.dark:
+        yield "dark"
+    if sample.image is not None and Preprocessing.is_one_colour(sample.image):
+        yield "one_colour"
 
 
 class _WholeBatches(DistributedSampler[Any]):

@@ -14,7 +14,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
 from torch import Tensor
 
-from featx.data.batch import Batch, Fault, Images
+from featx.data.batch import Batch, Fault, Images, report
 from featx.errors import BadValueError, ImageError, UserError, count, log, rank
 from featx.process import progress
 from featx.process.cores import device_name, usable_cores
@@ -278,6 +278,8 @@ class FeatureWriter(BasePredictionWriter):
                 if record["values_not_finite"]:
                     values, rows = count(record["values_not_finite"], "value"), count(record["rows_not_finite"], "row")
                     log.warning("%s: %s nan or infinite, in %s", layer, values, rows)
+            for layer in list(self._states)[:1]:  # the images of all are the same
+                report(self.records[layer]["remarks"])
         self.release()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:

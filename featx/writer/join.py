@@ -4,7 +4,7 @@ import os
 from collections import Counter
 from pathlib import Path
 
-from featx.data.batch import Fault
+from featx.data.batch import Fault, add_up
 from featx.writer import disk, journal, records
 from featx.writer.folder import LayerState, Shard, errors_csv
 from featx.writer.journal import Entry, Head, Placed
@@ -58,6 +58,7 @@ def finish(state: LayerState, done: dict[int, Placed], known: dict[Path, str], a
         "rows_not_finite": sum(entry.odd[0] for entry in entries),
         "values_not_finite": sum(entry.odd[1] for entry in entries),
         "values_overflowed": sum(entry.odd[2] for entry in entries),
+        "remarks": add_up(entry.remarks for entry in entries),
         "inputs": state.inputs,
         "readers": state.readers_of(entries),
         "identity": state.identity,

@@ -9,7 +9,7 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-from featx.data.batch import Fault
+from featx.data.batch import Fault, Remarks
 from featx.errors import BadValueError
 from featx.writer import disk
 from featx.writer.formats import PARTS, SUFFIXES
@@ -36,6 +36,7 @@ class Entry(NamedTuple):
         device: What computed them.
         faults: The images that could not be read.
         readers: The kinds of image files that were read, each with the number of its reader; None in format 1.
+        remarks: What is remarkable about images that have a row.
     """
 
     batch: int
@@ -46,6 +47,7 @@ class Entry(NamedTuple):
     device: str
     faults: list[Fault]
     readers: dict[str, int] | None = None
+    remarks: Remarks = {}  # noqa: RUF012, nobody changes it
 
 
 class Head(NamedTuple):

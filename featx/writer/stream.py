@@ -161,7 +161,9 @@ class RowStream:
             self.stages["text"] += time.thread_time() - begin
             begin, columns = time.monotonic(), state.columns
             counts = int(odd.any(axis=1).sum()), int(odd.sum()), sum(number for _, number in encoded.values())
-            entry = Entry(batch.number, len(names), columns, counts, {}, self._device, batch.faults, batch.readers)
+            entry = Entry(
+                batch.number, len(names), columns, counts, {}, self._device, batch.faults, batch.readers, batch.remarks
+            )
             self._parts[layer].add(entry, {part: data for part, (data, _) in encoded.items()})
             self.stages["disk"] += time.monotonic() - begin
         self.computed += batch.size

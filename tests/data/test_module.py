@@ -118,6 +118,38 @@ def test_an_image_smaller_than_the_crop_is_listed_or_padded(tmp_path):
     assert not batch.groups[0][1][1, :, :5].any() and batch.groups[0][1][1, :, 5:45].any()
 
 
+def make_remarkable(folder, number):
+    """Make so many photographs; every third is black instead, and every fourth 16-bit grey of a 12-bit camera."""
+    for i in range(number):
+        grey = np.random.default_rng(i).integers(0, 4096, (30, 30), dtype=np.uint16)
+        image = (
+            Image.new("RGB", (30, 30))
+            if i % 3 == 2
+            else Image.fromarray(grey)
+            if i % 4 == 3
+            else make_image(i, (30, 30))
+        )
+        image.save(folder / f"{i:02}.png")
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_images_of_one_colour_and_dark_ones_are_counted_and_the_first_dark_one_is_warned_of(tmp_path, caplog, workers):
+    make_remarkable(tmp_path, 12)
+    (tmp_path / "05.png").write_text("no image")
+    data, batches = loader(tmp_path, num_workers=workers, batch_size=6)
+    batches = [data.on_before_batch_transfer(batch, 0) for batch in batches]
+    assert [batch.remarks for batch in batches] == [
+        {"dark": {"images": 1, "first": "03.png"}, "one_colour": {"images": 1, "first": "02.png"}},
+        {"dark": {"images": 1, "first": "07.png"}, "one_colour": {"images": 2, "first": "08.png"}},
+    ]
+    (told,) = [message for message in caplog.messages if "16-bit grey" in message]
+    assert (
+        told.startswith("03.png: 16-bit grey without a value above 4,095") and "--data.value_range '[0,4095]'" in told
+    )
+    _, (batch, _) = loader(tmp_path, num_workers=0, batch_size=6, value_range=(0, 4095))
+    assert batch.remarks.keys() == {"one_colour"}
+
+
 def test_a_lost_folder_is_not_so_many_bad_images(some_broken):
     data, batches = loader(some_broken, num_workers=0, batch_size=2)
     bad = list(batches)[1]

@@ -62,6 +62,19 @@ def test_no_weights_of_torchvision_pad_and_those_of_timm_that_do_are_taken_so():
     assert not Preprocessing.of_timm("timm/x", data | {"crop_pct": 1.0}).pad
 
 
+@pytest.mark.parametrize("decoder", ["exact", "turbo"])
+def test_an_image_is_of_one_colour_when_all_its_pixels_are_the_same(decoder):
+    ours = Preprocessing.usual()
+    pixels = np.full((300, 260, 3), (200, 30, 4), np.uint8)
+    assert Preprocessing.is_one_colour(ours.to_tensor(pixels, decoder))
+    for place in ((150, 130, 2), (37, 19, 0), (260, 240, 1)):
+        other = pixels.copy()
+        other[place] ^= 63
+        assert not Preprocessing.is_one_colour(ours.to_tensor(other, decoder))
+    pixels[0, 0] = 0  # which the crop takes away
+    assert Preprocessing.is_one_colour(ours.to_tensor(pixels, decoder))
+
+
 def test_normalize_changes_nothing_in_place():
     images = torch.full((1, 3, 2, 2), 7, dtype=torch.uint8)
     Preprocessing.usual().normalize(images)

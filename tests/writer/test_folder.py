@@ -11,6 +11,7 @@ import torch
 from conftest import make_image
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback
+from PIL import Image
 from tiny import Tiny, run
 
 import featx
@@ -236,6 +237,23 @@ def test_rows_of_images_that_an_earlier_version_padded_are_continued_with_paddin
         BadValueError, match=r"was made by another run. What differs:\n  preprocessing.pad: true -> false"
     ):
         run(photos, tmp_path, data={"resize": None})
+
+
+def test_images_of_one_colour_are_counted_once_in_a_run_that_was_ended_and_repaired(tmp_path, caplog):
+    (tmp_path / "photos").mkdir()
+    for i in range(20):
+        image = Image.new("RGB", (30, 30), (i, 0, 0)) if i in (3, 9, 18) else make_image(i, (30, 30))
+        image.save(tmp_path / "photos" / f"{i:02}.png")
+    (tmp_path / "photos" / "10.png").write_bytes(b"broken")
+    with pytest.raises(KeyError, match="stopped"):
+        predict(tmp_path / "photos", Weighted("1"), FeatureWriter(str(tmp_path)), Stop())
+    assert "one single colour" not in caplog.text
+    record = run(tmp_path / "photos", tmp_path, layer="1", model=Weighted).records["1"]
+    assert record["remarks"] == {"one_colour": {"images": 3, "first": "03.png"}} and record["errors"] == 1
+    assert caplog.text.count("3 images of one single colour") == caplog.text.count("(03.png, …)") == 1
+    Image.new("RGB", (30, 30)).save(tmp_path / "photos" / "10.png")
+    record = run(tmp_path / "photos", tmp_path, layer="1", model=Weighted).records["1"]
+    assert record["remarks"] == {"one_colour": {"images": 4, "first": "03.png"}} and record["errors"] == 0
 
 
 def test_a_crash_while_files_are_removed_leaves_none_without_a_record(photos, tmp_path, monkeypatch):

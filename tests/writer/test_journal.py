@@ -25,7 +25,8 @@ def text(batch: int) -> bytes:
 
 
 def entry(batch: int, device: str = "cpu") -> Entry:
-    return Entry(batch, batch % 5, 1, (0, 0, 0), {}, device, [FAULT] if batch % 5 == 0 else [])
+    remarks = {"dark": {"images": 2, "first": "a\udce9.png"}} if batch == 5 else {}
+    return Entry(batch, batch % 5, 1, (0, 0, 0), {}, device, [FAULT] if batch % 5 == 0 else [], {"PNG": 1}, remarks)
 
 
 def write(folder: Path, stem: str, batches, sync_to: int | None = None, run: str = RUN) -> Part:
@@ -59,6 +60,7 @@ def test_entries_come_back_as_they_were(tmp_path):
     head, entries = journal.read(tmp_path / "000001-00000.journal")
     assert head == Head(["000001-00000.csv"], RUN) and [e.batch for e in entries] == list(range(6))
     assert entries[5].faults == [FAULT] and isinstance(entries[5].faults[0], Fault) and entries[1].device == "cpu"
+    assert (entries[5].remarks, entries[1].remarks) == ({"dark": {"images": 2, "first": "a\udce9.png"}}, {})
     assert entries[1].spans["csv"][:2] == (len(HEAD), len(HEAD) + len(text(1)))
 
 
