@@ -1,33 +1,30 @@
-"""A file -> an RGB image: decode one to PIL's very values, but strictly, and say what is wrong with one."""
+"""A file -> an RGB image: Pillow's values wherever it reads a file rightly, or what is wrong with it."""
 
 import io
 import os
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from typing import BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
-import simplejpeg
-from numpy.typing import NDArray
 from PIL import Image, ImageFile, UnidentifiedImageError, features
 
+from featx.data import jpeg, png, sniff, tiff, unscaled
 from featx.data.batch import Fault
+from featx.data.depth import SIXTEEN_BITS, is_dark, repeat_grey, require_range, to_8_bits
+from featx.data.depth import Pixels as Pixels
+from featx.data.depth import ValueRange as ValueRange
 from featx.errors import BadValueError, ImageError
 from featx.process.shared import Shared, ignored
 
 # By Pillow's name of a kind of file, the number of its reader, which goes up whenever that gives other values than
 # before. A run takes no rows from one whose files of this kind a reader of another number read.
-READERS = {"BMP": 1, "GIF": 1, "JPEG": 1, "PNG": 1, "PPM": 1, "TIFF": 1, "WEBP": 1}  # others: 1
+READERS = {"BMP": 1, "GIF": 1, "JPEG": 1, "JPEG2000": 2, "PNG": 1, "PPM": 2, "TIFF": 2, "WEBP": 1}  # others: 1
 
 # What Pillow may look for: other formats start programs (EPS starts Ghostscript) or take nearly any bytes as theirs.
-FORMATS = ("JPEG", "PNG", "BMP", "GIF", "PPM", "TIFF", "WEBP", "JPEG2000", "AVIF")
+FORMATS = ("JPEG", "PNG", "BMP", "GIF", "PPM", "WEBP", "JPEG2000", "AVIF")
 
-ValueRange = tuple[float, float]
-Pixels = NDArray[np.uint8]
-
-SIXTEEN_BITS: ValueRange = (0, 65535)
-DARK = 4095  # the brightest value of a 12-bit camera, which is nearly black among 65,536
 # PIL refuses an image of more as a decompression bomb: twice its MAX_IMAGE_PIXELS, at which it only warns. It reads
 # the header of every image, so that this holds whatever decodes it.
 MOST_PIXELS = 178_956_970
@@ -40,14 +37,6 @@ REASONS = (
     (Image.DecompressionBombError, f"more than {MOST_PIXELS:,} pixels"),
     (MemoryError, "not enough memory to decode it"),
     (UnidentifiedImageError, "not an image that PIL can read"),
-)
-
-# What the strict decoder says of a JPEG that is not damaged but beyond it, or odd in a header that changes no pixel.
-# PIL alone judges these.
-_BEYOND = (
-    "tjDecompressHeader3(): Could not determine subsampling level",  # such as 4:1:0, or Cb and Cr sampled apart
-    "Unknown Adobe color transform code",
-    "Warning: unknown JFIF revision number",
 )
 
 
@@ -137,30 +126,105 @@ def _read(path: str, value_range: ValueRange | None, strict: bool) -> Decoded:
     if found.st_size == 0:
         raise ImageError("empty")
     with open(path, "rb") as file:
-        return decode(file, value_range, strict)
+        return decode(file, path, value_range, strict)
 
 
-def decode(file: BinaryIO, value_range: ValueRange | None = None, strict: bool = True) -> Decoded:
-    """Decode an open file that can be sought, as ``read_image`` does; raise what it raises."""
-    with STRICT_PIL, Image.open(file, formats=FORMATS) as image:
-        _check_depth(image, value_range)
-        kind = "JPEG" if image.format == "MPO" else str(image.format)  # several JPEGs, of which the first is taken
-        if strict and kind == "PNG":
-            file.seek(0)
-            with Image.open(io.BytesIO(file.read()), formats=FORMATS) as twin:  # which cannot be decoded after it
-                twin.verify()
-        if strict and kind == "JPEG":
-            file.seek(0)
-            pixels = _decode_jpeg(file.read(), image)
-            if pixels is not None and PIL_HAS_TURBO:
-                return Decoded(pixels, None, kind)
-        pixels, dark = _convert(image, value_range)
-        return Decoded(pixels, None, kind, dark)
+def decode(file: BinaryIO, name: str, value_range: ValueRange | None = None, strict: bool = True) -> Decoded:
+    """Decode an open file that can be sought, as ``read_image`` does; raise what it raises.
+
+    Args:
+        file: The file.
+        name: Its path, for messages.
+        value_range: The values of images above 8 bits that become black and white.
+        strict: Whether damaged data that Pillow passes is an error.
+    """
+    try:
+        return _decode(file, value_range, strict)
+    except UnidentifiedImageError:
+        file.seek(0)
+        if what := sniff.describe(file.read(1 << 18), name):
+            raise ImageError(what) from None
+        raise
+
+
+def _decode(file: BinaryIO, value_range: ValueRange | None, strict: bool) -> Decoded:
+    head = file.read(len(png.MAGIC))
+    file.seek(0)
+    if head.startswith(tiff.MAGIC):
+        pixels, dark = tiff.read(file, value_range, MOST_PIXELS)
+        return Decoded(pixels, None, "TIFF", dark)
+    with STRICT_PIL:
+        if strict and head.startswith(png.MAGIC):
+            return _decode_png(file.read(), value_range)
+        if strict and head.startswith(jpeg.MAGIC):
+            return _decode_jpeg(file.read(), value_range)
+        with Image.open(file, formats=FORMATS) as image:
+            kind = str(image.format).replace("MPO", "JPEG")  # several JPEGs, of which the first is taken
+            unscaled_values = None
+            if kind in ("PPM", "JPEG2000"):
+                file.seek(0)
+                unscaled_values = _decode_unscaled(file.read(), kind, value_range)
+            return unscaled_values or _by_pillow(image, value_range, kind)
+
+
+def _decode_png(data: bytes, value_range: ValueRange | None) -> Decoded:
+    parsed = png.parse(data)
+    with Image.open(io.BytesIO(parsed.data), formats=("PNG",)) as image:
+        if parsed.bits == 16 and parsed.colour_type and value_range:  # of which Pillow has only the upper 8 bits
+            values = unscaled.read_png(parsed.data)
+            return _from_values(values, parsed.bits, value_range, "PNG")
+        image.load()
+        # Pillow leaves rows black that the data do not reach.
+        is_black = not image.crop((0, image.height - 1, *image.size)).tobytes().strip(b"\0")
+        if (is_black or parsed.interlaced) and not png.has_all_pixels(parsed):
+            raise ValueError("truncated: the data end before the last pixel")
+        return _by_pillow(image, value_range, "PNG")
+
+
+def _decode_jpeg(data: bytes, value_range: ValueRange | None) -> Decoded:
+    with Image.open(file := io.BytesIO(data), formats=("JPEG",)) as image:
+        cmyk = image.mode == "CMYK"
+        pixels = jpeg.decode(data, "CMYK" if cmyk else "RGB", file.tell())  # there Pillow has stopped
+        if pixels is None or not PIL_HAS_TURBO:
+            return _by_pillow(image, value_range, "JPEG")
+        if cmyk:  # whose conversion to RGB is not Pillow's
+            inks = Image.frombytes("CMYK", image.size, pixels.tobytes(), "raw", "CMYK;I")
+            pixels = np.array(inks.convert("RGB"))
+        return Decoded(pixels, None, "JPEG")
+
+
+def _decode_unscaled(data: bytes, kind: str, value_range: ValueRange | None) -> Decoded | None:
+    """Decode an image above 8 bits whose values Pillow would scale; return None for another."""
+    if kind == "PPM":
+        found = unscaled.read_pnm(data)
+        if found is None or (found[0].ndim == 3 and value_range is None):  # there Pillow scales rightly
+            return None
+        return _from_values(found[0], found[1].bit_length(), value_range, kind, found[1])
+    read = unscaled.read_jpeg2000(data)
+    return None if read is None else _from_values(read[0], read[1], value_range, kind)
+
+
+def _from_values(
+    values: Any, bits: int, value_range: ValueRange | None, kind: str, white: int | None = None
+) -> Decoded:
+    """Turn the values that are in a file, ``(H, W)`` or ``(H, W, C)``, into 8-bit RGB."""
+    require_range(value_range, values.dtype, bits, kind)
+    white = white or (2**bits - 1 if values.dtype.kind == "u" else None)
+    if values.ndim == 3 and values.shape[2] < 3:  # grey and alpha
+        values = values[..., 0]
+    if values.ndim == 3:
+        return Decoded(to_8_bits(values[..., :3], white, value_range, colour=True), None, kind)
+    grey = repeat_grey(to_8_bits(values, white, value_range))
+    return Decoded(grey, None, kind, is_dark(values, white, value_range))
+
+
+def _by_pillow(image: Image.Image, value_range: ValueRange | None, kind: str) -> Decoded:
+    pixels, dark = _convert(image, value_range)
+    return Decoded(pixels, None, kind, dark)
 
 
 def to_rgb(image: Image.Image, value_range: ValueRange | None = None) -> Pixels:
-    """Return one of PIL's images as 8-bit RGB, ``(H, W, 3) uint8``, as ``read_image`` does a file's."""
-    _check_depth(image, value_range)
+    """Return one of Pillow's images as 8-bit RGB, ``(H, W, 3) uint8``, as ``read_image`` does a file's."""
     return _convert(image, value_range)[0]
 
 
@@ -168,26 +232,16 @@ def check_image(path: str, value_range: ValueRange | None = None) -> None:
     """Raise BadValueError if the file's header says that it needs a ``value_range``, and for no other fault."""
     try:
         if stat.S_ISREG(os.stat(path).st_mode):
-            with STRICT_PIL, Image.open(path, formats=FORMATS) as image:
-                _check_depth(image, value_range)
+            with open(path, "rb") as file, STRICT_PIL:
+                if file.read(4).startswith(tiff.MAGIC):
+                    tiff.check(file, value_range)
+                else:
+                    with Image.open(file, formats=FORMATS) as image:
+                        _check_depth(image, value_range)
     except BadValueError as err:
         raise BadValueError(f"{path}: {err}") from err
     except Exception:
         return  # read_image will say it, in its place
-
-
-def _decode_jpeg(data: bytes, image: Image.Image) -> Pixels | None:
-    """Return PIL's values of a whole JPEG, raise for a damaged one, and return None for one that only PIL can do."""
-    try:
-        if image.mode != "CMYK":
-            pixels: Pixels = simplejpeg.decode_jpeg(data, "RGB")
-            return pixels
-        inks = simplejpeg.decode_jpeg(data, "CMYK")  # whose conversion to RGB is not PIL's
-    except ValueError as err:
-        if str(err).startswith(_BEYOND):
-            return None
-        raise
-    return np.array(Image.frombytes("CMYK", image.size, inks.tobytes(), "raw", "CMYK;I").convert("RGB"))
 
 
 def _is_deep(image: Image.Image) -> bool:
@@ -195,31 +249,17 @@ def _is_deep(image: Image.Image) -> bool:
 
 
 def _check_depth(image: Image.Image, value_range: ValueRange | None) -> None:
-    # PIL gives 16-bit PGM as mode I, already scaled to 0..65535.
-    sixteen = image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM")
-    if _is_deep(image) and not sixteen and value_range is None:
-        kind = "float" if image.mode == "F" else "integer"
-        raise BadValueError(
-            f"32-bit {kind} values (mode {image.mode}) have no black and white of their own.\n"
-            "--data.value_range says which values those are, for instance --data.value_range '[0,1]'"
-        )
-    packed = any(";16" in str(tile[3]) for tile in getattr(image, "tile", []))
-    if value_range is not None and not _is_deep(image) and packed:
-        raise BadValueError(
-            "PIL reads only the upper 8 of the 16 bits of a colour image, so that --data.value_range "
-            "cannot be applied to it. Convert it to 16-bit grey or 8-bit colour."
-        )
+    if image.mode == "F" or (image.mode == "I" and image.format != "PPM"):  # a PGM above 8 bits is mode I, too
+        require_range(value_range, np.dtype("f4" if image.mode == "F" else "i4"), 32, f"mode {image.mode}")
 
 
 def _convert(image: Image.Image, value_range: ValueRange | None) -> tuple[Pixels, bool]:
+    _check_depth(image, value_range)
     if not _is_deep(image):
-        return np.array(image.convert("RGB")), False
-    values = np.asarray(image).astype(np.float64)  # (H, W)
-    if not np.isfinite(values).all():
-        raise ImageError("holds values that are nan or infinite")
-    low, high = value_range or SIXTEEN_BITS
-    grey = np.rint(np.clip((values - low) * 255 / (high - low), 0, 255)).astype(np.uint8)
-    return np.repeat(grey[:, :, None], 3, axis=2), value_range is None and bool(values.max() <= DARK)
+        return np.array(image if image.mode == "RGB" else image.convert("RGB")), False
+    values = np.asarray(image)  # (H, W)
+    white = SIXTEEN_BITS if image.mode.startswith("I;16") or image.format == "PPM" else None
+    return repeat_grey(to_8_bits(values, white, value_range)), is_dark(values, white, value_range)
 
 
 def describe(err: Exception, path: str, name: str) -> Fault:
@@ -241,6 +281,8 @@ def _reason(err: Exception, words: str, path: str) -> str:
             return reason
     if isinstance(err, OSError) and err.errno is not None:
         return f"cannot be read: {words}"
+    if "not supported" in words.lower() or "unsupported" in words.lower():
+        return f"cannot be decoded: {words}"
     if "truncated" in words.lower() or "premature end of jpeg" in words.lower():
         return "truncated"
     return "damaged"

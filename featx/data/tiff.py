@@ -1,0 +1,272 @@
+"""A TIFF -> an RGB image: tifffile decodes it, and this turns what its tags say into colours.
+
+Pillow reads some kinds of TIFF wrongly in silence: 16-bit RGB in planes, 0 as white above 8 bits, strips that are not
+in the file or too short, signed values. tifffile refuses what is damaged, except for strips that are missing, and
+leaves photometric interpretation to its callers.
+"""
+
+import logging
+import math
+import re
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, BinaryIO
+
+import imagecodecs
+import numpy as np
+import tifffile
+from numpy.typing import NDArray
+from PIL import Image
+
+from featx.data import jpeg
+from featx.data.depth import Pixels, ValueRange, is_dark, repeat_grey, require_range, to_8_bits
+from featx.errors import ImageError
+
+# The first bytes of a TIFF and a BigTIFF, little- and big-endian.
+MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+
+# By PhotometricInterpretation: its name, and how many channels it takes.
+COLOURS = {0: ("grey", 1), 1: ("grey", 1), 2: ("RGB", 3), 3: ("palette", 1), 5: ("CMYK", 4), 6: ("YCbCr", 3),
+           8: ("Lab", 3)}  # fmt: skip
+OTHERS = {4: "transparency mask", 9: "ICC Lab", 10: "ITU Lab", 32803: "raw camera data (CFA)", 32844: "LogL",
+          32845: "LogLuv", 34892: "raw camera data (LinearRaw)"}  # fmt: skip
+JPEG = (6, 7, 33007, 34892)  # compressions that give YCbCr as RGB
+
+# The tags that decide a pixel: tifffile goes on without one that it cannot read.
+TAGS = {256, 257, 258, 259, 262, 266, 273, 277, 278, 279, 284, 317, 320, 322, 323, 324, 325, 338, 339, 347, 530, 532}
+
+
+def read(file: BinaryIO, value_range: ValueRange | None, most_pixels: int) -> tuple[Pixels, bool]:
+    """Decode the first page of a TIFF to 8-bit RGB.
+
+    Orientation is not applied, and extra samples are dropped.
+
+    Args:
+        file: The file, open.
+        value_range: The values of images above 8 bits that become black and white.
+        most_pixels: A larger image is refused.
+
+    Returns:
+        ``(H, W, 3) uint8``, and whether it is nearly black, as a 12-bit camera's 16-bit file is.
+
+    Raises:
+        BadValueError: The values need a ``value_range``.
+        ImageError: It is whole, and of a kind that is not read.
+        Exception: Whatever tifffile raises for a damaged one.
+    """
+    with _opened(file) as page:
+        _check(page, value_range)
+        if max(page.imagewidth * page.imagelength, page.tilewidth * page.tilelength) > most_pixels:
+            raise Image.DecompressionBombError(f"{page.imagewidth} x {page.imagelength} pixels")
+        if page.photometric == 6 and page.samplesperpixel == 3 and page.compression not in JPEG:
+            return _ycbcr(page, file), False
+        return _rgb(page, _samples(page, file), value_range)
+
+
+def check(file: BinaryIO, value_range: ValueRange | None) -> None:
+    """Raise what ``read`` raises for the header alone."""
+    with _opened(file) as page:
+        _check(page, value_range)
+
+
+@contextmanager
+def _opened(file: BinaryIO) -> Iterator[tifffile.TiffPage]:
+    """Open a TIFF's first page; tifffile's remarks of this thread are not logged, and a tag it lost is an error."""
+    thread, lost = threading.get_ident(), list[str]()
+
+    def listen(record: logging.LogRecord) -> bool:
+        if record.thread != thread:
+            return True
+        message = record.getMessage()
+        if (tag := re.search(r"TiffTag (\d+) @\d+> invalid", message)) and int(tag[1]) in TAGS:
+            lost.append(message)
+        return False
+
+    log = logging.getLogger("tifffile")
+    log.addFilter(listen)
+    try:
+        file.seek(0)
+        with tifffile.TiffFile(file, _multifile=False) as tiff:
+            if not tiff.pages:
+                raise tifffile.TiffFileError("truncated: its directory is not in the file")
+            page = tiff.pages.first
+            if lost:
+                raise tifffile.TiffFileError(lost[0])
+            yield page
+    finally:
+        log.removeFilter(listen)
+
+
+def _check(page: tifffile.TiffPage, value_range: ValueRange | None) -> None:
+    """Raise ImageError for a page of a kind that is not read, BadValueError for one that needs a ``value_range``."""
+    bits, channels = page.bitspersample, page.samplesperpixel
+    if page.photometric not in COLOURS:
+        raise ImageError(f"a TIFF of {OTHERS.get(int(page.photometric), f'photometric {page.photometric:d}')}")
+    colour, needed = COLOURS[page.photometric]
+    if page.dtype is None or page.dtype.kind == "c" or not isinstance(bits, int):
+        raise ImageError(f"a {colour} TIFF of {bits}-bit values in sample format {page.sampleformat}")
+    kind = {"f": "float ", "i": "signed "}.get(page.dtype.kind, "")
+    if page.imagedepth > 1:
+        raise ImageError(f"a volume of {page.imagedepth} slices in one TIFF page")
+    if channels < needed and not (page.photometric == 6 and channels == 1):
+        raise ImageError(f"a {colour} TIFF of {channels} channels: it needs {needed}")
+    if needed == 1 and channels > 2:
+        raise ImageError(f"a TIFF of {channels} {bits}-bit {kind}channels, none of which it says is red, green or blue")
+    only_8_bits = colour in ("palette", "Lab") or (colour == "YCbCr" and page.compression not in JPEG)
+    if only_8_bits and (page.dtype.kind not in "bu" or bits > 8):
+        raise ImageError(f"a {bits}-bit {kind}{colour} TIFF")
+    if page.photometric == 6 and page.compression not in JPEG and (page.predictor != 1 or page.planarconfig != 1):
+        raise ImageError("a YCbCr TIFF in planes or with a predictor")
+    try:
+        tifffile.TIFF.DECOMPRESSORS[page.compression]
+    except KeyError as err:
+        name = getattr(page.compression, "name", page.compression)
+        raise ImageError(f"a TIFF with compression {name}, which this installation cannot decode") from err
+    require_range(value_range, page.dtype, bits, f"{colour} TIFF")
+
+
+def _segments(page: tifffile.TiffPage, file: BinaryIO) -> Iterator[tuple[int, bytes]]:
+    """Yield the number and the data of each strip or tile; a sparse file leaves some out."""
+    count = page.samplesperpixel if page.planarconfig == 2 else 1
+    if page.is_tiled:
+        count *= math.ceil(page.imagelength / page.tilelength) * math.ceil(page.imagewidth / page.tilewidth)
+    else:
+        count *= math.ceil(page.imagelength / page.rowsperstrip)
+    if min(len(page.dataoffsets), len(page.databytecounts)) < count:
+        raise tifffile.TiffFileError(f"truncated: {len(page.dataoffsets)} of {count} strips or tiles are in the file")
+    end = file.seek(0, 2)
+    for index, offset, size in zip(range(count), page.dataoffsets, page.databytecounts, strict=False):
+        if offset == 0 and size == 0:
+            continue
+        if offset + size > end:
+            raise tifffile.TiffFileError(f"truncated: strip or tile {index} ends after the file")
+        if offset == 0 or size == 0:
+            raise tifffile.TiffFileError(f"strip or tile {index} has offset {offset} and {size} bytes")
+        file.seek(offset)
+        yield index, file.read(size)
+
+
+def _samples(page: tifffile.TiffPage, file: BinaryIO) -> NDArray[Any]:
+    """Decode all samples, ``(H, W, C)``."""
+    planes, _, height, width, channels = page.shaped
+    samples = np.full((planes, height, width, channels), page.nodata, page.dtype)
+    tables, header = page.jpegtables, page.jpegheader
+    for index, data in _segments(page, file):
+        _, (plane, _, top, left, _), (_, rows, columns, _) = page.decode(None, index)
+        rows, columns = min(rows, height - top), min(columns, width - left)  # the rest of a tile is padding
+        part = _jpeg(page, data, channels)
+        if part is None:
+            decoded, *_ = page.decode(data, index, jpegtables=tables, jpegheader=header)
+            assert decoded is not None
+            part = decoded[0]
+        if part.shape[0] < rows or part.shape[1] < columns:
+            raise tifffile.TiffFileError(f"strip or tile {index} holds {part.shape[1]} x {part.shape[0]} pixels")
+        samples[plane, top : top + rows, left : left + columns] = part[:rows, :columns]
+    return np.moveaxis(samples[..., 0], 0, -1) if planes > 1 else samples[0]
+
+
+def _jpeg(page: tifffile.TiffPage, data: bytes, channels: int) -> Pixels | None:
+    """Decode JPEG data strictly, which tifffile does not; return None for data of another kind."""
+    space = {1: "GRAY", 3: "RGB", 4: "CMYK"}.get(channels)
+    if page.compression != 7 or page.bitspersample != 8 or page.jpegheader is not None or space is None:
+        return None
+    adobe = b"\xff\xee\0\x0eAdobe\0\x64\0\0\0\0" + bytes([page.photometric == 6])  # whether it is YCbCr
+    tables = (page.jpegtables or jpeg.SOI).removesuffix(b"\xff\xd9")
+    return jpeg.decode(jpeg.SOI + adobe + tables[2:] + data[2:], space)
+
+
+def _rgb(page: tifffile.TiffPage, samples: NDArray[Any], value_range: ValueRange | None) -> tuple[Pixels, bool]:
+    """Turn samples ``(H, W, C)`` of any depth into colours, ``(H, W, 3) uint8``."""
+    colour, needed = COLOURS[page.photometric]
+    white = 2**page.bitspersample - 1 if samples.dtype.kind in "bu" and page.bitspersample <= 16 else None
+    if colour == "palette":
+        return _palette(page)[samples[..., 0].astype(np.intp)], False
+    dark = colour == "grey" and is_dark(samples[..., 0], white, value_range)
+    values = to_8_bits(samples, white, value_range, colour=needed > 1)
+    if needed in (1, 3) and samples.shape[2] > needed and page.extrasamples[:1] == (1,):
+        values = _unpremultiply(values, needed)
+    values = values[..., : min(needed, samples.shape[2])]
+    if values.shape[2] == 1:
+        grey = values[..., 0]
+        return repeat_grey(255 - grey if page.photometric == 0 else grey), dark
+    if colour in ("CMYK", "Lab"):
+        mode = colour.upper()
+        return np.array(Image.frombytes(mode, values.shape[1::-1], values.tobytes(), "raw", mode).convert("RGB")), False
+    return np.ascontiguousarray(values), False
+
+
+def _palette(page: tifffile.TiffPage) -> Pixels:
+    """Return the colour map, ``(N, 3) uint8``, of 16 bits or, as some programs write it, of 8."""
+    colours = np.asarray(page.colormap).T
+    if colours.shape != (2**page.bitspersample, 3):
+        raise tifffile.TiffFileError(f"a colour map of {colours.shape[0]} colours for {page.bitspersample} bits")
+    return (colours >> 8 if colours.max() > 255 else colours).astype(np.uint8)
+
+
+def _unpremultiply(values: Pixels, alpha: int) -> Pixels:
+    """Divide colours by the alpha that they were multiplied with, in channel ``alpha``, as Pillow does."""
+    opacity = values[..., alpha:][..., :1].astype(np.uint16)
+    colours = values[..., :alpha].astype(np.uint16) * 255 // np.maximum(opacity, 1)
+    divided: Pixels = np.where(opacity == 0, 0, np.minimum(colours, 255)).astype(np.uint8)
+    return divided
+
+
+def _ycbcr(page: tifffile.TiffPage, file: BinaryIO) -> Pixels:
+    """Decode YCbCr without JPEG, whose colours may be sampled at every second pixel: tifffile does not."""
+    height, width = page.imagelength, page.imagewidth
+    rows, columns = (page.tilelength, page.tilewidth) if page.is_tiled else (page.rowsperstrip, width)
+    across, down = page.subsampling or (2, 2)
+    values = np.zeros((height, width, 3), np.uint8)
+    decompress = tifffile.TIFF.DECOMPRESSORS[page.compression]
+    for index, packed in _segments(page, file):
+        top, left = divmod(index, math.ceil(width / columns))
+        top, left = top * rows, left * columns
+        high = rows if page.is_tiled else min(rows, height - top)
+        blocks = math.ceil(high / down), math.ceil(columns / across)
+        data = decompress(imagecodecs.bitorder_decode(packed) if page.fillorder == 2 else packed)
+        need = math.prod(blocks) * (across * down + 2)
+        if len(data) < need:
+            raise tifffile.TiffFileError(f"truncated: strip or tile {index} has {len(data)} of {need} bytes")
+        units = np.frombuffer(data, np.uint8, need).reshape(*blocks, across * down + 2)
+        luma = units[..., :-2].reshape(*blocks, down, across).swapaxes(1, 2)
+        part = np.empty((blocks[0], down, blocks[1], across, 3), np.uint8)
+        part[..., 0] = luma
+        part[..., 1:] = units[:, None, :, None, -2:]
+        part = part.reshape(blocks[0] * down, blocks[1] * across, 3)[: min(high, height - top), : width - left]
+        values[top : top + part.shape[0], left : left + min(part.shape[1], columns)] = part[:, :columns]
+    if page.compression == 1 and (across, down) == (1, 1):  # there Pillow converts itself, else libtiff
+        return np.array(Image.fromarray(values, "YCbCr").convert("RGB"))
+    return _by_libtiff(page, values)
+
+
+def _by_libtiff(page: tifffile.TiffPage, values: Pixels) -> Pixels:
+    """Convert YCbCr by the tags' coefficients, with libtiff's very rounding.
+
+    https://gitlab.com/libtiff/libtiff/-/blob/v4.7.0/libtiff/tif_color.c: TIFFYCbCrToRGBInit
+    """
+    red, green, blue = _ratios(page, 529) or (0.299, 0.587, 0.114)
+    y0, y1, b0, b1, r0, r1 = _ratios(page, 532) or (0, 255, 128, 255, 128, 255)
+
+    def fixed(value: float) -> int:
+        return int(min(max(value, 0), 2) * 65536 + 0.5)
+
+    codes = np.arange(256)
+    luma = np.clip((codes - y0) * 255 / (y1 - y0 or 1), -4096, 4096).astype(np.int64)
+    b = np.clip((codes - b0) * 127 / (b1 - b0 or 1), -4096, 4096).astype(np.int64)
+    r = np.clip((codes - r0) * 127 / (r1 - r0 or 1), -4096, 4096).astype(np.int64)
+    y, cb, cr = luma[values[..., 0]], b[values[..., 1]], r[values[..., 2]]
+    to_red, to_blue, half = fixed(2 - 2 * red), fixed(2 - 2 * blue), 1 << 15
+    from_red, from_blue = fixed(red * (2 - 2 * red) / green), fixed(blue * (2 - 2 * blue) / green)
+    channels = (
+        y + ((to_red * cr + half) >> 16),
+        y + ((-from_blue * cb + half - from_red * cr) >> 16),
+        y + ((to_blue * cb + half) >> 16),
+    )
+    colours: Pixels = np.clip(np.stack(channels, axis=-1), 0, 255).astype(np.uint8)
+    return colours
+
+
+def _ratios(page: tifffile.TiffPage, tag: int) -> list[float] | None:
+    values = page.tags.valueof(tag)
+    return None if values is None else [a / (b or 1) for a, b in zip(values[::2], values[1::2], strict=True)]
