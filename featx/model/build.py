@@ -1,4 +1,4 @@
-"""A name -> nn.Module: a network of torchvision or timm, or what any importable function returns."""
+"""Build a network by name: torchvision's, timm's, or one that an importable function returns."""
 
 import math
 import os
@@ -16,24 +16,24 @@ from torchvision import models
 
 from featx.data.preprocess import Preprocessing
 from featx.errors import BadValueError, MissingPathError, UserError, did_you_mean, first_line
-from featx.model.download import fetch, knock
+from featx.model.download import check_server, fetch
 from featx.process.shared import LOCK, Shared
 
 SEED = 0
-TRANSFORM_INPUT = ("googlenet", "inception_v3")  # their weights want images of another mean, which they make themselves
+TRANSFORM_INPUT = ("googlenet", "inception_v3")  # these networks adapt images to their weights' own mean
 
 State = Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)
 class Weights:
-    """Which weights a network is to get.
+    """The weights for a network.
 
     Args:
-        name: What it is called in messages and in the record.
-        entry: What torchvision or timm knows of weights that it publishes: a weights entry, a pretrained cfg.
-        file: A file of the user's.
-        random: Whether they are random numbers.
+        name: Their name in messages and in the record.
+        entry: Of published weights, torchvision's weights entry or timm's pretrained cfg.
+        file: A file of weights.
+        random: Whether the weights are random numbers.
     """
 
     name: str
@@ -43,15 +43,15 @@ class Weights:
 
 
 class _Torchvision:
-    """``alexnet``: a classification network of torchvision."""
+    """A classification network of torchvision, for example ``alexnet``."""
 
     def __init__(self, arch: str) -> None:
         if arch not in (known := models.list_models(module=models)):
             raise BadValueError(
-                f"--model.arch {arch}: torchvision has no classification network of this name."
+                f"--model.arch {arch}: torchvision has no classification network with this name."
                 f"{did_you_mean(arch, known)}\n"
-                "https://docs.pytorch.org/vision/stable/models.html lists them. Others are timm/NAME and a function "
-                "that returns one,\npackage.module.name."
+                "https://docs.pytorch.org/vision/stable/models.html lists them. For other networks give timm/NAME,\n"
+                "or package.module.name of a function that returns one."
             )
         self._arch = arch
         self._entries = models.get_model_weights(arch)
@@ -78,7 +78,7 @@ class _Torchvision:
         elif self._arch.startswith("vit_"):
             options["image_size"] = _image_size(state) or self._recipe(weights, None).meta["min_size"][0]
         elif self._arch in TRANSFORM_INPUT:
-            # GoogLeNet's builder drops its auxiliary heads behind loading, Inception's keeps its own.
+            # With published weights, GoogLeNet's builder drops its auxiliary heads, and Inception's keeps its own.
             aux = self._arch == "inception_v3" and (state is None or any("AuxLogits." in name for name in state))
             options |= {"transform_input": True, "init_weights": False, "aux_logits": aux}
         network: nn.Module = models.get_model(self._arch, **options)
@@ -91,16 +91,17 @@ class _Torchvision:
 
 
 def _image_size(state: State | None) -> int | None:
-    """Return the side of the images, in pixels, that a ViT's weights were trained for."""
-    patches = [value for name, value in (state or {}).items() if name.endswith("encoder.pos_embedding")]
-    convs = [value for name, value in (state or {}).items() if name.endswith("conv_proj.weight")]
+    """Return the image size in pixels that a ViT's weights were trained at, or None for another network."""
+    state = state or {}
+    patches = [value for name, value in state.items() if name.endswith("encoder.pos_embedding")]
+    convs = [value for name, value in state.items() if name.endswith("conv_proj.weight")]
     if not patches or not convs or patches[0].ndim != 3:
         return None
     return math.isqrt(patches[0].shape[1] - 1) * convs[0].shape[-1]  # (1, 1 + patches, D), (D, 3, side, side)
 
 
 class _Timm:
-    """``timm/NAME``: a network of timm, with or without the tag of its weights."""
+    """A network of timm: ``timm/NAME``, with or without the tag of its weights."""
 
     def __init__(self, arch: str) -> None:
         try:
@@ -115,7 +116,7 @@ class _Timm:
         if self._name not in known:
             near = did_you_mean(arch, [f"timm/{name}" for name in known])
             raise BadValueError(
-                f"--model.arch {arch}: timm has no network of this name.{near}\n"
+                f"--model.arch {arch}: timm has no network with this name.{near}\n"
                 "python -c \"import timm; print(*timm.list_models(), sep='\\n')\" lists them."
             )
         self._cfg = self._timm.get_pretrained_cfg(self._name)
@@ -139,21 +140,21 @@ class _Timm:
             if cfg.hf_hub_id and not cfg.custom_load:
                 cached = hub.try_to_load_from_cache(cfg.hf_hub_id, cfg.hf_hub_filename or "model.safetensors")
             if isinstance(cached, str):
-                overlay = {"file": cached}  # without asking the server, which the hub does for 20 s where none answers
+                overlay = {"file": cached}  # skips the hub's request, which takes 20 s to fail without a connection
             else:
-                knock(hub.constants.ENDPOINT if cfg.hf_hub_id else cfg.url)
+                check_server(hub.constants.ENDPOINT if cfg.hf_hub_id else cfg.url)
             made = self._timm.create_model(self._name, pretrained=True, pretrained_cfg_overlay=overlay)
         except Exception as err:
             raise UserError(
-                f"weights of {weights.name} cannot be downloaded by timm\n({type(err).__name__}: "
-                f"{first_line(err)[:200]}). Give weights that are on this machine:\n--model.weights FILE "
+                f"timm cannot download the weights of {weights.name}\n({type(err).__name__}: "
+                f"{first_line(err)[:200]}). Use a file of weights: --model.weights FILE\n"
                 "(--model.weights random for a trial)"
             ) from err
         return made
 
 
 class _Function:
-    """``package.module.name``: a function that returns a network."""
+    """A function that returns a network: ``package.module.name``."""
 
     def __init__(self, arch: str) -> None:
         self._arch = arch
@@ -172,8 +173,8 @@ class _Function:
         except Exception as err:
             raise BadValueError(
                 f"--model.arch {arch}: calling {arch}() failed: {type(err).__name__}: {first_line(err)}\n"
-                "Expected a function that returns an nn.Module without arguments. One that needs some is called in "
-                "build_network()\nof a subclass of featx.FeatureExtractor, which --model names."
+                "Expected a function without arguments that returns an nn.Module. To pass arguments, call it in "
+                "build_network()\nof a subclass of featx.FeatureExtractor, and give that as --model."
             ) from err
         if not isinstance(network, nn.Module):
             raise BadValueError(
@@ -183,14 +184,14 @@ class _Function:
 
 
 def import_function(arch: str) -> Callable[[], Any]:
-    """Return the function that ``--model.arch`` names; raise UserError where it cannot be imported."""
+    """Import the function that ``--model.arch`` names; raise UserError if that fails."""
     path, *names = arch.split(".")
     found: Any = None
     try:
         found = import_module(path)
         for name in names:
             path = f"{path}.{name}"
-            # An attribute goes before a module: antialiased_cnns.alexnet is both, and the function is meant.
+            # Attributes win over modules: antialiased_cnns.alexnet is both, and the function is the network.
             if not hasattr(found, name) and hasattr(found, "__path__"):
                 import_module(path)
             if not hasattr(found, name):
@@ -198,115 +199,104 @@ def import_function(arch: str) -> Callable[[], Any]:
             found = getattr(found, name)
     except (Exception, SystemExit) as err:
         if isinstance(err, ModuleNotFoundError) and err.name == path:
-            said = f"there is no {path}, neither in this folder nor installed.{did_you_mean(names[-1], dir(found))}"
+            reason = f"{path} is neither in this folder nor installed.{did_you_mean(names[-1], dir(found))}"
         else:
-            said = f"importing {path} failed: {type(err).__name__}: {first_line(err)}"
+            reason = f"importing {path} failed: {type(err).__name__}: {first_line(err)}"
         raise BadValueError(
-            f"--model.arch {arch}: {said}\nExpected package.module.name of a function that returns an nn.Module."
+            f"--model.arch {arch}: {reason}\nExpected package.module.name of a function that returns an nn.Module."
         ) from err
     if not callable(found):
         raise BadValueError(
-            f"--model.arch {arch}: this is a {type(found).__name__}. Expected a function that returns an nn.Module."
+            f"--model.arch {arch}: its type is {type(found).__name__}. Expected a function that returns an nn.Module."
         )
     return found  # type: ignore[no-any-return]
 
 
-Named = _Torchvision | _Timm | _Function
-PREFIXED = {"timm": _Timm}
+def named(arch: str) -> _Torchvision | _Timm | _Function:
+    """Return a network's description; raise UserError if there is none with this name.
 
-
-def _kind(arch: str) -> type[Named]:
-    prefix, slash, _ = arch.partition("/")
-    return PREFIXED.get(prefix if slash else "", _Function if "." in arch else _Torchvision)
-
-
-def named(arch: str) -> Named:
-    """Return the network of a name; raise UserError where there is none, of a function when it is built.
-
-    It has ``published()``, the weights that there are for it, by their names in ``--model.weights``;
-    ``preset(weights, state)``, their preprocessing, for a file or random ones that of its first recipe; and
-    ``build(weights, state)``, which returns it with published weights, or as the weights' own builder makes it before
-    a file's, ``state``, are loaded, and raises UserError where the weights are not to be had or a function fails.
+    ``published()`` returns its published weights by their names in ``--model.weights``. ``preset(weights, state)``
+    returns their preprocessing; for a file or random weights, that of the first recipe. ``build(weights, state)``
+    returns the network with published weights, or ready for a file's ``state``; it raises UserError if weights cannot
+    be downloaded, or a function cannot be imported or fails.
     """
-    return _kind(arch)(arch)
+    if arch.startswith("timm/"):
+        return _Timm(arch)
+    return _Function(arch) if is_function(arch) else _Torchvision(arch)
 
 
 def is_function(arch: str) -> bool:
     """Return whether ``--model.arch`` names a function, ``package.module.name``."""
-    return _kind(arch) is _Function
+    return "." in arch and not arch.startswith("timm/")
 
 
 def choose_weights(arch: str, weights: str) -> Weights:
-    """Read ``--model.weights`` for a named network: auto, DEFAULT, an entry's name, random, or a file.
-
-    Raises:
-        UserError: It is none of them.
-    """
+    """Resolve ``--model.weights``: auto, DEFAULT, an entry's name, random, or a file; else raise UserError."""
     if weights == "random":
         return Weights(f"random (seed {SEED})", random=True)
     published = named(arch).published()
     if weights in published:
         return published[weights]
-    names = [*(name for name in published if name != "DEFAULT"), "random"]
     if os.path.isfile(weights):
         return Weights(weights, file=weights)
     if os.path.isdir(weights):
         raise BadValueError(f"--model.weights {weights}: this is a folder. Expected a file of weights.")
     if weights in ("auto", "DEFAULT"):
         raise BadValueError(
-            f"--model.weights {weights}: nobody publishes weights of {arch}.\n"
+            f"--model.weights {weights}: there are no published weights for {arch}.\n"
             "Expected a file of weights, or random for a trial."
         )
+    names = [*(name for name in published if name != "DEFAULT"), "random"]
     raise MissingPathError(
-        f"--model.weights {weights}: no such file, and no name of weights.{did_you_mean(weights, names)}\n"
+        f"--model.weights {weights}: no such file or published weights.{did_you_mean(weights, names)}\n"
         f"Expected a file, or one of {', '.join(names)}."
     )
 
 
 def build_empty(arch: str) -> nn.Module:
-    """Build a network without computing its values, to look at its modules and shapes; a function's is a real one."""
+    """Build a network to look at its modules and shapes; only a function's network has values."""
     network = named(arch)
     if is_function(arch):
         return network.build(Weights("none"))
     try:
-        with _Thread(empty=True):
+        with _BuildMode(empty=True):
             return network.build(Weights("none"))
-    except RuntimeError:  # hybrids of timm's run a picture through their stem to see its shape, which takes values
-        with _Thread():
+    except RuntimeError:  # timm's hybrids find a shape by running an image through their stem, which needs values
+        with _BuildMode():
             return network.build(Weights("none"))
 
 
-def whose(shapes: Mapping[str, torch.Size]) -> str | None:
-    """Return the torchvision arch that more than half of these tensors fit, by name and shape; of several the best.
+def guess_arch(shapes: Mapping[str, torch.Size]) -> str | None:
+    """Return the torchvision arch that best fits these tensors by name and shape, if more than half of them fit.
 
-    Building all 80 would take seconds. The ten with the nearest numbers of parameters are built; the right one is
-    among them even without its classifier, unless that is most of it, as VGG's.
+    Building all 80 would take seconds, so only the ten with the nearest numbers of parameters are built. The right one
+    is among them even without its classifier, unless that is most of the network, as in VGG.
     """
-    size = sum(shape.numel() for name, shape in shapes.items() if not name.startswith("aux"))  # GoogLeNet's, uncounted
+    size = sum(shape.numel() for name, shape in shapes.items() if not name.startswith("aux"))  # num_params omits them
     sizes = {arch: models.get_model_weights(arch).DEFAULT.meta["num_params"] for arch in models.list_models(models)}
-    shares = {}
+    scores = {}
     for arch in sorted(sizes, key=lambda arch: abs(math.log(sizes[arch] / max(1, size))))[:10]:
         own = {name: value.shape for name, value in build_empty(arch).state_dict().items() if value.ndim}
         same = sum(own.get(name) == shape for name, shape in shapes.items())
-        shares[arch] = same / max(len(own), len(shapes))
-    best = max(shares, key=lambda arch: shares[arch])
-    return best if shares[best] > 0.5 else None
+        scores[arch] = same / max(len(own), len(shapes))
+    best = max(scores, key=lambda arch: scores[arch])
+    return best if scores[best] > 0.5 else None
 
 
 @contextmanager
 def seeded(seed: int, arch: str | None) -> Iterator[None]:
-    """Let a network that is built here have the same random numbers in every process and every run.
+    """Build a network within this context with the same random numbers in every process and every run.
 
-    The generator and the default dtype of the process are not what this depends on, nor what it uses up.
+    The process's random generator and default dtype have no effect on it, and stay as they were.
 
     Args:
-        seed: Of the random numbers.
-        arch: Name of the network; None where code of the user's builds it.
+        seed: Seed of the random numbers.
+        arch: Name of the network; None if the user's code builds it.
     """
     if arch is not None and not is_function(arch):
-        with FLOAT32, _Thread(seed):
+        with FLOAT32, _BuildMode(seed):
             yield
-    else:  # which may well seed, or draw from, the process's generator itself
+    else:  # the user's code may seed or use the process's generator
         with FLOAT32, LOCK, torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             yield
@@ -314,7 +304,7 @@ def seeded(seed: int, arch: str | None) -> Iterator[None]:
 
 @contextmanager
 def _float32() -> Iterator[None]:
-    before = torch.get_default_dtype()  # the process's own; with some Trainers that of --trainer.precision
+    before = torch.get_default_dtype()  # some Trainers set it to that of --trainer.precision
     torch.set_default_dtype(torch.float32)
     try:
         yield
@@ -325,15 +315,15 @@ def _float32() -> Iterator[None]:
 FLOAT32 = Shared(_float32)
 
 
-class _Thread(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """What a network that one thread builds is made of; others build theirs as ever.
+class _BuildMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Seeds or leaves out the values of networks that this thread builds; other threads are not affected.
 
     https://docs.pytorch.org/docs/stable/notes/extending.html#extending-all-torch-api-with-modes
 
     Args:
-        seed: Of the random numbers, which are those of torch's own generator after ``torch.manual_seed``.
-        empty: Whether parameters have a shape and no values. All on the meta device would not do: RegNet and many of
-            timm's networks compute their widths with tensors.
+        seed: Seed of the random numbers, which are the same as after ``torch.manual_seed``.
+        empty: Whether parameters get a shape but no values. The meta device alone fails: RegNet and many timm networks
+            compute their widths with tensors.
     """
 
     def __init__(self, seed: int = SEED, empty: bool = False) -> None:
@@ -343,7 +333,7 @@ class _Thread(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        """Leave ``__torch_dispatch__`` as it is: wrapped, its first call imports torch._dynamo, which takes 1.9 s."""
+        """Keep ``__torch_dispatch__`` unwrapped: the wrapper imports torch._dynamo, which takes 1.9 s."""
         return False
 
     def __torch_dispatch__(
@@ -351,24 +341,22 @@ class _Thread(TorchDispatchMode):  # type: ignore[no-untyped-call]
     ) -> Any:
         """Run one of torch's operations."""
         kwargs = kwargs or {}
-        if self._empty and func is torch.ops.aten.empty.memory_format and 0 not in args[0]:  # as a new storage is
+        if self._empty and func is torch.ops.aten.empty.memory_format and 0 not in args[0]:  # 0: a new storage
             return func(*args, **kwargs | {"device": "meta"})
         if torch.Tag.nondeterministic_seeded not in func.tags:
             return func(*args, **kwargs)
         if args and isinstance(args[0], Tensor) and args[0].is_meta:
-            return args[0]  # nothing to fill
-        return func.overloadpacket(*args, **kwargs | {"generator": self._generator})  # the overload that takes one
+            return args[0]
+        return func.overloadpacket(*args, **kwargs | {"generator": self._generator})
 
 
 def packages(network: nn.Module, owner: type, arch: str) -> dict[str, str]:
-    """Return the versions of the installed packages that a network's code comes from, by name.
-
-    torch and torchvision, which every network needs, are left out, and so is code that no package installed.
+    """Return the versions of the installed packages that contain a network's code, besides torch and torchvision.
 
     Args:
         network: The network.
         owner: The FeatureExtractor's class.
-        arch: The network's name, where it was built by one.
+        arch: Name that the network was built by, or nothing.
     """
     code = {type(module).__module__.split(".")[0] for module in network.modules()}
     code |= {owner.__module__.split(".")[0], *([arch.split(".")[0]] if is_function(arch) else [])}

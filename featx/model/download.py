@@ -1,4 +1,4 @@
-"""A URL -> a file in torch's cache, whole and checked, or a reason why not."""
+"""Download weights into torch's cache, whole and checked."""
 
 import hashlib
 import os
@@ -19,31 +19,25 @@ TIMEOUT = 20  # seconds without an answer
 
 
 def fetch(url: str) -> Path:
-    """Download weights into torch's cache, once for all processes, checked against the digest in their name.
+    """Download weights into torch's cache, once for all processes, and return the file's path.
 
-    The file appears under its name only when it is whole, as ``torch.hub`` does it; what torch.hub lacks are the lock
-    and a timeout, https://github.com/pytorch/pytorch/issues/34934, which only all sockets of the process could have.
-
-    Returns:
-        Where the file is.
+    The file gets its name only when it is whole. ``torch.hub`` does the same, but without a lock or a timeout:
+    https://github.com/pytorch/pytorch/issues/34934.
 
     Raises:
-        UserError: It cannot be downloaded, or its digest is not the one in its name.
+        UserError: The file cannot be downloaded, or its digest is not the one in its name.
     """
     folder = Path(torch.hub.get_dir()) / "checkpoints"
     path = folder / os.path.basename(urlparse(url).path)
     if path.exists():
         return _checked(path)
-    way_out = (
-        f"Put the file into {folder}\nor give weights that are on this machine: --model.weights FILE"
-        " (--model.weights random for a trial)"
-    )
+    way_out = f"Put the file into {folder}\nor use another: --model.weights FILE (--model.weights random for a trial)"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{path}.lock"):
             if path.exists():
                 return _checked(path)
-            knock(url)
+            check_server(url)
             log.info("downloading %s to %s", url, folder)
             _download(url, path)
     except OSError as err:
@@ -73,13 +67,13 @@ def _download(url: str, path: Path) -> None:
 def _checked(path: Path) -> Path:
     if wrong := _wrong_digest(path, path.name):
         raise UserError(
-            f"{path} is damaged: {wrong}.\nRemove it, so that it is downloaded again, or put the right file there."
+            f"{path} is damaged: {wrong}.\nRemove it to download it again, or replace it with the right file."
         )
     return path
 
 
 def _wrong_digest(path: Path, name: str) -> str:
-    """Return how a file's digest differs from the one in a name, as ``its SHA-256 begins with ...``, or nothing."""
+    """Return how a file's digest differs from the one in a name, or nothing."""
     if not (expected := torch.hub.HASH_REGEX.search(name)):
         return ""
     with path.open("rb") as file:
@@ -89,8 +83,8 @@ def _wrong_digest(path: Path, name: str) -> str:
     return f"its SHA-256 begins with {digest[:8]}, expected {expected.group(1)}"
 
 
-def knock(url: str) -> None:
-    """Raise OSError unless the server answers in time, whatever resolver, proxy or number of addresses is between."""
+def check_server(url: str) -> None:
+    """Raise OSError unless the server answers in time, name resolution and all its addresses included."""
     failure: list[BaseException] = [TimeoutError(f"no answer within {TIMEOUT} s")]
 
     def ask() -> None:
@@ -98,7 +92,7 @@ def knock(url: str) -> None:
             with urlopen(Request(url, method="HEAD", headers={"User-Agent": "featx"}), timeout=TIMEOUT):
                 failure.clear()
         except HTTPError:
-            failure.clear()  # it answers; what it says to a real request is the message
+            failure.clear()  # the server answers; the real request reports its error
         except BaseException as err:
             failure[:] = [getattr(err, "reason", err)]
 

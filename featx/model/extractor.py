@@ -210,7 +210,7 @@ class FeatureExtractor(LightningModule):
         self.weights_told = []
         note("network", f"{self.title}, weights: {self.weights_used}")
         if self._state is not None:
-            self.weights_told = fit(network, self._state, self.weights, self.title, self.strict, networks.whose)
+            self.weights_told = fit(network, self._state, self.weights, self.title, self.strict, networks.guess_arch)
             self._state = None
         elif weights.random:
             log.warning("RANDOM WEIGHTS (seed %d): these features say nothing about what is in the images", SEED)

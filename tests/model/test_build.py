@@ -1,4 +1,4 @@
-"""A name -> a network: torchvision's, timm's, any function's, with its weights' preprocessing."""
+"""Networks by name: torchvision's, timm's and any function's, with the preprocessing of their weights."""
 
 import sys
 
@@ -30,12 +30,12 @@ def test_weights_are_an_entry_a_file_or_random(tmp_path):
         choose_weights("alexnet", str(tmp_path))
 
 
-def test_preprocessing_of_a_file_is_the_first_recipes(tmp_path):
+def test_a_file_gets_the_preprocessing_of_the_first_recipe(tmp_path):
     assert named("resnet50").preset(choose_weights("resnet50", "random")).resize == 256
     assert named("resnet50").preset(choose_weights("resnet50", "DEFAULT")).resize == 232
 
 
-def test_an_unknown_arch_is_told_with_the_nearest():
+def test_an_unknown_arch_is_reported_with_the_nearest():
     named("vit_b_16")
     with pytest.raises(BadValueError, match=r"--model.arch alexnt: .* Did you mean alexnet"):
         named("alexnt")
@@ -51,12 +51,12 @@ def test_the_empty_network_has_the_tensors_of_the_real_one_and_no_values(arch):
     assert shapes[0] == shapes[1] and not any(parameter.is_meta for parameter in real.parameters())
 
 
-def test_a_network_that_takes_values_to_find_its_shapes_is_built_with_them():
+def test_a_network_that_needs_values_to_find_its_shapes_is_built_with_them():
     assert build_empty("timm/vit_tiny_r_s16_p8_224").head.out_features == 1000
 
 
 @pytest.mark.parametrize("arch", ["resnet18", "swin_t", "timm/levit_128s"])
-def test_random_numbers_are_torchs_own_of_the_seed_and_the_process_keeps_its_own(arch):
+def test_random_numbers_are_those_of_torch_and_the_process_keeps_its_own_generator(arch):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(3)
         expected = digest(named(arch).build(RANDOM))
@@ -72,7 +72,7 @@ def test_random_numbers_are_torchs_own_of_the_seed_and_the_process_keeps_its_own
     assert found == expected and torch.equal(torch.get_rng_state(), before)
 
 
-def test_a_network_is_built_as_the_builder_of_its_weights_builds_it():
+def test_a_network_is_built_as_the_builder_of_its_published_weights_does():
     assert named("inception_v3").build(RANDOM).transform_input and named("inception_v3").preset(RANDOM).crop == 299
     assert "the network's own transform_input" in named("inception_v3").preset(RANDOM).source
     assert named("googlenet").build(RANDOM).transform_input and named("googlenet").build(RANDOM).aux1 is None
@@ -80,7 +80,7 @@ def test_a_network_is_built_as_the_builder_of_its_weights_builds_it():
 
 
 @pytest.mark.parametrize("aux", [True, False])
-def test_a_file_says_whether_inception_has_its_auxiliary_head(aux):
+def test_the_file_decides_whether_inception_has_its_auxiliary_head(aux):
     state = models.inception_v3(aux_logits=aux, init_weights=False).state_dict()
     network = named("inception_v3").build(Weights("f", file="f"), state)
     assert (network.AuxLogits is not None) == aux and network.transform_input
@@ -90,7 +90,7 @@ def test_a_file_says_whether_inception_has_its_auxiliary_head(aux):
 @pytest.mark.parametrize(
     ("size", "source"), [(224, "SWAG_LINEAR_V1"), (518, "SWAG_E2E_V1"), (448, "at the 448 pixels")]
 )
-def test_a_file_says_for_which_image_size_a_vit_is(size, source):
+def test_the_file_decides_the_image_size_of_a_vit(size, source):
     with torch.device("meta"):
         state = models.vit_h_14(image_size=size).state_dict()
         network = named("vit_h_14").build(
@@ -127,19 +127,19 @@ def test_timms_published_weights_come_from_its_cache(tmp_path, monkeypatch):
     assert digest(named("timm/resnet10t").build(weights)) == digest(network)
 
 
-def test_timms_weights_that_cannot_be_had_are_told(monkeypatch):
+def test_timms_weights_that_cannot_be_downloaded_are_reported(monkeypatch):
     def no_way_out(url):
         raise OSError(f"no way to {url}")
 
-    monkeypatch.setattr("featx.model.build.knock", no_way_out)
+    monkeypatch.setattr("featx.model.build.check_server", no_way_out)
     monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda repo, name: None)
-    with pytest.raises(UserError, match=r"weights of timm/resnet10t.c3_in1k cannot be downloaded by timm\n.*no way to"):
+    with pytest.raises(UserError, match=r"timm cannot download the weights of timm/resnet10t.c3_in1k\n.*no way to"):
         named("timm/resnet10t").build(choose_weights("timm/resnet10t", "auto"))
-    with pytest.raises(BadValueError, match=r"auto: nobody publishes weights of timm/botnet50ts_256"):
+    with pytest.raises(BadValueError, match=r"auto: there are no published weights for timm/botnet50ts_256"):
         choose_weights("timm/botnet50ts_256", "auto")
 
 
-def test_without_timm_it_is_told_how_to_install_it(monkeypatch):
+def test_without_timm_the_message_says_how_to_install_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "timm", None)
     with pytest.raises(UserError, match=r"(?s)timm cannot be imported .*pip install 'featx\[timm\]'"):
         named("timm/resnet18")
@@ -148,21 +148,21 @@ def test_without_timm_it_is_told_how_to_install_it(monkeypatch):
 @pytest.mark.parametrize(
     ("arch", "words"),
     [
-        ("timm/resnt18", r"timm has no network of this name. Did you mean timm/resne?t?\d+"),
+        ("timm/resnt18", r"timm has no network with this name. Did you mean timm/resne?t?\d+"),
         ("timm/vit_base_patch16_sapiens2.fb", "takes images of 768 x 1024 pixels, crop mode"),
-        ("antialiased_cnns.alexnt", "there is no antialiased_cnns.alexnt, .* Did you mean alexnet"),
-        ("antialiased_cnn.alexnet", "there is no antialiased_cnn, neither in this folder nor installed"),
+        ("antialiased_cnns.alexnt", "antialiased_cnns.alexnt is neither in .* Did you mean alexnet"),
+        ("antialiased_cnn.alexnet", "antialiased_cnn is neither in this folder nor installed"),
         ("nets.wrong", "calling nets.wrong.. failed: ZeroDivisionError: division by zero"),
-        ("nets.needs", r"needs.. failed: TypeError: .*'width'\n.*called in build_network"),
+        ("nets.needs", r"needs.. failed: TypeError: .*'width'\n.*call it in build_network"),
         ("nets.nothing", "nets.nothing.. returned a NoneType. Expected an nn.Module"),
-        ("nets.number", "this is a int. Expected a function"),
+        ("nets.number", "its type is int. Expected a function"),
         ("broken.net", "importing broken failed: ZeroDivisionError: division by zero"),
         ("lacking.net", "importing lacking failed: ModuleNotFoundError: No module named 'not_here'"),
         ("quits.net", "importing quits failed: SystemExit: 3"),
         (".net", "importing  failed: ValueError: Empty module name"),
     ],
 )
-def test_an_arch_that_cannot_be_had_is_told(tmp_path, monkeypatch, arch, words):
+def test_an_arch_that_cannot_be_built_is_reported(tmp_path, monkeypatch, arch, words):
     files = {
         "nets": "def wrong(): 1 / 0\ndef needs(width): pass\ndef nothing(): pass\nnumber = 3",
         "broken": "1 / 0",

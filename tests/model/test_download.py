@@ -1,4 +1,4 @@
-"""Weights from a server: once, whole, checked, in time, or a message that names the way out."""
+"""Weights are downloaded once, whole, checked and in time, or the message says what to do."""
 
 import gc
 import hashlib
@@ -68,7 +68,7 @@ def test_a_damaged_file_in_the_cache_is_refused(server, tmp_path):
         fetch(f"{url}/{name}")
 
 
-def test_no_network_names_the_url_the_cache_and_the_way_out(server, tmp_path):
+def test_a_failed_download_names_the_url_the_cache_and_what_to_do(server, tmp_path):
     url, _, _ = server
     with pytest.raises(UserError) as caught:
         fetch(f"{url}/missing-12345678.pth")
@@ -76,7 +76,7 @@ def test_no_network_names_the_url_the_cache_and_the_way_out(server, tmp_path):
         assert words in str(caught.value)
 
 
-def test_a_server_that_never_answers_is_given_up(monkeypatch, tmp_path):
+def test_a_server_that_never_answers_times_out(monkeypatch, tmp_path):
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
     monkeypatch.setattr(download, "TIMEOUT", 0.3)
     with socket.create_server(("127.0.0.1", 0)) as silent:
