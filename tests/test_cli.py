@@ -206,7 +206,7 @@ MISTAKES = [
     ("--data.dir photos --config broken.yaml", ["config"]),
     ("--data.dir photos --config missing.yaml", ["--config", "missing.yaml"]),
     ("--data.dir photos --model.weights missing.pth", ["--model.weights missing.pth", "no such file"]),
-    ("--data.dir photos --model.weights text.pth", ["--model.weights text.pth", "no PyTorch checkpoint"]),
+    ("--data.dir photos --model.weights text.pth", ["--model.weights text.pth", "not a PyTorch checkpoint"]),
     (
         "--data.dir photos --model.weights resnet18.pth",
         ["resnet18.pth", "does not fit alexnet", "--model.arch resnet18"],

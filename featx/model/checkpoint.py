@@ -1,4 +1,4 @@
-"""A file of weights -> its state dict -> a network that has all of it, or a reason why not."""
+"""Read the state dict in a file of weights and copy all of it into a network, or say why not."""
 
 import hashlib
 import re
@@ -17,12 +17,12 @@ from featx.process.shared import ignored
 
 State = dict[str, Tensor]
 
-PLAIN = ("state_dict", "model_state_dict", "model", "network", "net")  # where checkpoints keep the network, first wins
-PREFIXES = {"network", "model", "backbone"}  # the attribute that held the network, in Lightning modules and others
-WRAPPERS = {"module", "_orig_mod"}  # what DataParallel, DDP, AveragedModel and torch.compile put into names
+PLAIN = ("state_dict", "model_state_dict", "model", "network", "net")  # usual keys of the weights; the first wins
+PREFIXES = {"network", "model", "backbone"}  # attributes for the network, in Lightning modules and others
+WRAPPERS = {"module", "_orig_mod"}  # added to names by DataParallel, DDP, AveragedModel and torch.compile
 COUNTERS = ("num_batches_tracked", "total_ops", "total_params")  # BatchNorm's and thop's; no output depends on them
 RENAMED = (
-    # https://github.com/pytorch/vision/blob/main/torchvision/models/densenet.py: names of before 2017
+    # https://github.com/pytorch/vision/blob/main/torchvision/models/densenet.py: names before 2017
     (re.compile(r"(denselayer\d+\.(?:norm|relu|conv))\.([12]\.)"), r"\1\2"),
     # https://github.com/pytorch/vision/blob/main/torchvision/models/vision_transformer.py: MLPBlock, version 1
     (re.compile(r"(encoder_layer_\d+\.mlp)\.linear_1\."), r"\1.0."),
@@ -31,35 +31,36 @@ RENAMED = (
 
 
 def read_checkpoint(file: str, key: str | None = None, unsafe_pickle: bool = False) -> State:
-    """Read the state dict of a weights file, without running anything that is in it unless that is allowed.
+    """Read the state dict in a weights file, without running any code in it unless that is allowed.
 
     Args:
-        file: A file of ``torch.save``, with or without zip, a checkpoint of Lightning, or safetensors.
-        key: Where the state dict is in it, dotted; also the first words of the names that are wanted.
-        unsafe_pickle: Whether a file that needs it may run code.
+        file: A file from ``torch.save``, old or new, a Lightning checkpoint, or safetensors.
+        key: Dotted key of the state dict in it, or a prefix of the names to take.
+        unsafe_pickle: Whether a file may run code if it cannot be loaded otherwise.
 
     Returns:
-        Names, as they are in the file, and tensors on the CPU.
+        The tensors, on the CPU, by their names in the file.
 
     Raises:
-        UserError: The file cannot be read, is no checkpoint, or holds more than tensors and plain values.
+        UserError: The file cannot be read, is not a checkpoint, or contains more than tensors and plain values.
     """
     content = _load(file, unsafe_pickle)
     found = _state_dicts(content)
     if key is not None:
-        return _below(found, key, file)
+        return _state_at(key, found, file)
     order = {tuple(PLAIN.index(word) for word in path.split(".")): path for path in found if _is_plain(path)}
     if not order and "" not in found:
-        held = _few(list(map(str, content)), 5) if isinstance(content, Mapping) else type(content).__name__
-        others = f" State dicts: {_few(list(found), 5)}; --model.checkpoint_key says which to take." if found else ""
+        keys = _few(list(map(str, content)), 5) if isinstance(content, Mapping) else type(content).__name__
+        known = f" State dicts: {_few(list(found), 5)}; choose one with --model.checkpoint_key." if found else ""
         raise BadValueError(
-            f"--model.weights {file}: no state dict at the top of it or under {', '.join(PLAIN)}.\n"
-            f"It holds {held or 'nothing'}.{others}\n"
-            "Expected names with their tensors, as torch.save(network.state_dict(), FILE) writes them."
+            f"--model.weights {file}: no state dict at its top level or under {', '.join(PLAIN)}.\n"
+            f"It contains {keys or 'nothing'}.{known}\n"
+            "Expected a dict of names and tensors, as torch.save(network.state_dict(), FILE) writes it."
         )
     chosen = order[min(order)] if order else ""
-    if beside := [path or "the top" for path in found if path != chosen]:
-        log.info("weights: %s of %s is taken, not %s; --model.checkpoint_key decides", chosen, file, _few(beside))
+    if others := [path or "its top level" for path in found if path != chosen]:
+        log.info("weights: using %s of %s, not %s; --model.checkpoint_key chooses another",
+                 chosen or "the top level", file, _few(others))  # fmt: skip
     return found[chosen]
 
 
@@ -71,8 +72,8 @@ def _load(file: str, unsafe_pickle: bool) -> Any:
             return safetensors.torch.load_file(file)
         if _is_torchscript(file):
             raise BadValueError(
-                f"--model.weights {file}: this is a TorchScript program, whose code would run.\nExpected a state "
-                "dict: torch.save(torch.jit.load(FILE).state_dict(), NEW_FILE) writes it, if you trust the file."
+                f"--model.weights {file}: this is a TorchScript program, and loading it runs its code.\nIf you trust "
+                "it, write a state dict: torch.save(torch.jit.load(FILE).state_dict(), NEW_FILE)"
             )
         return torch.load(file, map_location="cpu", weights_only=True)
     except UserError:
@@ -82,29 +83,27 @@ def _load(file: str, unsafe_pickle: bool) -> Any:
     except Exception as err:
         if not re.search(r"unsupported (global|class)", str(err), re.IGNORECASE):
             raise BadValueError(
-                f"--model.weights {file}: the file is no PyTorch checkpoint, or damaged ({_cause(err)}).\n"
-                "Expected what torch.save(network.state_dict(), FILE) writes, a checkpoint that holds that, or "
-                "safetensors."
+                f"--model.weights {file}: not a PyTorch checkpoint, or damaged ({_cause(err)}).\nExpected a file "
+                "from torch.save(network.state_dict(), FILE), a checkpoint with that inside, or safetensors."
             ) from err
         if not unsafe_pickle:
             raise BadValueError(
-                f"--model.weights {file}: the file holds objects that could run code, and was not loaded "
-                f"({_cause(err)}).\nExpected tensors and plain values. If you trust whoever made the file: "
+                f"--model.weights {file}: not loaded, because it contains objects that could run code "
+                f"({_cause(err)}).\nExpected tensors and plain values. If you trust the file: "
                 "--model.unsafe_pickle true"
             ) from err
         return _load_unsafely(file, _cause(err))
 
 
 def _load_unsafely(file: str, refused: str) -> Any:
-    log.warning("--model.unsafe_pickle true: %s holds %s; loading it runs whatever code its maker put into it",
-                file, refused)  # fmt: skip
+    log.warning("--model.unsafe_pickle true: %s contains %s; loading it can run arbitrary code", file, refused)
     try:
         with ignored("", SourceChangeWarning):
             return torch.load(file, map_location="cpu", weights_only=False)
     except Exception as err:
         raise BadValueError(
-            f"--model.weights {file}: unpickling it failed: {type(err).__name__}: {first_line(err)}\n"
-            "Expected that its classes can be imported here, as where it was made."
+            f"--model.weights {file}: unpickling failed: {type(err).__name__}: {first_line(err)}\n"
+            "The classes in it must be importable here."
         ) from err
 
 
@@ -124,7 +123,7 @@ def _cause(err: Exception) -> str:
 
 
 def _state_dicts(content: Any, path: str = "", depth: int = 3) -> dict[str, State]:
-    """Return every state dict in a checkpoint, a mapping of mostly tensors, by its dotted key; "" is the top."""
+    """Return every state dict (mapping of mostly tensors) in a checkpoint by dotted key; "" is the top level."""
     if isinstance(content, nn.Module):
         content = content.state_dict()
     if not isinstance(content, Mapping) or not depth:
@@ -141,21 +140,20 @@ def _is_plain(path: str) -> bool:
     return all(word in PLAIN for word in path.split("."))
 
 
-def _below(found: dict[str, State], key: str, file: str) -> State:
-    """Return the state dict at a key; where the key goes on inside a state dict, the names that begin so."""
+def _state_at(key: str, found: dict[str, State], file: str) -> State:
+    """Return the state dict at a key, or the part of a state dict whose names begin with it."""
     below = [path for path in found if path == key or (path.startswith(key + ".") and _is_plain(path[len(key) + 1 :]))]
     if below:
         return found[min(below, key=len)]
     for path, state in found.items():
         prefix = (key.removeprefix(f"{path}.") if path else key) + "."
-        short = {_unwrap(name, WRAPPERS): value for name, value in state.items()}
-        if inside := _under(prefix, short):
-            return inside
+        if part := _under(prefix, {_unwrap(name, WRAPPERS): value for name, value in state.items()}):
+            return part
     first = {_unwrap(name, WRAPPERS).split(".")[0] for state in found.values() for name in state if "." in name}
+    keys = [*filter(None, found), *sorted(first)]
     raise BadValueError(
-        f"--model.checkpoint_key {key}: {file} has no state dict there.{did_you_mean(key, [*found, *first])}\n"
-        f"Expected one of {_few([path for path in found if path], 8) or 'none'}, or the first words of names in one: "
-        f"{_few(sorted(first), 8)}."
+        f"--model.checkpoint_key {key}: {file} has no state dict there.{did_you_mean(key, keys)}\n"
+        f"Expected a key or a prefix of names: {_few(keys, 16)}."
     )
 
 
@@ -165,58 +163,59 @@ def fit(
     file: str,
     title: str,
     strict: bool = True,
-    whose: Callable[[Mapping[str, torch.Size]], str | None] = lambda shapes: None,
+    guess_arch: Callable[[Mapping[str, torch.Size]], str | None] = lambda shapes: None,
 ) -> list[str]:
-    """Copy a state dict into a network if all of the network is in it, else change nothing.
+    """Copy a state dict into a network if it contains the whole network, else change nothing.
 
-    Prefixes are taken off, what lies beside the network is left, and a classifier with another number of classes
-    is made as large as the file's; each is told.
+    Prefixes are removed, tensors outside the network are ignored, and a classifier with another number of classes is
+    resized to that of the file. Each of these is logged.
 
     Args:
-        network: The network.
-        state: Names, as they are in the file, and tensors, of any float dtype; the network keeps its own.
-        file: Where they come from, for the messages.
-        title: What the network is called, for the messages.
-        strict: Whether all of the network must be there; else what fits is loaded.
-        whose: Says which arch's tensors of these names and shapes are, for the message.
+        network: The network, which keeps its dtypes.
+        state: The tensors, of any float dtype, by their names in the file.
+        file: The file, for messages.
+        title: The network's name, for messages.
+        strict: Whether the whole network must be there; otherwise what fits is loaded.
+        guess_arch: Returns the arch that has tensors of these names and shapes, for the message.
 
     Returns:
-        What is not plainly the file's, in words: a fitted classifier, tensors that were not loaded.
+        Notes for the record: a resized classifier, tensors that were not loaded.
 
     Raises:
-        BadValueError: It does not fit; the first few names of each kind are told.
+        BadValueError: The state dict does not fit.
     """
-    state, left = _named_like(network.state_dict(), state, file)
-    told = _fit_classes(network, state, title)
+    state, outside = _match_names(network.state_dict(), state, file)
+    notes = _fit_classes(network, state, title)
     own = network.state_dict()
     computed = {name for name, buffer in network.named_buffers() if not buffer.is_floating_point()}  # index tables
     needed = [name for name in own if name not in computed and not name.endswith(COUNTERS)]
     loaded = {name: state[name] for name in own if name in state and _fits(state[name], own[name])}
-    kinds = {
-        "missing in the file": [name for name in needed if name not in state],
-        "not in the network": [n for n in state if n not in own and _is_inside(n, own) and not n.endswith(COUNTERS)],
-        "of another shape or kind": [f"{name} {_kind(state[name])}, expected {_kind(own[name])}"
+    others = [name for name in state if name not in own and not name.endswith(COUNTERS)]
+    problems = {
+        "missing from the file": [name for name in needed if name not in state],
+        "not in the network": [name for name in others if _belongs(name, own)],
+        "of another shape or type": [f"{name} {_describe(state[name])}, expected {_describe(own[name])}"
                                      for name in own if name in state and name not in loaded],
     }  # fmt: skip
-    if (strict and any(kinds.values())) or not any(name in loaded for name in needed):
-        raise _misfit(file, title, kinds, strict, whose(_shapes(state)))
-    if left := left + [name for name in state if name not in own and not name.endswith(COUNTERS)]:
-        log.info("weights: left in %s, not of the network: %s", file, _few(left))
+    if (strict and any(problems.values())) or not any(name in loaded for name in needed):
+        raise _mismatch(file, title, problems, strict, guess_arch(_shapes(state)))
+    if others := outside + others:
+        log.info("weights: ignored in %s, not part of the network: %s", file, _few(others))
     if kept := [name for name in needed if name not in loaded]:
-        told.append(f"not strict: {len(kept)} of {count(len(needed), 'tensor')} stay as built, random: {_few(kept)}")
-        log.warning("weights: %s", told[-1])
+        notes.append(f"not strict: {len(kept)} of {count(len(needed), 'tensor')} stay random: {_few(kept)}")
+        log.warning("weights: %s", notes[-1])
     if bad := [name for name, value in loaded.items() if value.is_floating_point() and not value.isfinite().all()]:
-        log.warning("weights: %s holds values that are not finite: %s", file, _few(bad))
-    own.update(loaded)  # it keeps the versions of the modules, which some of torchvision's ask for
+        log.warning("weights: %s contains values that are not finite: %s", file, _few(bad))
+    own.update(loaded)  # a new dict would lack the modules' versions, which some of torchvision's check
     network.load_state_dict(own)
-    return told
+    return notes
 
 
-def _named_like(own: Mapping[str, Tensor], state: State, file: str) -> tuple[State, list[str]]:
-    """Give the tensors the network's names: wrappers' words out, old names new, and the prefix off that fits best.
+def _match_names(own: Mapping[str, Tensor], state: State, file: str) -> tuple[State, list[str]]:
+    """Give the tensors the network's names: without wrappers, new for old, and without the prefix that fits best.
 
     Returns:
-        The tensors under the prefix, and the names that are not.
+        The tensors with the prefix, and the names without it.
     """
     wrappers = WRAPPERS - {word for name in own for word in name.split(".")}
     names = {name: _unwrap(name, wrappers) for name in state}
@@ -234,12 +233,12 @@ def _named_like(own: Mapping[str, Tensor], state: State, file: str) -> tuple[Sta
         return state, []
     if len(best) > 1 and rank[best[0]][0]:
         raise BadValueError(
-            f"--model.weights {file}: {len(best)} networks in it that would fit: names that begin with "
-            f"{_few([prefix.rstrip('.') or 'nothing' for prefix in best])}.\n"
-            "Expected to be told which: --model.checkpoint_key " + best[-1].rstrip(".")
+            f"--model.weights {file}: {len(best)} networks in it fit, with the prefixes "
+            f"{_few([prefix.rstrip('.') or 'none' for prefix in best])}.\n"
+            f"Choose one: --model.checkpoint_key {best[-1].rstrip('.')}"
         )
     if prefix := best[0]:
-        log.info("weights: names that begin with %s are taken", prefix)
+        log.info("weights: using names that begin with %s", prefix)
     return _under(prefix, state), [name for name in state if not name.startswith(prefix)]
 
 
@@ -252,10 +251,10 @@ def _unwrap(name: str, wrappers: set[str]) -> str:
 
 
 def _fit_classes(network: nn.Module, state: State, title: str) -> list[str]:
-    """Give the last Linear, else the last 1x1 Conv2d, as many outputs as the file has; auxiliary ones beside it too."""
-    named = list(network.named_modules())
-    ends: dict[str, Any] = {path: module for path, module in named if isinstance(module, nn.Linear)}
-    ends = ends or {p: m for p, m in named if isinstance(m, nn.Conv2d) and m.kernel_size == (1, 1)}
+    """Give the last Linear (or else 1x1 Conv2d) and auxiliary classifiers as many outputs as the file has."""
+    modules = dict(network.named_modules())
+    ends: dict[str, Any] = {path: module for path, module in modules.items() if isinstance(module, nn.Linear)}
+    ends = ends or {p: m for p, m in modules.items() if isinstance(m, nn.Conv2d) and m.kernel_size == (1, 1)}
     shapes = {path: state[f"{path}.weight"].shape for path in ends if f"{path}.weight" in state}
     path = list(ends)[-1] if ends else ""
     if path not in shapes or (new := shapes[path][0]) == (old := len(ends[path].weight)):
@@ -269,21 +268,21 @@ def _fit_classes(network: nn.Module, state: State, title: str) -> list[str]:
             setattr(ends[name], "out_features" if isinstance(ends[name], nn.Linear) else "out_channels", new)
     if len(ends[path].weight) == old:
         return []
-    told = f"{path} is fitted to the {new} classes of the file, {title} has {old}"
-    log.info("weights: %s", told)
-    return [told]
+    note = f"{path} has the {new} classes of the file, not the {old} of {title}"
+    log.info("weights: %s", note)
+    return [note]
 
 
-def _is_inside(name: str, own: Iterable[str]) -> bool:
-    """Whether a name that the network lacks belongs to one of its parts: layer3.6 beside layer3.5, layer5 to layer4.
+def _belongs(name: str, own: Iterable[str]) -> bool:
+    """Return whether an unknown name extends the network, as layer3.6 after layer3.5 or layer5 after layer4.
 
-    Anything else, as a projector or a second head, stands beside the network and changes no activation of it.
+    Anything else, for example a projector or a second head, changes no activation of the network.
     """
     first = name.split(".")[0]
     return first.rstrip("0123456789") in {known.split(".")[0].rstrip("0123456789") for known in own}
 
 
-def _kind(tensor: Tensor) -> str:
+def _describe(tensor: Tensor) -> str:
     return f"{tuple(tensor.shape)}{'' if tensor.is_floating_point() else f' {tensor.dtype}'.replace('torch.', '')}"
 
 
@@ -291,20 +290,20 @@ def _fits(value: Tensor, own: Tensor) -> bool:
     return value.shape == own.shape and value.is_floating_point() == own.is_floating_point()
 
 
-def _misfit(file: str, title: str, kinds: dict[str, list[str]], strict: bool, arch: str | None) -> BadValueError:
+def _mismatch(file: str, title: str, problems: dict[str, list[str]], strict: bool, arch: str | None) -> BadValueError:
     lines = [f"--model.weights {file}: does not fit {title}."]
-    lines += [f"  {kind}: {_few(names)}" for kind, names in kinds.items() if names]
+    lines += [f"  {problem}: {_few(names)}" for problem, names in problems.items() if names]
     lines.append(
         f"It fits {arch}: --model.arch {arch}"
         if arch not in (None, title)
-        else "Expected the weights of this network. One that was changed is built by a subclass, which --model names."
+        else "Expected the weights of this network. To build a modified one, write a subclass and give it as --model."
     )
     way_out = " --model.strict false loads what fits and leaves the rest random." if strict else ""
     return BadValueError("\n".join([*lines, f"Nothing was loaded.{way_out}"]))
 
 
 def _shapes(state: State) -> dict[str, torch.Size]:
-    """Return the shapes of what decides an output, without the attributes that held the network before the names."""
+    """Return the shapes of tensors that affect an output, by their names without PREFIXES."""
     prefixes = re.compile(rf"^(({'|'.join(PREFIXES)})\.)+")
     return {prefixes.sub("", name): value.shape for name, value in state.items() if not name.endswith(COUNTERS)}
 
@@ -315,9 +314,9 @@ def _few(names: list[str], most: int = 3) -> str:
 
 
 def digest(network: nn.Module) -> str:
-    """Return the SHA-256 of a network's weights as they are loaded: name, dtype, shape and bytes of each tensor."""
-    found = hashlib.sha256()
+    """Return the SHA-256 of the name, dtype, shape and bytes of each tensor of a network."""
+    sha256 = hashlib.sha256()
     for name, tensor in network.state_dict().items():
-        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        found.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    return found.hexdigest()
+        sha256.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        sha256.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return sha256.hexdigest()

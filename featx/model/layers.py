@@ -1,4 +1,4 @@
-"""fc6 -> classifier.1; a module's path -> a hook that copies, as a row an image; what is said of a wrong one."""
+"""Resolve layers to modules, and copy their outputs as one row per image."""
 
 import threading
 from collections.abc import Callable, Mapping
@@ -16,9 +16,8 @@ from featx.model.trace import PENULTIMATE, SEE_LAYERS, Pool, Shape, Trace, check
 def find_aliases(network: nn.Module) -> dict[str, str]:
     """Return ``fc6``, ``fc7`` and ``fc8`` with their module paths for networks built like AlexNet, else nothing.
 
-    That is: three Linears, the last one at the end, in a Sequential called ``classifier``, at the top or in the one
-    network that a network of one's own holds. The names are those of the AlexNet paper's Caffe model,
-    https://github.com/BVLC/caffe/tree/master/models/bvlc_alexnet.
+    Such a network has exactly one Sequential called ``classifier`` with three Linears, one of them at its end. The
+    names are those of the AlexNet paper's Caffe model, https://github.com/BVLC/caffe/tree/master/models/bvlc_alexnet.
     """
     found = []
     for path, module in network.named_modules():
@@ -33,13 +32,13 @@ def find_aliases(network: nn.Module) -> dict[str, str]:
 def resolve_layers(
     network: nn.Module, layers: list[str], what: str, aliases: Mapping[str, str] | None = None
 ) -> dict[str, str]:
-    """Return each layer with the path of its module; ``penultimate``, which only a pass can find, with itself.
+    """Return the module path of each layer; for ``penultimate``, which only a pass can find, its name.
 
     Args:
-        network: Where to look them up.
+        network: The network.
         layers: Aliases or module paths, as the user gave them.
-        what: What the network is called, for the message.
-        aliases: Names of one's own with the paths that they stand for; they win over those of ``find_aliases``.
+        what: The network's name, for messages.
+        aliases: More aliases with their paths; they win over those of ``find_aliases``.
 
     Raises:
         BadValueError: The network has no such layer, or one is named twice.
@@ -52,13 +51,13 @@ def resolve_layers(
             raise BadValueError(f"--model.layer: {layer} is named twice. Expected each layer once.")
         path = known.get(layer, layer)
         if path not in paths and path != PENULTIMATE:
-            stands = f", which stands for {path}" if path != layer else ""
             if as_list(layer):
                 raise BadValueError(f"--model.layer {layer}: expected a layer, or a list in quotes, {as_list(layer)}.")
+            alias = f", an alias of {path}" if path != layer else ""
             names = [*known, PENULTIMATE]
             last = f", such as {paths[-1]}" if paths else ""
             raise BadValueError(
-                f"--model.layer {layer}{stands}: {what} has no such layer.{did_you_mean(path, [*names, *paths])}\n"
+                f"--model.layer {layer}{alias}: {what} has no such layer.{did_you_mean(path, [*names, *paths])}\n"
                 f"Expected {', '.join(names)}, or the path of one of its modules{last}.\n{SEE_LAYERS}"
             )
         found[layer] = path
@@ -69,9 +68,9 @@ def to_rows(output: Tensor, pool: Pool, axis: int | None) -> Tensor:
     """Copy a module's output ``(B, ...)`` as rows, ``(B, D) float32``.
 
     Args:
-        output: What the module gave.
-        pool: What becomes of more dimensions than two; see Taps.
-        axis: Which of them holds the channels, 1 or -1.
+        output: The output.
+        pool: How to reduce more than two dimensions; see Taps.
+        axis: The dimension of the channels, 1 or -1; None if it is unknown.
     """
     values = output.detach()
     if values.ndim <= 2 or pool == "none":
@@ -85,28 +84,28 @@ def to_rows(output: Tensor, pool: Pool, axis: int | None) -> Tensor:
 
 
 class _Reached(BaseException):
-    """Every layer was seen, and what is behind the deepest need not be computed; no ``except`` of a network's."""
+    """Ends a pass after the deepest layer; a BaseException, so that no network catches it."""
 
 
 class Found(NamedTuple):
-    """What a layer is: the path of its module, or whose input it is, and its shape for one image before pooling."""
+    """A layer's module, or ``input of`` a module, and its shape per image before pooling."""
 
     module: str
     shape: Shape
 
 
 class Taps:
-    """Forward hooks that copy the outputs of some modules, whichever thread runs the pass.
+    """Forward hooks that copy the outputs of some modules, in any number of threads.
 
-    Each output is copied before anything behind its module can change it in place, as AlexNet's ReLUs do:
-    https://docs.pytorch.org/docs/stable/generated/torch.nn.ReLU.html. The first pass is a whole one and finds what
-    cannot be taken; those behind it end at the deepest layer.
+    Each output is copied before a later module can change it in place, as AlexNet's ReLUs do:
+    https://docs.pytorch.org/docs/stable/generated/torch.nn.ReLU.html. The first pass runs the whole network and checks
+    the layers; later ones end at the deepest layer.
 
     Args:
-        network: The network whose modules are hooked.
+        network: The network.
         layers: Each layer with the path of its module, or ``penultimate``.
-        pool: What becomes of outputs of more dimensions than (B, D). none: flattened, row-major; avg or max: that
-            of each channel, over all places or tokens; cls: the first token.
+        pool: How to reduce outputs with more dimensions than (B, D). none: flatten them, row-major; avg or max: one
+            value per channel, over all positions or tokens; cls: the first token.
 
     Example:
         >>> Taps(alexnet, {"fc7": "classifier.4"})(images)["fc7"].shape
@@ -122,34 +121,34 @@ class Taps:
         self._first = threading.Lock()
 
     def __call__(self, images: Tensor) -> dict[str, Tensor]:
-        """Run one pass, down to the deepest layer, and return each layer's rows, ``(B, D) float32``.
+        """Run one pass and return each layer's rows, ``(B, D) float32``.
 
         Args:
-            images: What the network takes, ``(B, 3, H, W)``.
+            images: The network's input, ``(B, 3, H, W)``.
 
         Raises:
-            UserError: A module was not called, called twice, or returned something else than a tensor of B rows, or
-                one that cannot be pooled.
+            UserError: A module was not called exactly once, or did not return one tensor with B rows, or it cannot be
+                pooled.
         """
         self.find(images)
         return self.take(images)
 
     def find(self, images: Tensor) -> dict[str, Found]:
-        """Return what each layer is, which the first pass shows; it runs unless it has run. Raises as a call does."""
+        """Return what the first pass finds about each layer; raise UserError as a call does."""
         with self._first:
             if not self._found:
                 self._found = self._hook(torch.cat([images[:1], images[:1]]))
         return self._found
 
     def take(self, images: Tensor) -> dict[str, Tensor]:
-        """Run one pass that is not the first, as ``torch.compile`` can trace it, from here to the deepest layer."""
+        """Run one pass after the first, in a form that ``torch.compile`` can trace."""
         rows: dict[str, Tensor] = {}
         self._pass.rows, self._pass.images = rows, len(images)
         try:
             with suppress(_Reached):
                 self.network(images)
         finally:
-            self._pass.rows = None  # whoever calls the network otherwise is none of the hooks' business
+            self._pass.rows = None  # the hooks ignore other calls of the network
         for layer, (module, _) in self._found.items():
             if layer not in rows:
                 raise UserError(f"--model.layer {layer}: the network did not call {module} for these images.")
@@ -190,7 +189,7 @@ class Taps:
             return
         if layer in rows or len(output) != self._pass.images:
             raise UserError(
-                f"--model.layer {layer}: for these images the network calls {path} otherwise than for the first one. "
+                f"--model.layer {layer}: the network calls {path} differently for these images than for the first one. "
                 "Expected a module that it calls once, for all images."
             )
         rows[layer] = to_rows(output, self.pool, axis)

@@ -1,4 +1,4 @@
-"""One whole pass -> what is to be known of each module: called how often, in which order, with which shapes."""
+"""Trace one whole pass: how often, in which order and with which shapes each module is called."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,7 +14,7 @@ Pool = Literal["none", "avg", "max", "cls"]
 Shape = tuple[int, ...]
 
 PENULTIMATE = "penultimate"
-SEE_LAYERS = "featx layers lists those that can be taken."
+SEE_LAYERS = "featx layers lists the layers of a network."
 
 _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _NORMS = (nn.GroupNorm, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm,
@@ -22,19 +22,18 @@ _NORMS = (nn.GroupNorm, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncB
 _POOLS = (nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d, nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d,
           nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d,
           nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d, nn.AdaptiveMaxPool3d)  # fmt: skip
-# Modules that take and give (B, C, ...), whatever the network around them does.
-_CHANNELS_FIRST = (*_CONVS, *_NORMS, *_POOLS)
+_CHANNELS_FIRST = (*_CONVS, *_NORMS, *_POOLS)  # their inputs and outputs are (B, C, ...) in any network
 
 
 @dataclass
 class Call:
-    """What the pass showed of a module.
+    """The calls of a module in a pass.
 
     Args:
         module: The module.
-        times: How often it was called.
-        received: Shape of the first tensor that it was given the last time, or None.
-        returned: Shape of the tensor that it returned the last time, or the name of the type of something else.
+        times: Number of calls.
+        received: Shape of the first tensor in the last call's input, or None.
+        returned: Shape of the tensor that the last call returned; of anything else, the name of its type.
     """
 
     module: nn.Module
@@ -44,14 +43,14 @@ class Call:
 
 
 class Trace:
-    """Every module that a whole pass calls, and which of them give a row an image.
+    """All modules that a whole pass calls, and which of them return one row per image.
 
     Args:
         network: The network.
-        images: What it takes, ``(B, 3, H, W)``; of one image, a first dimension of 1 would prove nothing, so two.
+        images: Its input, ``(B, 3, H, W)``; at least two images, since a first dimension of 1 proves nothing.
 
     Attributes:
-        calls: The modules by path, in the order in which their last calls ended.
+        calls: Each module's calls by its path, in the order in which its last call ended.
     """
 
     def __init__(self, network: nn.Module, images: Tensor) -> None:
@@ -67,39 +66,38 @@ class Trace:
         self.calls[path] = Call(module, times, received, returned)
 
     def path_of(self, module: nn.Module) -> str | None:
-        """Return the path under which a module was called, the first of those that it has, or None."""
+        """Return the first path of a module that was called, or None."""
         return next((path for path, call in self.calls.items() if call.module is module), None)
 
     def shape(self, path: str, pool: Pool) -> Shape:
         """Return the shape of a module's output, ``(B, ...)``.
 
         Raises:
-            BadValueError: There is no row for each image in it, in words that say why.
+            BadValueError: The output does not have one row per image.
         """
         if path not in self.calls:
-            raise BadValueError(f"the network never calls {path}. Take another of its modules.")
+            raise BadValueError(f"the network never calls {path}. Choose another module.")
         call = self.calls[path]
         if call.times > 1:
             raise BadValueError(
-                f"the network calls {path} more than once in a pass, {call.times} times. "
-                "Expected a module that it calls once."
+                f"the network calls {path} {call.times} times per pass. Expected a module that it calls once."
             )
         if isinstance(call.returned, str):
             raise BadValueError(f"{path} returns a {call.returned}. Expected a module that returns one tensor.")
         if call.returned[:1] != (self.images,):
             raise BadValueError(
                 f"{path} returns the shape {call.returned} for {self.images} images. "
-                "Expected a first dimension of one entry an image."
+                "Expected one entry per image in the first dimension."
             )
         check_pool(path, call.returned, self.channel_axis(path), pool)
         return call.returned
 
     def channel_axis(self, path: str) -> int | None:
-        """Return which dimension of a module's output holds the channels, 1 or -1, or None if that cannot be told.
+        """Return which dimension of a module's output contains the channels, 1 or -1, or None if it is unclear.
 
-        (B, C, H, W) and (B, N, D) are the rule; but Swin and ConvNeXt go through (B, H, W, C), and Conv1d gives
-        (B, C, L). Some modules say by their type which it is: a Linear has the channels last, a Conv2d first. For
-        the others, blocks and activations, it counts which kind of those receives or returns the same shape.
+        (B, C, H, W) and (B, N, D) are usual, but Swin and ConvNeXt use (B, H, W, C) inside, and Conv1d (B, C, L). The
+        type of some modules decides: a Linear has the channels last, a Conv2d first. Others, such as blocks and
+        activations, follow the modules that receive or return the same shape.
         """
         shape = self.calls[path].returned
         assert not isinstance(shape, str)
@@ -114,7 +112,7 @@ class Trace:
 
     @cached_property
     def _shapes(self) -> dict[int, set[Shape]]:
-        """All shapes that go in or out of modules of which the type says where the channels are, by where."""
+        """The input and output shapes of modules whose type decides the channel axis, by that axis."""
         shapes: dict[int, set[Shape]] = {1: set(), -1: set()}
         for call in self.calls.values():
             for shape in (call.received, call.returned):
@@ -126,33 +124,33 @@ class Trace:
         """Return the path of the Linear that was called last, whose input is the penultimate layer.
 
         Raises:
-            BadValueError: There is none, or it was given something else than a vector an image.
+            BadValueError: There is none, or its input is not one vector per image.
         """
         path = self._last(nn.Linear)
         if path is None:
             reason = "the network calls no Linear"
             path = self._last(*_CONVS)
         elif (times := self.calls[path].times) > 1:
-            reason = f"the network calls its last Linear, {path}, {times} times in a pass"
+            reason = f"the network calls its last Linear, {path}, {times} times per pass"
         elif (received := self.calls[path].received) is None or len(received) != 2 or received[0] != self.images:
-            reason = f"the network's last Linear, {path}, receives {received} for {self.images} images, and not (B, D)"
+            reason = f"the network's last Linear, {path}, receives {received} for {self.images} images, not (B, D)"
         else:
             return path
-        take = self._pooled_before(path) if path else None
-        way_out = f"Take what comes before it, as --model.layer {take} --model.pool avg" if take else "Take another"
-        raise BadValueError(f"{reason}.\n{way_out}.")
+        before = self._layer_before(path) if path else None
+        instead = f"the layer before it: --model.layer {before} --model.pool avg" if before else "another layer"
+        raise BadValueError(f"{reason}.\nUse {instead}.")
 
     def _last(self, *kinds: type[nn.Module]) -> str | None:
         return next((path for path, call in reversed(self.calls.items()) if isinstance(call.module, kinds)), None)
 
-    def _pooled_before(self, path: str) -> str | None:
+    def _layer_before(self, path: str) -> str | None:
         for before in reversed(list(self.calls)[: list(self.calls).index(path)]):
             if not isinstance(self.calls[before].module, (nn.Dropout, nn.Identity)) and self.gives_rows(before, "avg"):
                 return before
         return None
 
     def gives_rows(self, path: str, pool: Pool) -> bool:
-        """Return whether a module's output has a row for each image."""
+        """Return whether a module's output has one row per image."""
         try:
             self.shape(path, pool)
         except BadValueError:
@@ -164,19 +162,19 @@ def check_pool(what: str, shape: Shape, axis: int | None, pool: Pool) -> None:
     """Raise BadValueError if an output of the shape ``(B, ...)`` cannot be pooled."""
     if pool == "cls" and (len(shape) != 3 or axis != -1):
         raise BadValueError(
-            f"--model.pool cls takes the first of N tokens (N, D), and {what} gives {shape[1:]} for an image.\n"
+            f"--model.pool cls takes the first of N tokens (N, D), but {what} returns {shape[1:]} per image.\n"
             "Expected a layer of tokens, or --model.pool avg, max or none."
         )
     if pool in ("avg", "max") and len(shape) > 2 and axis is None:
         raise BadValueError(
-            f"which dimension of {shape[1:]}, which {what} returns for an image, holds the channels cannot be told, so "
-            f"that --model.pool {pool} would be a guess.\nTake a neighbour of it, or --model.pool none."
+            f"{what} returns {shape[1:]} per image, and it is unclear which dimension contains the channels for "
+            f"--model.pool {pool}.\nUse the layer before or after it, or --model.pool none."
         )
 
 
 @contextmanager
 def watched(network: nn.Module, see: Callable[[str, nn.Module, tuple[Any, ...], Any], None]) -> Iterator[None]:
-    """Call ``see(path, module, inputs, output)`` at the end of each call of each module, while this lasts."""
+    """Within this context, call ``see(path, module, inputs, output)`` after each call of each module."""
 
     def hook(path: str) -> Any:
         return lambda module, args, kwargs, output: see(path, module, (*args, *kwargs.values()), output)

@@ -1,4 +1,4 @@
-"""Checkpoints that people have: each is loaded to the bit, or refused in a few lines; nothing is loaded halfway."""
+"""Checkpoints of all kinds: each is loaded to the bit, or refused in a few lines; nothing is loaded in part."""
 
 import argparse
 import os
@@ -20,7 +20,7 @@ from featx.model.checkpoint import digest, fit, read_checkpoint
 
 
 def trained(arch="resnet18", **options):
-    """A network whose running statistics are not those of a new one."""
+    """Return a network whose running statistics differ from a new one's."""
     network = random_network(arch, seed=5, **options)
     for module in network.modules():
         if isinstance(module, nn.BatchNorm2d):
@@ -36,7 +36,7 @@ def resnet():
 
 @pytest.fixture(autouse=True)
 def few_archs(monkeypatch):
-    """What a wrong file is compared with: the nearest of all of torchvision's take half a second."""
+    """Compare a wrong file with a few archs; building the nearest of all takes half a second."""
     monkeypatch.setattr(
         build.models, "list_models", lambda module: ["resnet18", "resnet34", "squeezenet1_1", "mobilenet_v3_small"]
     )
@@ -47,7 +47,7 @@ def under(prefix, state):
 
 
 def other(state):
-    """Another network's weights, which must not be the ones that are taken."""
+    """Return another network's weights, which must not be used."""
     return {name: torch.zeros_like(value) for name, value in state.items()}
 
 
@@ -115,7 +115,7 @@ def assert_same_output(model, network, columns):
 
 
 @pytest.mark.parametrize("what", RIGHT)
-def test_a_checkpoint_that_has_the_network_is_loaded_to_the_bit(tmp_path, resnet, what):
+def test_a_checkpoint_with_the_whole_network_is_loaded_to_the_bit(tmp_path, resnet, what):
     state = resnet.state_dict()
     torch.save(RIGHT[what](resnet, state), tmp_path / "w.pth.tar")
     model = load(tmp_path / "w.pth.tar")
@@ -123,7 +123,7 @@ def test_a_checkpoint_that_has_the_network_is_loaded_to_the_bit(tmp_path, resnet
     assert model.weights_told == [] and model.weights_used == str(tmp_path / "w.pth.tar")
 
 
-def test_a_loaded_network_computes_what_the_saved_one_did(tmp_path, resnet):
+def test_a_loaded_network_computes_the_same_as_the_saved_one(tmp_path, resnet):
     torch.save(imagenet_example(resnet, resnet.state_dict()), tmp_path / "w.pth.tar")
     assert_same_output(load(tmp_path / "w.pth.tar"), resnet, 1000)
 
@@ -148,7 +148,7 @@ def test_data_parallel_features_of_pytorchs_imagenet_example_are_read(tmp_path):
 
 
 class Spec:
-    """What people pickle beside their weights, from a file that is no longer there."""
+    """An object pickled with the weights, whose module no longer exists."""
 
 
 def module_list(tmp_path, network):
@@ -160,24 +160,24 @@ REFUSED = {
                                               r"not in the network: layer1.2.conv1.weight.*\n.*fits resnet34"),
     "another arch in a Lightning module": (
         lambda n, s: under("model.", random_network("squeezenet1_1").state_dict()),
-        r"missing in the file: conv1.weight; bn1.weight; bn1.bias and \d+ more\n.*fits squeezenet1_1"),
-    "no classifier": (lambda n, s: without(s, "fc.weight", "fc.bias"), "missing in the file: fc.weight; fc.bias\n"),
+        r"missing from the file: conv1.weight; bn1.weight; bn1.bias and \d+ more\n.*fits squeezenet1_1"),
+    "no classifier": (lambda n, s: without(s, "fc.weight", "fc.bias"), "missing from the file: fc.weight; fc.bias\n"),
     "a head of two layers": (lambda n, s: {**without(s, "fc.weight", "fc.bias"), "fc.1.weight": torch.ones(10, 512)},
-                             r"(?s)missing in the file: fc.weight; fc.bias\n.*not in the network: fc.1.weight"),
+                             r"(?s)missing from the file: fc.weight; fc.bias\n.*not in the network: fc.1.weight"),
     "no running statistics": (lambda n, s: without(s, "running_mean", "running_var"),
-                              r"missing in the file: bn1.running_mean; .* and 37 more\n"),
+                              r"missing from the file: bn1.running_mean; .* and 37 more\n"),
     "another kernel": (lambda n, s: {**s, "conv1.weight": torch.ones(64, 3, 3, 3)},
-                       r"another shape or kind: conv1.weight \(64, 3, 3, 3\), expected \(64, 3, 7, 7\)"),
+                       r"another shape or type: conv1.weight \(64, 3, 3, 3\), expected \(64, 3, 7, 7\)"),
     "weights in int8": (lambda n, s: {**s, "conv1.weight": torch.ones(64, 3, 7, 7, dtype=torch.int8)},
-                        r"another shape or kind: conv1.weight \(64, 3, 7, 7\) int8, expected"),
+                        r"another shape or type: conv1.weight \(64, 3, 7, 7\) int8, expected"),
     "MoCo, two encoders": (lambda n, s: {"state_dict": under("module.encoder_q.", s) | under("module.encoder_k.", s)},
-                           "2 networks in it .* encoder_q; encoder_k.*\n.*--model.checkpoint_key encoder_k"),
+                           "2 networks in it fit, .* encoder_q; encoder_k.*\n.*--model.checkpoint_key encoder_k"),
     "a GAN, nothing under a known key": (lambda n, s: {"generator": s, "discriminator": s, "epoch": 1},
-                                         "State dicts: generator; discriminator; --model.checkpoint_key"),
-    "only an EMA": (lambda n, s: {"state_dict_ema": s, "epoch": 1}, "State dicts: state_dict_ema; --model.check"),
-    "no weights": (lambda n, s: {"epoch": 3}, r"no state dict.*\n.*holds epoch"),
-    "nothing": (lambda n, s: {}, r"no state dict.*\n.*holds nothing"),
-    "a list": (lambda n, s: [1, 2], r"no state dict.*\n.*holds list"),
+                                         "State dicts: generator; discriminator; choose one with --model.check"),
+    "only an EMA": (lambda n, s: {"state_dict_ema": s, "epoch": 1}, "State dicts: state_dict_ema; choose one"),
+    "no weights": (lambda n, s: {"epoch": 3}, r"no state dict.*\n.*contains epoch"),
+    "nothing": (lambda n, s: {}, r"no state dict.*\n.*contains nothing"),
+    "a list": (lambda n, s: [1, 2], r"no state dict.*\n.*contains list"),
     "a network pickled whole": (lambda n, s: n, r"could run code.*\(torchvision.models.resnet.ResNet\)(?s:.*)unsafe"),
     "args of argparse": (lambda n, s: {"state_dict": s, "args": argparse.Namespace()}, r"\(argparse.Namespace\)"),
     "an accuracy of numpy": (lambda n, s: {"state_dict": s, "acc": np.float64(0.9)}, r"\(numpy.*multiarray.scalar\)"),
@@ -185,7 +185,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("what", REFUSED)
-def test_a_checkpoint_that_has_not_the_network_is_refused_in_words(tmp_path, resnet, what):
+def test_a_checkpoint_without_the_whole_network_is_refused(tmp_path, resnet, what):
     make, words = REFUSED[what]
     torch.save(make(resnet, resnet.state_dict()), tmp_path / "w.pth")
     with pytest.raises(BadValueError, match=words) as caught:
@@ -203,7 +203,7 @@ def test_a_checkpoint_that_has_not_the_network_is_refused_in_words(tmp_path, res
         ("mobilenet_v2", {"width_mult": 0.3}, "Expected the weights of this network"),
     ],
 )
-def test_whose_weights_they_are_is_found_among_all_archs_by_building_few(tmp_path, monkeypatch, arch, options, told):
+def test_the_arch_of_a_wrong_file_is_found_by_building_few(tmp_path, monkeypatch, arch, options, told):
     monkeypatch.undo()  # all that torchvision has
     built = []
     monkeypatch.setattr(build, "build_empty", lambda arch: built.append(arch) or build_empty(arch))
@@ -217,13 +217,13 @@ def test_whose_weights_they_are_is_found_among_all_archs_by_building_few(tmp_pat
 @pytest.mark.parametrize(
     "content", [b"", b"not a checkpoint", b"version https://git-lfs.github.com/spec/v1\noid", "half"]
 )
-def test_a_file_that_is_no_checkpoint_is_refused(tmp_path, suffix, content):
+def test_a_file_that_is_not_a_checkpoint_is_refused(tmp_path, suffix, content):
     if content == "half":
         save = safetensors.torch.save_file if suffix == ".safetensors" else torch.save
         save({"weight": torch.ones(500)}, tmp_path / "whole")
         content = (tmp_path / "whole").read_bytes()[:900]
     (tmp_path / f"w{suffix}").write_bytes(content)
-    with pytest.raises(BadValueError, match=rf"w{suffix}: the file is no PyTorch checkpoint, or damaged"):
+    with pytest.raises(BadValueError, match=rf"w{suffix}: not a PyTorch checkpoint, or damaged"):
         read_checkpoint(str(tmp_path / f"w{suffix}"))
 
 
@@ -231,7 +231,7 @@ def test_a_file_that_is_no_checkpoint_is_refused(tmp_path, suffix, content):
 def test_a_zip_of_something_else_and_a_torchscript_are_refused(tmp_path):
     with zipfile.ZipFile(tmp_path / "w.pt", "w") as archive:
         archive.writestr("photo.jpg", b"")
-    with pytest.raises(BadValueError, match="no PyTorch checkpoint"):
+    with pytest.raises(BadValueError, match="not a PyTorch checkpoint"):
         read_checkpoint(str(tmp_path / "w.pt"))
     torch.jit.save(torch.jit.script(nn.Linear(2, 2)), tmp_path / "s.pt")
     with pytest.raises(BadValueError, match=r"a TorchScript program.*\n.*torch.jit.load\(FILE\).state_dict"):
@@ -250,7 +250,7 @@ class Hostile:
 def test_a_hostile_pickle_runs_nothing(tmp_path, zipped):
     content = {"state_dict": Hostile(str(tmp_path / "ran"))}
     torch.save(content, tmp_path / "evil.pth", _use_new_zipfile_serialization=zipped)
-    with pytest.raises(BadValueError, match=r"evil.pth: the file holds objects that could run code.*mkdir"):
+    with pytest.raises(BadValueError, match=r"evil.pth: not loaded, .* objects that could run code.*mkdir"):
         read_checkpoint(str(tmp_path / "evil.pth"))
     assert not (tmp_path / "ran").exists()
 
@@ -259,7 +259,7 @@ def test_a_hostile_pickle_runs_nothing(tmp_path, zipped):
 def test_unsafe_pickle_takes_a_whole_network_with_a_warning(tmp_path, resnet, caplog, wrap):
     torch.save(wrap(resnet), tmp_path / "w.pt")
     assert_same(load(tmp_path / "w.pt", unsafe_pickle=True).network, resnet.state_dict())
-    assert "unsafe_pickle true: " in caplog.text and "runs whatever code its maker put into it" in caplog.text
+    assert "unsafe_pickle true: " in caplog.text and "loading it can run arbitrary code" in caplog.text
 
 
 def test_unsafe_pickle_runs_nothing_where_it_is_not_needed(tmp_path, resnet, caplog):
@@ -268,7 +268,7 @@ def test_unsafe_pickle_runs_nothing_where_it_is_not_needed(tmp_path, resnet, cap
     assert "unsafe" not in caplog.text
 
 
-def test_a_class_that_is_not_here_is_told(tmp_path, monkeypatch):
+def test_a_class_that_cannot_be_imported_is_reported(tmp_path, monkeypatch):
     monkeypatch.setattr(Spec, "__module__", "lost_project.models")
     monkeypatch.setitem(__import__("sys").modules, "lost_project.models", __import__("sys").modules[__name__])
     monkeypatch.setitem(__import__("sys").modules, "lost_project", __import__("sys").modules[__name__])
@@ -276,7 +276,7 @@ def test_a_class_that_is_not_here_is_told(tmp_path, monkeypatch):
     monkeypatch.undo()
     with pytest.raises(BadValueError, match=r"\(lost_project.models.Spec\)"):
         read_checkpoint(str(tmp_path / "w.pt"))
-    with pytest.raises(BadValueError, match="unpickling it failed: ModuleNotFoundError: No module named 'lost_project"):
+    with pytest.raises(BadValueError, match="unpickling failed: ModuleNotFoundError: No module named 'lost_project"):
         read_checkpoint(str(tmp_path / "w.pt"), unsafe_pickle=True)
 
 
@@ -302,17 +302,17 @@ def test_the_key_decides_between_two_encoders(tmp_path, resnet):
         assert_same(load(tmp_path / "w.pth", checkpoint_key=key).network, state)
 
 
-def test_names_that_begin_otherwise_are_told(tmp_path, resnet, caplog):
+def test_an_unknown_prefix_is_removed_and_reported(tmp_path, resnet, caplog):
     caplog.set_level("INFO", "featx")
     state = resnet.state_dict()
     torch.save({**under("student.", state), "loss.center": torch.ones(3)}, tmp_path / "w.pth")
     assert_same(load(tmp_path / "w.pth").network, state)
     assert (
-        "names that begin with student. are taken" in caplog.text and "not of the network: loss.center" in caplog.text
+        "using names that begin with student." in caplog.text and "not part of the network: loss.center" in caplog.text
     )
 
 
-def test_a_prefix_that_the_network_has_itself_stays(tmp_path):
+def test_a_prefix_in_the_networks_own_names_stays(tmp_path):
     class Wrapped(nn.Module):
         def __init__(self, outputs):
             super().__init__()
@@ -331,18 +331,18 @@ def test_a_prefix_that_the_network_has_itself_stays(tmp_path):
         ("mobilenet_v3_small", "classifier.3", "classifier"),
     ],
 )
-def test_a_classifier_with_another_number_of_classes_is_fitted_and_told(tmp_path, caplog, arch, last, output):
+def test_a_classifier_with_another_number_of_classes_is_resized_and_reported(tmp_path, caplog, arch, last, output):
     caplog.set_level("INFO", "featx")
     network = trained(arch, num_classes=10)
     torch.save({"state_dict": under("module.", network.state_dict())}, tmp_path / "w.pth.tar")
     model = load(tmp_path / "w.pth.tar", arch, output)
     assert digest(model.network) == digest(network)
     assert_same_output(model, network, 10)
-    assert model.weights_told == [f"{last} is fitted to the 10 classes of the file, {arch} has 1000"]
+    assert model.weights_told == [f"{last} has the 10 classes of the file, not the 1000 of {arch}"]
     assert model.weights_told[0] in caplog.text
 
 
-def test_auxiliary_classifiers_are_fitted_too():
+def test_auxiliary_classifiers_are_resized_too():
     def inception(classes):
         return models.inception_v3(num_classes=classes, init_weights=False)
 
@@ -351,7 +351,7 @@ def test_auxiliary_classifiers_are_fitted_too():
     assert digest(source) == digest(target) and target.AuxLogits.fc.out_features == 7
 
 
-def test_not_strict_loads_what_fits_and_says_what_stays_random(tmp_path, resnet, caplog):
+def test_not_strict_loads_what_fits_and_reports_what_stays_random(tmp_path, resnet, caplog):
     state = without(resnet.state_dict(), "fc.weight", "fc.bias") | {"layer4.9.weight": torch.ones(3)}
     state["conv1.weight"] = torch.ones(64, 3, 3, 3)
     torch.save(state, tmp_path / "w.pth")
@@ -359,7 +359,7 @@ def test_not_strict_loads_what_fits_and_says_what_stays_random(tmp_path, resnet,
     assert_same(
         model.network, {name: state[name] for name in state if "layer4.9" not in name and name != "conv1.weight"}
     )
-    told = "not strict: 3 of 102 tensors stay as built, random: conv1.weight; fc.weight; fc.bias"
+    told = "not strict: 3 of 102 tensors stay random: conv1.weight; fc.weight; fc.bias"
     assert model.weights_told == [told] and told in caplog.text
     assert torch.equal(model.network.fc.weight, load(tmp_path / "w.pth", strict=False).network.fc.weight)
     torch.save({"a.weight": torch.ones(3)}, tmp_path / "w.pth")
@@ -367,7 +367,7 @@ def test_not_strict_loads_what_fits_and_says_what_stays_random(tmp_path, resnet,
         load(tmp_path / "w.pth", strict=False)
 
 
-def test_what_does_not_fit_changes_nothing(resnet):
+def test_a_state_dict_that_does_not_fit_changes_nothing(resnet):
     target = random_network("resnet18", seed=9)
     before = digest(target)
     with pytest.raises(BadValueError):
@@ -375,7 +375,7 @@ def test_what_does_not_fit_changes_nothing(resnet):
     assert digest(target) == before
 
 
-def test_weights_that_are_not_finite_are_told(tmp_path, resnet, caplog):
+def test_weights_that_are_not_finite_are_reported(tmp_path, resnet, caplog):
     torch.save({**resnet.state_dict(), "fc.bias": torch.full((1000,), torch.nan)}, tmp_path / "w.pth")
     load(tmp_path / "w.pth")
     assert "values that are not finite: fc.bias" in caplog.text
@@ -413,7 +413,7 @@ def test_index_tables_need_not_be_in_the_file_and_mnasnet_is_read():
     assert digest(source) == digest(target)
 
 
-def test_the_digest_sees_every_value_name_shape_and_dtype_and_no_layout():
+def test_the_digest_covers_every_value_name_shape_and_dtype_but_not_the_layout():
     network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
     first = digest(network)
     assert digest(network.to(memory_format=torch.channels_last)) == first
@@ -423,7 +423,7 @@ def test_the_digest_sees_every_value_name_shape_and_dtype_and_no_layout():
     assert digest(nn.Flatten()) == digest(nn.Flatten()) != first
 
 
-def test_how_a_file_is_read_says_nothing_without_a_file():
+def test_options_of_a_weights_file_are_refused_without_a_file():
     for options in ({"strict": False}, {"unsafe_pickle": True}, {"checkpoint_key": "ema"}):
         with pytest.raises(UserError, match=f"--model.{next(iter(options))} .*--model.weights random is none"):
             FeatureExtractor("fc", arch="resnet18", weights="random", **options).check()

@@ -283,7 +283,7 @@ def test_a_layer_that_gives_no_row_an_image_is_told_before_the_first_batch(three
     model = FeatureExtractor("layer1.0.relu", arch="resnet18", weights="random")
     model.configure_model()
     data, _ = loader(three_photos)
-    with pytest.raises(UserError, match=r"^--model.layer layer1.0.relu: .* more than once in a pass, 2 times"):
+    with pytest.raises(UserError, match=r"^--model.layer layer1.0.relu: .* 2 times per pass"):
         model.try_out(data.first_batch(model.preprocessing))
 
 

@@ -1,4 +1,4 @@
-"""Names -> modules -> rows: aliases, hooks that copy, pooling, an early end."""
+"""Layers become modules and rows: aliases, hooks that copy, pooling, passes that end early."""
 
 from concurrent.futures import ThreadPoolExecutor
 
@@ -17,10 +17,10 @@ def test_fc6_fc7_fc8_are_the_linears_of_the_classifier(alexnet):
     assert find_aliases(random_network("resnet18")) == {}
 
 
-def test_they_are_found_in_a_network_of_ones_own_that_holds_such_a_one(alexnet):
+def test_aliases_are_found_in_a_network_that_contains_such_a_network(alexnet):
     own = nn.Sequential(nn.Identity(), alexnet)
     assert find_aliases(own) == {alias: f"1.{path}" for alias, path in ALEXNET_LAYERS.items()}
-    assert find_aliases(nn.ModuleList([alexnet, random_network("vgg11")])) == {}  # whose would they be?
+    assert find_aliases(nn.ModuleList([alexnet, random_network("vgg11")])) == {}  # of which network?
 
 
 @pytest.mark.parametrize("arch", ["vgg11", "vgg16_bn"])
@@ -30,10 +30,10 @@ def test_vggs_have_the_same_aliases(arch):
     assert find_aliases(network) == {"fc6": "classifier.0", "fc7": "classifier.3", "fc8": "classifier.6"}
 
 
-def test_aliases_of_ones_own_win(alexnet):
+def test_custom_aliases_win(alexnet):
     own = {"fc7": "classifier.5", "end": "features.12", "penultimate": "avgpool"}
     assert resolve_layers(alexnet, ["fc6", *own], "mine", own) == {"fc6": "classifier.1", **own}
-    with pytest.raises(BadValueError, match=r"layer end, which stands for features.99: mine has no such layer"):
+    with pytest.raises(BadValueError, match=r"layer end, an alias of features.99: mine has no such layer"):
         resolve_layers(alexnet, ["end"], "mine", {"end": "features.99"})
 
 
@@ -44,14 +44,14 @@ def test_any_module_path_is_a_layer(alexnet):
     }
 
 
-def test_an_unknown_layer_is_told_with_the_nearest(alexnet):
+def test_an_unknown_layer_is_reported_with_the_nearest(alexnet):
     with pytest.raises(BadValueError, match=r"--model.layer fc9: alexnet has no such layer. Did you mean fc"):
         resolve_layers(alexnet, ["fc9"], "alexnet")
     with pytest.raises(BadValueError, match="fc7 is named twice"):
         resolve_layers(alexnet, ["fc7", "fc7"], "alexnet")
 
 
-def test_taps_copy_before_the_relu_behind_changes_it(alexnet):
+def test_taps_copy_an_output_before_the_next_relu_changes_it(alexnet):
     images = torch.randn(2, 3, 224, 224)
     network = random_network("alexnet")
     network.load_state_dict(alexnet.state_dict())
@@ -63,7 +63,7 @@ def test_taps_copy_before_the_relu_behind_changes_it(alexnet):
     assert torch.equal(found["conv"], expected)
 
 
-class Odd(nn.Module):
+class Unusable(nn.Module):
     def __init__(self):
         super().__init__()
         self.used = nn.Linear(3, 2)
@@ -82,14 +82,14 @@ class Pair(nn.Module):
 
 @pytest.mark.parametrize(
     ("path", "words"),
-    [("unused", "never calls unused"), ("used", "calls used more than once"), ("pair", "pair returns a tuple")],
+    [("unused", "never calls unused"), ("used", "calls used 2 times per pass"), ("pair", "pair returns a tuple")],
 )
-def test_modules_that_give_no_row_an_image_are_refused(path, words):
+def test_modules_without_one_call_or_one_tensor_are_refused(path, words):
     with pytest.raises(UserError, match=words):
-        Taps(Odd(), {path: path})(torch.zeros(4, 3))
+        Taps(Unusable(), {path: path})(torch.zeros(4, 3))
 
 
-def test_an_output_without_a_row_an_image_is_refused():
+def test_an_output_without_one_row_per_image_is_refused():
     class Swapped(nn.Module):
         def forward(self, x):
             return x.T
@@ -98,7 +98,7 @@ def test_an_output_without_a_row_an_image_is_refused():
         Taps(nn.Sequential(Swapped()), {"0": "0"})(torch.zeros(4, 3))
 
 
-def test_penultimate_is_the_input_of_the_last_linear_behind_its_relu(alexnet):
+def test_penultimate_is_the_input_of_the_last_linear_after_the_relu(alexnet):
     images = torch.rand(3, 3, 64, 64)
     taps = Taps(alexnet, {"penultimate": "penultimate", "fc7": "classifier.4", "fc8": "classifier.6"})
     with torch.inference_mode():
@@ -119,9 +119,9 @@ def test_penultimate_of_networks_with_a_bare_head(arch):
         assert torch.allclose(network(images)[:, : found.shape[1]], found, atol=1e-5)
 
 
-def test_a_network_without_penultimate_says_what_to_take():
+def test_without_penultimate_the_message_names_the_layer_to_use():
     with pytest.raises(
-        BadValueError, match=r"--model.layer penultimate: the network calls no Linear.\nTake .* features "
+        BadValueError, match=r"--model.layer penultimate: the network calls no Linear.\nUse .* features "
     ):
         Taps(random_network("squeezenet1_1"), {"penultimate": "penultimate"})(torch.rand(1, 3, 64, 64))
 
@@ -165,13 +165,13 @@ def test_cls_takes_the_first_token_and_nothing_else():
         every = Taps(network, {"tokens": "tokens"})(images)["tokens"]
         assert torch.equal(Taps(network, {"tokens": "tokens"}, "cls")(images)["tokens"], every[:, :4])
         for path in ("first", "last", "head"):
-            with pytest.raises(BadValueError, match=f"cls takes the first of N tokens .*, and {path} gives"):
+            with pytest.raises(BadValueError, match=f"cls takes the first of N tokens .*, but {path} returns"):
                 Taps(network, {path: path}, "cls")(images)
-        with pytest.raises(BadValueError, match="and penultimate gives"):
+        with pytest.raises(BadValueError, match="but penultimate returns"):
             Taps(network, {"penultimate": "penultimate"}, "cls")(images)
 
 
-def test_pooling_is_done_in_float32_and_rows_are_float32():
+def test_pooling_and_rows_use_float32():
     network = nn.Sequential(nn.Conv2d(1, 1, 1), nn.ReLU()).to(torch.bfloat16)
     nn.init.ones_(network[0].weight), nn.init.zeros_(network[0].bias)
     images = torch.full((1, 1, 32, 32), 1.0, dtype=torch.bfloat16)
@@ -191,14 +191,14 @@ class Counted(nn.Module):
         return x
 
 
-def test_a_pass_ends_at_the_deepest_layer_and_gives_the_bits_of_a_whole_one():
+def test_a_pass_ends_at_the_deepest_layer_with_the_bits_of_a_whole_one():
     network = random_network("vgg11")
     network.classifier.append(behind := Counted())
     images = torch.rand(2, 3, 32, 32)
     layers = {"a": "features.3", "b": "features.0"}
     with torch.inference_mode():
         found = (taps := Taps(network, dict(layers)))(images)
-        assert behind.passes == 1  # the first, that finds what cannot be taken
+        assert behind.passes == 1  # the first pass, which checks the layers
         assert all(torch.equal(found[layer], rows) for layer, rows in taps(images).items())
         assert behind.passes == 1
         whole = Taps(network, layers | {"end": "classifier.7"})(images)
@@ -206,7 +206,7 @@ def test_a_pass_ends_at_the_deepest_layer_and_gives_the_bits_of_a_whole_one():
     assert list(found) == ["a", "b"] and all(torch.equal(found[layer], whole[layer]) for layer in found)
 
 
-def test_a_pass_that_is_none_of_the_taps_is_left_alone():
+def test_other_calls_of_the_network_are_left_alone():
     network = nn.Sequential(nn.Linear(3, 2), nn.ReLU())
     images = torch.rand(2, 3)
     expected = network(images)
@@ -216,7 +216,7 @@ def test_a_pass_that_is_none_of_the_taps_is_left_alone():
     assert torch.equal(Taps(network, {"1": "1"})(images)["1"], expected)
 
 
-def test_a_network_that_catches_everything_ends_there_too():
+def test_a_network_that_catches_exceptions_ends_there_too():
     class Stubborn(nn.Sequential):
         def forward(self, x):
             try:
@@ -247,7 +247,7 @@ def test_passes_of_several_threads_do_not_mix():
         assert all(torch.allclose(one[layer], other[layer], atol=1e-5) for layer in one)
 
 
-def test_what_a_module_does_otherwise_for_later_images_is_told():
+def test_a_module_that_later_images_do_not_reach_is_reported():
     class Moody(nn.Module):
         def __init__(self):
             super().__init__()
@@ -262,7 +262,7 @@ def test_what_a_module_does_otherwise_for_later_images_is_told():
         taps(-torch.ones(2, 3))
 
 
-def test_a_module_of_two_paths_is_found_by_both():
+def test_a_module_with_two_paths_is_found_by_both():
     network = nn.Sequential(nn.Linear(3, 3), nn.ReLU())
     network.again = network[0]
     network.forward = lambda x: network[1](network[0](x))

@@ -1,4 +1,4 @@
-"""What one pass shows of a network's modules."""
+"""The modules of a network as one pass calls them."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ def traced(network: nn.Module, *shape: int) -> Trace:
 
 
 class Aux(nn.Module):
-    """Has a head beside its own that no pass in eval mode calls, and that stands last."""
+    """Has an auxiliary head, its last module, which no pass in eval mode calls."""
 
     def __init__(self):
         super().__init__()
@@ -29,7 +29,7 @@ class Aux(nn.Module):
         return (self.head(hidden), self.aux(hidden)) if self.training else self.head(hidden)
 
 
-def test_modules_stand_in_the_order_of_execution():
+def test_modules_are_in_the_order_of_execution():
     assert list(traced(nn.Sequential(nn.Sequential(nn.Linear(3, 3), nn.ReLU()), nn.Linear(3, 2)), 3).calls) == [
         "0.0",
         "0.1",
@@ -64,22 +64,22 @@ def test_the_last_linear_of_torchvisions(arch, path):
     assert traced(random_network(arch, **extra), 3, 64, 64).penultimate() == path
 
 
-def test_a_network_without_a_linear_is_told_what_to_take():
-    with pytest.raises(BadValueError, match=r"calls no Linear.\nTake what comes before it, as --model.layer features "):
+def test_without_a_linear_the_message_names_the_layer_to_use():
+    with pytest.raises(BadValueError, match=r"calls no Linear.\nUse the layer before it: --model.layer features "):
         traced(random_network("squeezenet1_1"), 3, 64, 64).penultimate()
 
 
 def test_a_last_linear_of_tokens_or_called_twice_is_refused():
-    with pytest.raises(BadValueError, match=r"last Linear, 1, receives \(2, 5, 3\) for 2 images, and not \(B, D\)"):
+    with pytest.raises(BadValueError, match=r"last Linear, 1, receives \(2, 5, 3\) for 2 images, not \(B, D\)"):
         traced(nn.Sequential(nn.LayerNorm(3), nn.Linear(3, 2)), 5, 3).penultimate()
     same = nn.Linear(3, 3)
-    with pytest.raises(BadValueError, match=r"calls its last Linear, 0, 2 times in a pass.\nTake another"):
+    with pytest.raises(BadValueError, match=r"calls its last Linear, 0, 2 times per pass.\nUse another"):
         traced(nn.Sequential(same, same), 3).penultimate()
 
 
 @pytest.mark.parametrize("arch", ["swin_t", "swin_v2_t", "convnext_tiny", "maxvit_t", "resnet18", "efficientnet_b0"])
-def test_the_channels_are_found_where_the_width_of_the_network_says(arch):
-    """The oracle knows each network's layout by the names of its modules; none may be taken for the other."""
+def test_the_channel_axis_is_right_in_networks_that_mix_layouts(arch):
+    """The expected layout follows from the names of the modules; neither layout may be mistaken for the other."""
     trace = traced(random_network(arch), 3, *((224, 224) if arch == "maxvit_t" else (64, 96)))
     found = {path: trace.channel_axis(path) for path, call in trace.calls.items()
              if len(call.returned) == 4 and call.returned[0] == 2}  # fmt: skip
@@ -94,8 +94,8 @@ def test_the_channels_are_found_where_the_width_of_the_network_says(arch):
         last -= {path for path in found if path.endswith(("window_attention", "grid_attention"))}
     for path, axis in found.items():
         assert axis in (None, -1 if path in last else 1), path
-    told = [path for path, axis in found.items() if axis]
-    assert len(told) >= 0.9 * len(found)
+    known = [path for path, axis in found.items() if axis]
+    assert len(known) >= 0.9 * len(found)
 
 
 def test_a_shape_that_both_layouts_share_is_refused():
@@ -106,12 +106,12 @@ def test_a_shape_that_both_layouts_share_is_refused():
     network = nn.Sequential(nn.Conv2d(4, 4, 1), nn.Linear(4, 4), Block())
     trace = traced(network, 4, 4, 4)
     assert trace.channel_axis("0") == 1 and trace.channel_axis("1") == -1
-    with pytest.raises(BadValueError, match=r"which dimension of \(4, 4, 4\), which 2 returns"):
+    with pytest.raises(BadValueError, match=r"2 returns \(4, 4, 4\) per image, and it is unclear"):
         trace.shape("2", "avg")
     assert trace.shape("2", "none") == (2, 4, 4, 4)
 
 
-def test_a_shape_that_none_shares_is_refused_where_both_layouts_are():
+def test_a_shape_of_neither_layout_is_refused_in_a_network_with_both():
     network = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Flatten(2), nn.ReLU())
     assert traced(network, 3, 5, 6).channel_axis("2") is None  # (B, 4, 30): 30 tokens of 4, but as (B, C, L)
     assert (
