@@ -107,9 +107,7 @@ def _shards(path: Path) -> list[Path]:
     if not found:
         raise MissingPathError(f"{path}: no shards. Expected shards that featx predict wrote with --writer.shard_rows.")
     if len(kinds := sorted({file.suffix for file in found})) > 1:
-        raise BadValueError(
-            f"{path}: holds {' and '.join(kinds)}. Expected one, such as '{folder}/*{kinds[0]}'"
-        )
+        raise BadValueError(f"{path}: holds {' and '.join(kinds)}. Expected one, such as '{folder}/*{kinds[0]}'")
     if len(found) != int(found[-1].stem) + 1:
         raise BadValueError(f"{path}: {count(len(found), 'shard')}, the last is {found[-1].name}. Some are missing.")
     return found

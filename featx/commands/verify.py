@@ -192,9 +192,7 @@ def _rebuild(file: Finished, options: Namespace) -> tuple[Any, Any]:
         if name not in LEFT_OUT:
             groups["model"][name] = value
         elif value != LEFT_OUT[name]:
-            raise BadValueError(
-                f"{file.record_path}: --model.{name} {str(value).lower()} is not taken from a record."
-            )
+            raise BadValueError(f"{file.record_path}: --model.{name} {str(value).lower()} is not taken from a record.")
     parser = Parser(default_env=False)
     parser.add_subclass_arguments(FeatureExtractor, "model")
     parser.add_class_arguments(ImageFolderDataModule, "data")
