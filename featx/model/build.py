@@ -27,17 +27,10 @@ State = Mapping[str, Tensor]
 
 @dataclass(frozen=True)
 class Weights:
-    """The weights for a network.
+    """The weights for a network: published, from a file, or random."""
 
-    Args:
-        name: Their name in messages and in the record.
-        entry: Of published weights, torchvision's weights entry or timm's pretrained cfg.
-        file: A file of weights.
-        random: Whether the weights are random numbers.
-    """
-
-    name: str
-    entry: Any = None
+    name: str  # in messages and in the record
+    entry: Any = None  # of published weights: torchvision's weights entry or timm's pretrained cfg
     file: str | None = None
     random: bool = False
 
@@ -287,11 +280,8 @@ def guess_arch(shapes: Mapping[str, torch.Size]) -> str | None:
 def seeded(seed: int, arch: str | None) -> Iterator[None]:
     """Build a network within this context with the same random numbers in every process and every run.
 
-    The process's random generator and default dtype have no effect on it, and stay as they were.
-
-    Args:
-        seed: Seed of the random numbers.
-        arch: Name of the network; None if the user's code builds it.
+    The process's random generator and default dtype have no effect on it, and stay as they were. ``arch`` is None if
+    the user's code builds the network.
     """
     if arch is not None and not is_function(arch):
         with FLOAT32, _BuildMode(seed):
@@ -318,12 +308,10 @@ FLOAT32 = Shared(_float32)
 class _BuildMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Seeds or leaves out the values of networks that this thread builds; other threads are not affected.
 
-    https://docs.pytorch.org/docs/stable/notes/extending.html#extending-all-torch-api-with-modes
+    The random numbers are the same as after ``torch.manual_seed``. If ``empty``, parameters have a shape and no values.
+    ``torch.device("meta")`` fails, since RegNet and many timm networks compute their widths with tensors.
 
-    Args:
-        seed: Seed of the random numbers, which are the same as after ``torch.manual_seed``.
-        empty: Whether parameters get a shape but no values. The meta device alone fails: RegNet and many timm networks
-            compute their widths with tensors.
+    https://docs.pytorch.org/docs/stable/notes/extending.html#extending-all-torch-api-with-modes
     """
 
     def __init__(self, seed: int = SEED, empty: bool = False) -> None:
@@ -353,10 +341,7 @@ class _BuildMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
 def packages(network: nn.Module, owner: type, arch: str) -> dict[str, str]:
     """Return the versions of the installed packages that contain a network's code, besides torch and torchvision.
 
-    Args:
-        network: The network.
-        owner: The FeatureExtractor's class.
-        arch: Name that the network was built by, or nothing.
+    ``owner`` is the FeatureExtractor's class, ``arch`` the name that the network was built by, or nothing.
     """
     code = {type(module).__module__.split(".")[0] for module in network.modules()}
     code |= {owner.__module__.split(".")[0], *([arch.split(".")[0]] if is_function(arch) else [])}

@@ -50,8 +50,8 @@ def read_checkpoint(file: str, key: str | None = None, unsafe_pickle: bool = Fal
         return _state_at(key, found, file)
     order = {tuple(PLAIN.index(word) for word in path.split(".")): path for path in found if _is_plain(path)}
     if not order and "" not in found:
-        keys = _few(list(map(str, content)), 5) if isinstance(content, Mapping) else type(content).__name__
-        known = f" State dicts: {_few(list(found), 5)}; choose one with --model.checkpoint_key." if found else ""
+        keys = first_few(list(map(str, content)), 5) if isinstance(content, Mapping) else type(content).__name__
+        known = f" State dicts: {first_few(list(found), 5)}; choose one with --model.checkpoint_key." if found else ""
         raise BadValueError(
             f"--model.weights {file}: no state dict at its top level or under {', '.join(PLAIN)}.\n"
             f"It contains {keys or 'nothing'}.{known}\n"
@@ -60,7 +60,7 @@ def read_checkpoint(file: str, key: str | None = None, unsafe_pickle: bool = Fal
     chosen = order[min(order)] if order else ""
     if others := [path or "its top level" for path in found if path != chosen]:
         log.info("weights: using %s of %s, not %s; --model.checkpoint_key chooses another",
-                 chosen or "the top level", file, _few(others))  # fmt: skip
+                 chosen or "the top level", file, first_few(others))  # fmt: skip
     return found[chosen]
 
 
@@ -153,7 +153,7 @@ def _state_at(key: str, found: dict[str, State], file: str) -> State:
     keys = [*filter(None, found), *sorted(first)]
     raise BadValueError(
         f"--model.checkpoint_key {key}: {file} has no state dict there.{did_you_mean(key, keys)}\n"
-        f"Expected a key or a prefix of names: {_few(keys, 16)}."
+        f"Expected a key or a prefix of names: {first_few(keys, 16)}."
     )
 
 
@@ -200,12 +200,12 @@ def fit(
     if (strict and any(problems.values())) or not any(name in loaded for name in needed):
         raise _mismatch(file, title, problems, strict, guess_arch(_shapes(state)))
     if others := outside + others:
-        log.info("weights: ignored in %s, not part of the network: %s", file, _few(others))
+        log.info("weights: ignored in %s, not part of the network: %s", file, first_few(others))
     if kept := [name for name in needed if name not in loaded]:
-        notes.append(f"not strict: {len(kept)} of {count(len(needed), 'tensor')} stay random: {_few(kept)}")
+        notes.append(f"not strict: {len(kept)} of {count(len(needed), 'tensor')} stay random: {first_few(kept)}")
         log.warning("weights: %s", notes[-1])
     if bad := [name for name, value in loaded.items() if value.is_floating_point() and not value.isfinite().all()]:
-        log.warning("weights: %s contains values that are not finite: %s", file, _few(bad))
+        log.warning("weights: %s contains values that are not finite: %s", file, first_few(bad))
     own.update(loaded)  # a new dict would lack the modules' versions, which some of torchvision's check
     network.load_state_dict(own)
     return notes
@@ -234,7 +234,7 @@ def _match_names(own: Mapping[str, Tensor], state: State, file: str) -> tuple[St
     if len(best) > 1 and rank[best[0]][0]:
         raise BadValueError(
             f"--model.weights {file}: {len(best)} networks in it fit, with the prefixes "
-            f"{_few([prefix.rstrip('.') or 'none' for prefix in best])}.\n"
+            f"{first_few([prefix.rstrip('.') or 'none' for prefix in best])}.\n"
             f"Choose one: --model.checkpoint_key {best[-1].rstrip('.')}"
         )
     if prefix := best[0]:
@@ -292,7 +292,7 @@ def _fits(value: Tensor, own: Tensor) -> bool:
 
 def _mismatch(file: str, title: str, problems: dict[str, list[str]], strict: bool, arch: str | None) -> BadValueError:
     lines = [f"--model.weights {file}: does not fit {title}."]
-    lines += [f"  {problem}: {_few(names)}" for problem, names in problems.items() if names]
+    lines += [f"  {problem}: {first_few(names)}" for problem, names in problems.items() if names]
     lines.append(
         f"It fits {arch}: --model.arch {arch}"
         if arch not in (None, title)
@@ -308,7 +308,8 @@ def _shapes(state: State) -> dict[str, torch.Size]:
     return {prefixes.sub("", name): value.shape for name, value in state.items() if not name.endswith(COUNTERS)}
 
 
-def _few(names: list[str], most: int = 3) -> str:
+def first_few(names: list[str], most: int = 3) -> str:
+    """Return names as ``a; b; c and 4 more``."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return "; ".join(names[:most]) + more
 

@@ -1,4 +1,4 @@
-"""A hooked network and batches -> rows: in slices on the cores of a CPU, or on a GPU, and in which memory layout."""
+"""Compute the rows of batches: in slices on the cores of a CPU or on a GPU, in the memory layout that suits."""
 
 import math
 import textwrap
@@ -22,21 +22,21 @@ from featx.model.layers import Found, Taps
 from featx.process.cores import cores_per_process, usable_cores
 from featx.process.shared import Shared, one_core
 
-# Images that one core computes at a time. On a CPU the last bits of a result depend on how many images and threads
-# compute it, so both are fixed: one thread a slice, and as many slices at once as there are cores. Of 8, 16 and 32,
-# 16 was the best or within 10 % of it for AlexNet, VGG16, ResNet-50, MobileNetV3-small (in channels_last) and ViT-B/16.
-# 32 makes a run of AlexNet 3 to 5 % shorter, but its memory then grows by tens of MiB, by chance.
+# Images that one core computes at a time. On a CPU the last bits of a result depend on the numbers of images and of
+# threads, so both are fixed: one thread per slice, and one slice per core at a time. Of 8, 16 and 32, 16 was the best
+# or within 10% of it for AlexNet, VGG16, ResNet-50, MobileNetV3-small (in channels_last) and ViT-B/16. With 32, a run
+# of AlexNet takes 3 to 5% less time, but its memory sometimes grows by tens of MiB.
 SLICE = 16
-SLICES_A_CORE = 2  # begun or waiting, so that all cores have work until the next batch is here
-SAME = 1e-5  # relative (L2): the memory layout may change last bits only
+SLICES_PER_CORE = 2  # running or waiting, so that all cores have work until the next batch arrives
+SAME = 1e-5  # relative difference (L2): the memory layout may change last bits only
 
 T = TypeVar("T")
-Part = tuple[dict[str, Tensor], float]  # of a slice the rows, and the seconds that a core took for them
+Part = tuple[dict[str, Tensor], float]  # the rows of a slice, and the core's seconds for them
 
 
 @contextmanager
 def _full_precision() -> Iterator[None]:
-    """Let cuDNN compute convolutions of float32 as such, not with ten bits of mantissa (TF32).
+    """Let cuDNN compute float32 convolutions in full precision, not with ten bits of mantissa (TF32).
 
     https://docs.pytorch.org/docs/stable/notes/cuda.html#tensorfloat-32-tf32-on-ampere-and-later-devices
     """
@@ -45,7 +45,7 @@ def _full_precision() -> Iterator[None]:
     value: bool | str = False
     try:
         before = flags.allow_tf32
-    except RuntimeError:  # not to be read where the process has set the flags of torch 2.9
+    except RuntimeError:  # torch refuses to read it after the process has set the flags of torch 2.9
         flags, name, value = flags.conv, "fp32_precision", "ieee"
         before = flags.fp32_precision
     setattr(flags, name, value)
@@ -59,42 +59,38 @@ FULL_PRECISION = Shared(_full_precision)
 
 
 def dtype_of(network: nn.Module) -> torch.dtype:
-    """Return the dtype of a network's first parameter of floats."""
+    """Return the dtype of a network's first floating-point parameter."""
     return next((p.dtype for p in network.parameters() if p.is_floating_point()), torch.float32)
 
 
 class Rows(UserDict[str, Tensor]):
-    """Each layer's rows, ``(B, D) float32``, of a batch that may still be computed: reading them waits for them.
-
-    Args:
-        finish: Waits for the rows and returns them.
-    """
+    """Each layer's rows, ``(B, D) float32``, of a batch that may still be in progress; ``finish`` waits for them."""
 
     def __init__(self, finish: Callable[[], dict[str, Tensor]]) -> None:
         self._finish = finish
 
     @cached_property
     def data(self) -> dict[str, Tensor]:  # type: ignore[override]
-        """The rows, waited for."""
+        """The rows, as soon as they are computed."""
         return self._finish()
 
     def to(self, *device: Any, **how: Any) -> dict[str, Tensor]:
-        """Return the rows on a device: so Lightning takes them where it is to return them all at the end."""
+        """Return the rows on a device; Lightning calls this to collect predictions."""
         return {layer: rows.to(*device, **how) for layer, rows in self.items()}
 
 
 class Passes:
-    """All passes of a run: on a CPU in slices, each on one core, else of whole batches.
+    """All passes of a run: on a CPU in slices, each on one core, else in whole batches.
 
     Args:
-        model: Whose device, and whose Trainer's precision and number of processes, hold at each pass.
-        taps: The network with what takes its layers.
-        normalize: Makes what the network takes of images ``(B, 3, H, W) uint8``.
-        title: What the network is called in messages.
+        model: Has the device, and the Trainer with the precision and number of processes.
+        taps: The network and its hooks.
+        normalize: Turns images ``(B, 3, H, W) uint8`` into the network's input.
+        title: The network's name in messages.
 
     Attributes:
-        memory_layout: contiguous or channels_last; what suits the network from ``try_out`` on.
-        stages: Seconds that cores took for the network.
+        memory_layout: contiguous or channels_last, chosen by ``try_out``.
+        stages: Seconds of all cores in the network.
     """
 
     def __init__(self, model: LightningModule, taps: Taps, normalize: Callable[[Tensor], Tensor], title: str) -> None:
@@ -110,11 +106,7 @@ class Passes:
         self._running: deque[Future[Part]] = deque()
 
     def try_out(self, images: Tensor, channels_last: Literal["auto"] | bool, compiles: bool) -> dict[str, Found]:
-        """Run the first pass, with a few images, which shows what each layer is, and choose layout and compiler.
-
-        Raises:
-            UserError: The images do not go through the network, or a layer cannot be taken.
-        """
+        """Run the first pass, choose the memory layout, and return each layer; see ``FeatureExtractor.try_out``."""
         with ThreadPoolExecutor(1, initializer=one_core) as thread:
             found = thread.submit(self.run, images, self._taps.find).result()
             self.memory_layout = thread.submit(self._choose_layout, images.shape[1:], channels_last).result()
@@ -123,10 +115,10 @@ class Passes:
         return found
 
     def _choose_layout(self, shape: torch.Size, wanted: Literal["auto"] | bool) -> str:
-        """Bring the network into the layout that suits it, and return that one's name.
+        """Convert the network to the layout that suits it, and return the layout's name.
 
-        In all processes and in every run it comes to the same, since nothing decides but the network, before it goes
-        to a device or another precision, and one random image of the shape ``(3, H, W)``.
+        All processes and runs choose the same, since only the network, still on the CPU and in its own precision, and
+        random images of the shape ``(3, H, W)`` decide.
         """
 
         def rows(layout: torch.memory_format) -> dict[str, Tensor]:
@@ -134,44 +126,44 @@ class Passes:
             with torch.inference_mode():
                 return self._taps(pixels.contiguous(memory_format=layout))
 
-        self._network.to(memory_format=torch.contiguous_format)  # an earlier run may have left it in the other one
+        self._network.to(memory_format=torch.contiguous_format)  # an earlier run may have changed it
         convolves = any(isinstance(module, nn.Conv2d) for module in self._network.modules())
         if wanted is False or (wanted == "auto" and not convolves):
             return "contiguous"
-        image = torch.randint(256, (2, *shape), dtype=torch.uint8, generator=torch.Generator().manual_seed(SEED))
-        pixels = self._normalize(image)
+        seeded = torch.Generator().manual_seed(SEED)
+        pixels = self._normalize(torch.randint(256, (2, *shape), dtype=torch.uint8, generator=seeded))
         try:
             expected, found = rows(torch.contiguous_format), rows(torch.channels_last)
             far = [layer for layer in expected
                    if not (found[layer] - expected[layer]).norm() <= SAME * expected[layer].norm()]  # fmt: skip
             if wanted is True or not far:
                 return "channels_last"
-            why = f"other rows of {', '.join(far)}"
-        except Exception as err:  # whatever a network raises: .view(), for one, wants what is contiguous
+            reason = f"gives different rows for {', '.join(far)}"
+        except Exception as err:  # a network may raise anything: .view(), for example, needs contiguous tensors
             if wanted is True:
                 raise UserError(
                     f"--model.channels_last true: {self._title} fails in this memory layout: {first_line(err)}\n"
                     "--model.channels_last auto uses it only where it works."
                 ) from err
-            why = type(err).__name__
+            reason = f"raises {type(err).__name__}"
         self._network.to(memory_format=torch.contiguous_format)
-        log.info("memory layout: contiguous, since %s in channels_last: %s", self._title, why)
+        log.info("memory layout: contiguous, since %s %s in channels_last", self._title, reason)
         return "contiguous"
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         """Return each layer's rows, ``(B, D) float32``, for images ``(B, 3, H, W) uint8`` of one shape."""
         if self._compiled is None:
             return self.run(images, self._taps)
-        # Each number of images would be compiled anew, to other last bits where it is left open: on a CPU it is one.
+        # Each number of images is compiled anew, and a dynamic one changes last bits, so a CPU gets one number only.
         more = max(0, SLICE - len(images)) if self._on_cpu else 0
         rows = self.run(torch.cat([images, images.new_zeros(more, *images.shape[1:])]), self._compiled)
         return {layer: values[: len(images)] for layer, values in rows.items()}
 
     def run(self, images: Tensor, network: Callable[[Tensor], T]) -> T:
-        """Normalise images and give them to the network, or what runs it; see ``FeatureExtractor.run``."""
+        """Normalize images and call the network, or a function in its place; see ``FeatureExtractor.run``."""
         layout = torch.channels_last if self.memory_layout == "channels_last" else torch.contiguous_format
-        exactly = FULL_PRECISION if self._model.device.type == "cuda" else nullcontext()
-        with torch.inference_mode(), self._autocast(), exactly:
+        precision = FULL_PRECISION if self._model.device.type == "cuda" else nullcontext()
+        with torch.inference_mode(), self._autocast(), precision:
             pixels = self._normalize(images).to(dtype_of(self._network)).contiguous(memory_format=layout)
             try:
                 return network(pixels)
@@ -182,15 +174,15 @@ class Passes:
                     raise UserError(
                         f"--model.compile true: torch.compile fails for {self._title} on this machine: "
                         f"{textwrap.shorten(first_line(err), 300)}\nIt needs a C++ compiler, and images of few shapes. "
-                        "--model.compile false does without it."
+                        "--model.compile false turns it off."
                     ) from err
                 raise UserError(
                     f"{self._title} failed on images of the shape {tuple(images.shape[1:])}: "
-                    f"{str(err).splitlines()[0]}\nIf it cannot take them, --data.resize and --data.crop change it."
+                    f"{str(err).splitlines()[0]}\nIf it needs another shape, set --data.resize and --data.crop."
                 ) from err
 
     def rows(self, batch: Batch) -> Mapping[str, Tensor]:
-        """Return each layer's rows of a batch, which may still be computed; see ``FeatureExtractor.predict_step``."""
+        """Return each layer's rows of a batch; see ``FeatureExtractor.predict_step``."""
         if not batch.groups:
             return {}
         most = SLICE if self._on_cpu else len(batch.names)
@@ -203,17 +195,17 @@ class Passes:
         threads = self._threads
         futures = [threads.submit(self._timed, images) for _, images in slices]
         self._running.extend(futures)
-        while len(self._running) > SLICES_A_CORE * self._cores:
+        while len(self._running) > SLICES_PER_CORE * self._cores:
             self._running.popleft().result()
         return Rows(lambda: self._finish(futures, places))
 
     def _copied(self, rows: dict[str, Tensor]) -> Rows:
-        """Copy rows from the GPU beside what it computes next, on a stream of their own."""
+        """Copy rows from the GPU on a separate stream, while it computes the next batch."""
         self._copies.wait_stream(torch.cuda.current_stream(self._model.device))
         with torch.cuda.stream(self._copies):
             copies = {layer: values.to("cpu", non_blocking=True) for layer, values in rows.items()}  # in pinned memory
         for values in rows.values():
-            values.record_stream(self._copies)  # else its memory is given to the next batch while it is copied
+            values.record_stream(self._copies)  # else the next batch could reuse its memory during the copy
         arrived = self._copies.record_event()
 
         def finish() -> dict[str, Tensor]:
@@ -232,8 +224,8 @@ class Passes:
         return _join([rows for rows, _ in parts], places)
 
     def batches_at_once(self, batch_size: int) -> int:
-        """Return how many batches may be computed at the same time."""
-        return math.ceil(SLICES_A_CORE * self._cores * SLICE / batch_size) if self._on_cpu else 1
+        """Return how many batches may be in progress at the same time."""
+        return math.ceil(SLICES_PER_CORE * self._cores * SLICE / batch_size) if self._on_cpu else 1
 
     @property
     def _on_cpu(self) -> bool:
@@ -245,7 +237,7 @@ class Passes:
         return cores_per_process(trainer) if trainer is not None else usable_cores()
 
     @property
-    def _threads(self) -> ThreadPoolExecutor:  # the Trainer may come after the first batch, with fewer cores
+    def _threads(self) -> ThreadPoolExecutor:  # a Trainer set after the first batch may leave fewer cores
         if (cores := self._cores) not in self._pools:
             self._pools[cores] = ThreadPoolExecutor(cores, "network", initializer=one_core)
         return self._pools[cores]
@@ -255,8 +247,8 @@ class Passes:
         return torch.cuda.Stream(self._model.device)  # type: ignore[no-untyped-call]
 
     def _autocast(self) -> AbstractContextManager[Any]:
-        # Autocast belongs to a thread, and Lightning switches it on in the main one only. What the plugins of true
-        # precisions switch is the default dtype of all threads, which nothing here depends on.
+        # Autocast is set per thread, and Lightning turns it on in the main thread only. The plugins of true precisions
+        # set the default dtype of all threads, on which nothing here depends.
         plugin = self._model._trainer.precision_plugin if self._model._trainer is not None else None
         return plugin.forward_context() if isinstance(plugin, MixedPrecision) else nullcontext()
 

@@ -1,4 +1,4 @@
-"""A network -> its layers in the order of execution, and what a row and a pass of each cost."""
+"""Measure a network's layers in the order of execution: the size of a row, and the time of a pass."""
 
 import statistics
 import time
@@ -19,59 +19,46 @@ from featx.model.layers import find_aliases, to_rows
 from featx.model.trace import PENULTIMATE, Shape, Trace, watched
 
 PASSES = 3
-SECONDS_A_PASS = 2.0
+SECONDS_PER_PASS = 2.0
 
 
 @dataclass(frozen=True)
 class Row:
-    """One layer that can be taken.
-
-    Args:
-        path: What ``--model.layer`` takes.
-        alias: Another name of it, or ``""``.
-        type: The module's class, or whose input it is.
-        shape: Shape for one image, before pooling.
-        columns: Values in a row.
-        bytes: Bytes of its CSV row for a random image, without the name.
-        time: Percent of a pass's time until it is there.
-    """
+    """A layer in the table."""
 
     path: str
-    alias: str
-    type: str
-    shape: Shape
+    alias: str  # or ""
+    type: str  # the module's class, or "input of" a module
+    shape: Shape  # per image, before pooling
     columns: int
-    bytes: int
-    time: float
+    bytes: int  # of a random image's row
+    time: float  # percent of a pass's time until the layer is computed
 
 
 def measure(model: FeatureExtractor, size: int, bytes_of: Callable[[NDArray[np.float32]], int]) -> list[Row]:
-    """Run a few passes of random images and return the layers in the order in which they are there.
+    """Run a few passes with random images of ``size`` pixels and return the layers in the order of execution.
 
-    Args:
-        model: With its network.
-        size: Side of the images, in pixels.
-        bytes_of: How many bytes a row ``(D,) float32`` takes.
+    ``bytes_of`` returns the number of bytes of a row, ``(D,) float32``.
     """
     seeded = torch.Generator().manual_seed(SEED)
     images = torch.randint(256, (SLICE, 3, size, size), dtype=torch.uint8, generator=seeded)
     start = time.perf_counter()
     trace = model.run(images[:2], lambda pixels: Trace(model.network, pixels))
-    batch = max(1, min(SLICE, int(2 * SECONDS_A_PASS / (time.perf_counter() - start))))
+    batch = max(1, min(SLICE, int(2 * SECONDS_PER_PASS / (time.perf_counter() - start))))
     passes = f"median of {PASSES} passes of {count(batch, 'image')} on one core"
     log.info("images: random, 3x%dx%d; time: %s", size, size, passes)
-    last = _tell_left_out(model, trace)
+    last = _report_unlisted(model, trace)
     axes = {path: trace.channel_axis(path) for path in trace.calls if trace.gives_rows(path, model.pool)}
     if last and model.pool != "cls":
         axes[PENULTIMATE] = None
     costs: dict[str, tuple[Shape, int, int]] = {}  # shape, columns and bytes, in the order of execution
 
-    def see_costs(name: str, value: Tensor) -> None:
+    def add_costs(name: str, value: Tensor) -> None:
         if name in axes:
             row = to_rows(value, model.pool, axes[name])[0].numpy()  # (D,) float32
             costs[name] = (tuple(value.shape[1:]), len(row), bytes_of(row))
 
-    _watch_pass(model, images[:1], last, see_costs)
+    _watch_pass(model, images[:1], last, add_costs)
     times = [_watch_pass(model, images[:batch], last, lambda name, value: None) for _ in range(PASSES)]
     aliases = {path: alias for alias, path in (find_aliases(model.network) | model.layer_aliases).items()}
     types = {path: type(call.module).__name__ for path, call in trace.calls.items()} | {PENULTIMATE: f"input of {last}"}
@@ -82,7 +69,7 @@ def measure(model: FeatureExtractor, size: int, bytes_of: Callable[[NDArray[np.f
 def _watch_pass(
     model: FeatureExtractor, images: Tensor, last: str | None, see: Callable[[str, Any], None]
 ) -> dict[str, float]:
-    """Run a pass, call ``see(layer, value)`` as each layer is there, and return at which percent of it that is."""
+    """Run a pass, call ``see(layer, value)`` after each layer, and return the percent of the pass's time by then."""
     network, ends = model.network, dict[str, float]()
 
     def note(name: str, value: Any) -> None:
@@ -105,16 +92,15 @@ def _watch_pass(
         return model.run(images, run)
 
 
-def _tell_left_out(model: FeatureExtractor, trace: Trace) -> str | None:
-    """Say which modules are not in the table, and return the path of the Linear behind ``penultimate``, or None."""
-    paths = [path for path, _ in model.network.named_modules() if path]
-    idle = [path for path in paths if path not in trace.calls]
-    often = [path for path, call in trace.calls.items() if call.times > 1]
-    odd = [path for path in trace.calls if path not in often and not trace.gives_rows(path, model.pool)]
-    kinds = {"never called": idle, "called more than once": often, "without a row an image": odd}
-    told = [f"{len(found)} {kind} ({found[0]}{', …' if found[1:] else ''})" for kind, found in kinds.items() if found]
-    if told:
-        log.info("not listed: %s", "; ".join(told))
+def _report_unlisted(model: FeatureExtractor, trace: Trace) -> str | None:
+    """Log which modules are not in the table, and return the path of the Linear after ``penultimate``, or None."""
+    uncalled = [path for path, _ in model.network.named_modules() if path and path not in trace.calls]
+    repeated = [path for path, call in trace.calls.items() if call.times > 1]
+    others = [path for path in trace.calls if path not in repeated and not trace.gives_rows(path, model.pool)]
+    kinds = {"never called": uncalled, "called more than once": repeated, "without one row per image": others}
+    notes = [f"{len(paths)} {kind} ({paths[0]}{', …' if paths[1:] else ''})" for kind, paths in kinds.items() if paths]
+    if notes:
+        log.info("not listed: %s", "; ".join(notes))
     try:
         return trace.penultimate()
     except BadValueError as err:

@@ -30,15 +30,11 @@ def find_aliases(network: nn.Module) -> dict[str, str]:
 
 
 def resolve_layers(
-    network: nn.Module, layers: list[str], what: str, aliases: Mapping[str, str] | None = None
+    network: nn.Module, layers: list[str], title: str, aliases: Mapping[str, str] | None = None
 ) -> dict[str, str]:
     """Return the module path of each layer; for ``penultimate``, which only a pass can find, its name.
 
-    Args:
-        network: The network.
-        layers: Aliases or module paths, as the user gave them.
-        what: The network's name, for messages.
-        aliases: More aliases with their paths; they win over those of ``find_aliases``.
+    ``aliases`` win over those of ``find_aliases``; ``title`` is the network's name in messages.
 
     Raises:
         BadValueError: The network has no such layer, or one is named twice.
@@ -57,7 +53,7 @@ def resolve_layers(
             names = [*known, PENULTIMATE]
             last = f", such as {paths[-1]}" if paths else ""
             raise BadValueError(
-                f"--model.layer {layer}{alias}: {what} has no such layer.{did_you_mean(path, [*names, *paths])}\n"
+                f"--model.layer {layer}{alias}: {title} has no such layer.{did_you_mean(path, [*names, *paths])}\n"
                 f"Expected {', '.join(names)}, or the path of one of its modules{last}.\n{SEE_LAYERS}"
             )
         found[layer] = path
@@ -65,13 +61,7 @@ def resolve_layers(
 
 
 def to_rows(output: Tensor, pool: Pool, axis: int | None) -> Tensor:
-    """Copy a module's output ``(B, ...)`` as rows, ``(B, D) float32``.
-
-    Args:
-        output: The output.
-        pool: How to reduce more than two dimensions; see Taps.
-        axis: The dimension of the channels, 1 or -1; None if it is unknown.
-    """
+    """Copy a module's output ``(B, ...)`` as rows, ``(B, D) float32``, pooled over all but the channel ``axis``."""
     values = output.detach()
     if values.ndim <= 2 or pool == "none":
         copied = values.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
@@ -121,14 +111,10 @@ class Taps:
         self._first = threading.Lock()
 
     def __call__(self, images: Tensor) -> dict[str, Tensor]:
-        """Run one pass and return each layer's rows, ``(B, D) float32``.
-
-        Args:
-            images: The network's input, ``(B, 3, H, W)``.
+        """Run one pass with the network's input ``(B, 3, H, W)`` and return each layer's rows, ``(B, D) float32``.
 
         Raises:
-            UserError: A module was not called exactly once, or did not return one tensor with B rows, or it cannot be
-                pooled.
+            UserError: A module was not called exactly once, did not return one tensor of B rows, or cannot be pooled.
         """
         self.find(images)
         return self.take(images)

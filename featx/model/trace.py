@@ -27,19 +27,12 @@ _CHANNELS_FIRST = (*_CONVS, *_NORMS, *_POOLS)  # their inputs and outputs are (B
 
 @dataclass
 class Call:
-    """The calls of a module in a pass.
-
-    Args:
-        module: The module.
-        times: Number of calls.
-        received: Shape of the first tensor in the last call's input, or None.
-        returned: Shape of the tensor that the last call returned; of anything else, the name of its type.
-    """
+    """The calls of a module in a pass, with the shapes of the last call."""
 
     module: nn.Module
     times: int
-    received: Shape | None
-    returned: Shape | str
+    received: Shape | None  # of the first tensor in the input
+    returned: Shape | str  # the name of its type, if it is not a tensor
 
 
 class Trace:

@@ -323,7 +323,7 @@ def _about(writer: FeatureWriter, trainer: Trainer, started: datetime) -> dict[s
     model: Any = trainer.lightning_module
     return {
         "weights": model.weights_used,
-        "weights_told": model.weights_told,
+        "weights_told": model.weights_notes,
         "preprocessing": data.preprocessing(model.preprocessing).source,
         "options": {
             "model_class": records.public_name(type(model)),

