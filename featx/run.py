@@ -52,7 +52,7 @@ def prepare(
         sample = set_up(model, data)
         assert data.images is not None
         columns = {layer: rows.shape[1] for layer, rows in sample.items()}
-        work = writer.look(trainer, model, data, columns)
+        work = writer.inspect(trainer, model, data, columns)
         size = writer.check_space(data.images, sample, trainer.world_size) if work and rank() == 0 else 0
         if not work or writer.dry_run:
             writer.release()

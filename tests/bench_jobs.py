@@ -75,7 +75,7 @@ def unsynced(photos: str, weights: str, out: str) -> None:
     from featx.writer import disk, stream
 
     disk.sync = lambda file, path: None
-    stream.SHARE, stream.LONGEST = 1e-12, float("inf")
+    stream.SYNC_SHARE, stream.MAX_UNSYNCED = 1e-12, float("inf")
     featx(photos, weights, out)
 
 

@@ -422,7 +422,7 @@ def test_no_row_is_no_row(tmp_path):
         ("x.csv", b"a,1.0\n" * 16 + b"b,1.0,2.0\n", "x.csv: row 17: 2 values, expected 1"),
         ("x.csv", b"a,1.0\nb,one\n", "x.csv: row 2: .*Expected numbers after the name"),
         ("x.txt", b"", "x.txt: no such format. Expected a file that ends with .csv, .npy, .parquet"),
-        ("x.npy", b"", "x.npy: No data left in file. Expected an array as featx writes it"),
+        ("x.npy", b"", "x.npy: No data left in file. Expected an array written by featx"),
     ],
 )
 def test_a_file_that_is_not_featxs_is_refused_in_words(tmp_path, name, data, words):
@@ -438,5 +438,5 @@ def test_npy_without_its_names_or_with_others_is_refused(photos, tmp_path):
     with pytest.raises(ValueError, match=r"2.npy: 37 rows, but 1 name in 2.names.txt"):
         featx.load(tmp_path / "2.npy")
     (tmp_path / "2.names.txt").unlink()
-    with pytest.raises(FileNotFoundError, match=r"2.names.txt: no such file. Expected the names of the rows of 2.npy"):
+    with pytest.raises(FileNotFoundError, match=r"2.names.txt: no such file. Expected the row names of 2.npy"):
         featx.load(tmp_path / "2.npy")

@@ -1,1 +1,1 @@
-"""Activations become files that survive: ``--writer.*``."""
+"""Activations -> files that survive: ``--writer.*``."""

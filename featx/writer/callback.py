@@ -1,4 +1,4 @@
-"""Activations -> files that survive: FeatureWriter(BasePredictionWriter), which shares out what is left, and joins."""
+"""Activations -> files that survive: FeatureWriter distributes the remaining batches and joins the parts."""
 
 import os
 import platform
@@ -26,35 +26,35 @@ from featx.writer.join import finish
 from featx.writer.journal import Placed
 from featx.writer.stream import RowStream
 
-GRACE = 8.0  # seconds that a run that is ended has to bring its rows to disk
+GRACE = 8.0  # seconds that an interrupted run has to bring its rows to disk
 
 
 class FeatureWriter(BasePredictionWriter):
-    """Where the rows go, and how they look.
+    """Write the rows of each layer to files, in the order of the images.
 
-    Each process streams its rows to parts of its own below ``out_dir``; process 0 joins them, in order, into
-    ``OUT_DIR/LAYER.csv``, which appears when it is whole. A run that was ended goes on where it stopped::
+    Each process streams its rows to parts of its own below ``out_dir``. Process 0 joins them, in order, into
+    ``OUT_DIR/LAYER.csv``, which appears when it is complete. An interrupted run continues where it stopped::
 
         Trainer(callbacks=[FeatureWriter(out_dir="features")], logger=False).predict(
             FeatureExtractor(layer="fc7"), datamodule=ImageFolderDataModule("photos"), return_predictions=False
         )
 
     Args:
-        out_dir: Folder for LAYER.csv, made if missing.
-        format: csv; npy, with the names in LAYER.names.txt; parquet; or a list of them, as '[csv,npy]'.
-        names: How a row is named: basename, the file's name, or relative, its path below the data folder.
-        header: Whether CSV's first line names the columns, as image,fc7.0,fc7.1.
-        dtype: Of the values in npy and parquet; what float16 cannot hold becomes infinite, and is counted.
-        overwrite: Whether to remove what another run wrote for these layers, and start afresh.
-        dry_run: Whether to stop before the first batch and say what the run would take.
-        shard_rows: Images a file, a multiple of the batch size: a folder LAYER of files 00000.csv ... instead of one.
+        out_dir: Folder for LAYER.csv, created if missing.
+        format: csv; npy, with the names in LAYER.names.txt; parquet; or a list such as '[csv,npy]'.
+        names: Name of a row: basename, the file's name, or relative, its path below the data folder.
+        header: Whether CSV starts with a line of column names, such as image,fc7.0,fc7.1.
+        dtype: Type of the values in npy and parquet; values too large for float16 become infinite and are counted.
+        overwrite: Whether to remove what another run wrote for these layers and start over.
+        dry_run: Whether to print the space and time that the run would take, and stop before the first batch.
+        shard_rows: Images per file, a multiple of the batch size; the files are LAYER/00000.csv, LAYER/00001.csv, ...
 
     Attributes:
-        records: What LAYER.json says, by layer; in process 0, after the run.
-        faults: How many images gave no row.
+        records: The content of LAYER.json, by layer; in process 0, after the run.
+        faults: The number of images without a row.
 
     Raises:
-        UserError: ``out_dir`` cannot be used, holds another run's rows, or rows of one layer differ in length.
+        UserError: ``out_dir`` cannot be used or contains another run's rows, or rows of one layer differ in length.
         DiskError: The disk failed.
     """
 
@@ -72,13 +72,9 @@ class FeatureWriter(BasePredictionWriter):
         super().__init__(write_interval="batch")
         self.formats: list[Format] = [format] if isinstance(format, str) else list(dict.fromkeys(format))
         if not self.formats or set(self.formats) - FORMATS.keys():
-            raise BadValueError(
-                f"--writer.format {format}: expected csv, npy, parquet, or a list of them, as '[csv,npy]'."
-            )
+            raise BadValueError(f"--writer.format {format}: expected csv, npy, parquet or a list such as '[csv,npy]'.")
         if dtype == "float16" and self.formats == ["csv"]:
-            raise BadValueError(
-                "--writer.dtype float16: csv holds float32. --writer.format npy or parquet holds float16."
-            )
+            raise BadValueError("--writer.dtype float16: csv is always float32. Use --writer.format npy or parquet.")
         self.out_dir = out_dir
         self.format = format
         self.names = names
@@ -88,12 +84,12 @@ class FeatureWriter(BasePredictionWriter):
         self.dry_run = dry_run
         self.shard_rows = shard_rows
         self.records: dict[str, dict[str, Any]] = {}
-        self._looked: tuple[Any, Any, Any] | None = None  # at the run of which Trainer, model and data
-        self._locked = False  # whether it was locked then
+        self._inspected: tuple[Any, Any, Any] | None = None  # for which Trainer, model and data
+        self._inspected_locked = False  # whether this run held the lock then
         self._all: dict[str, LayerState] = {}
-        self._states: dict[str, LayerState] = {}  # of the layers with something to do
+        self._states: dict[str, LayerState] = {}  # of the layers with work left
         self._done: dict[str, dict[int, Placed]] = {}
-        self._stream: RowStream | None = None  # of a process with something to do
+        self._stream: RowStream | None = None  # if this process has work
         self._device = self._session = ""
         self._started = datetime.now(UTC)
         self._lock: Lock | None = None
@@ -107,108 +103,109 @@ class FeatureWriter(BasePredictionWriter):
 
     @property
     def computed(self) -> int:
-        """How many images this process has computed."""
+        """The number of images that this process has computed."""
         return self._stream.computed if self._stream else 0
 
     @property
     def stages(self) -> dict[str, float]:
-        """Seconds for text, disk and, where not on the CPU, network."""
+        """Seconds spent on text, on the disk and, with a GPU, waiting for the network."""
         return self._stream.stages if self._stream else {}
 
     @property
     def faults(self) -> int:
-        """How many images gave no row."""
+        """The number of images without a row."""
         return max((record["errors"] for record in self.records.values()), default=0)
 
     def check(self) -> None:
-        """Raise UserError where ``out_dir`` is a file, cannot be written to or is in use; nothing is made yet."""
+        """Raise UserError if ``out_dir`` is a file, not writable or in use; create nothing."""
         checks.check_folder(Path(self.out_dir), self.formats)
         if (Path(self.out_dir) / HIDDEN / "lock").exists():
             self._take_lock()
 
     def check_shards(self, batch_size: int) -> None:
-        """Raise BadValueError where ``shard_rows`` is not whole batches."""
+        """Raise BadValueError if ``shard_rows`` is not a multiple of the batch size."""
         checks.check_shards(self.shard_rows, batch_size)
 
     def check_space(self, images: Images, sample: dict[str, Tensor], processes: int) -> int:
-        """Hold the size of what is left to do against the free space, as ``checks.check_space`` does."""
+        """Check the size of the output against the free space, as ``checks.check_space`` does."""
         return checks.check_space(Path(self.out_dir), self._states, images, sample, processes)
 
-    def look(self, trainer: Trainer, model: Any, data: Any, columns: dict[str, int]) -> bool:
-        """Find out what is in ``out_dir`` already, and whether there is anything to do.
+    def inspect(self, trainer: Trainer, model: Any, data: Any, columns: dict[str, int]) -> bool:
+        """Return whether there is anything to do, after reading what is in ``out_dir``.
 
         Args:
-            trainer: Of the run.
+            trainer: The Trainer, for its precision.
             model: The FeatureExtractor, configured.
             data: The ImageFolderDataModule, set up.
-            columns: Values in each row, by layer.
+            columns: Values per row, by layer.
 
         Returns:
-            False where all files stand finished and no unreadable image of theirs could be read now.
+            False if all files are finished and their unreadable images are still unreadable.
 
         Raises:
-            UserError: Another run's rows are there.
+            UserError: ``out_dir`` contains another run's rows.
         """
         settings = {"names": self.names, "header": self.header, "dtype": self.dtype, "shard_rows": self.shard_rows,
                     "revisions": {"text": REVISION}}  # fmt: skip
-        self._all, self._locked = {}, self._lock is not None
+        self._all, self._inspected_locked = {}, self._lock is not None
         for layer in model.layers:
             parts = model.identity(layer, str(trainer.precision)), data.identity(model.preprocessing), settings
             identity = records.merge(*parts)
             self._all[layer] = LayerState(
                 Path(self.out_dir), layer, columns[layer], self.formats, identity, data.images, data.readers
             )
-        self._decide(data, model.preprocessing)
-        self._looked = trainer, model, data
+        self._find_work(data, model.preprocessing)
+        self._inspected = trainer, model, data
         return bool(self._states)
 
-    def _decide(self, data: Any, preset: Any) -> None:
-        """Find out what is in the folder, and keep the layers with something to do."""
+    def _find_work(self, data: Any, preset: Any) -> None:
         self._states, self.records = dict(self._all), {}
         for layer, state in self._all.items():
-            record = state.look(self.overwrite)
-            if record and all(data.fault(fault.path, preset) == fault for fault in state.listed()):
-                if state.run_path.exists() and rank() == 0:  # it ended while it tidied up
+            record = state.inspect(self.overwrite)
+            if record and all(data.fault(fault.path, preset) == fault for fault in state.faults()):
+                if state.run_path.exists() and rank() == 0:  # the run was killed while it renamed or cleaned up
                     self._take_lock()
-                    state.settle(record)
+                    state.finish_renaming(record)
                 self.records[layer] = record
                 del self._states[layer]
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Agree with the other processes on what is left to do, take a share of it, and start the writing thread."""
+        """Agree with the other processes on the remaining batches, take a share, and start the writing thread."""
         if trainer.limit_predict_batches != 1.0:
             raise BadValueError(
                 f"--trainer.limit_predict_batches {trainer.limit_predict_batches}: rows would be missing. "
-                "Give a folder with fewer images instead."
+                "Use a folder with fewer images instead."
             )
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         model: Any = pl_module
-        if self._looked != (trainer, model, data):
-            self.check_shards(data.batch_size)  # the command line has looked already, a user's own Trainer has not
+        if self._inspected != (trainer, model, data):  # a user's own Trainer, without prepare() before it
+            self.check_shards(data.batch_size)
             model.configure_model()
             sample = model.try_out(data.first_batch(model.preprocessing))
-            self.look(trainer, model, data, {layer: rows.shape[1] for layer, rows in sample.items()})
-        self._looked = None
+            self.inspect(trainer, model, data, {layer: rows.shape[1] for layer, rows in sample.items()})
+        self._inspected = None
         device = trainer.strategy.root_device
         self._device = device_name(device)
         self._started, self._stream, self._group, self._done = datetime.now(UTC), None, None, {}
         if trainer.world_size > 1:
-            # Processes may reach the end hours apart, and NCCL and Lightning wait for half an hour at most.
+            # Processes may finish hours apart, but NCCL and Lightning wait for only half an hour.
             self._group = dist.new_group(backend="gloo", timeout=timedelta(days=365))
         session, left = 0, np.arange(0)
         if trainer.is_global_zero:
             checks.warn_of_names(data.images.names, self.names)
             session, left = self._begin(data, model.preprocessing)
-        everyones = self._gather((session, left, list(self._states), data.images.digest()))
-        session, left, layers, _ = everyones[0]
+        gathered = self._gather((session, left, list(self._states), data.images.digest()))
+        session, left, layers, _ = gathered[0]
         self._states = {layer: self._all[layer] for layer in layers}
-        if len({digest for *_, digest in everyones}) > 1:
-            raise UserError(f"--data.dir {data.dir}: the processes see different images. It changed, or is not shared.")
+        if len({digest for *_, digest in gathered}) > 1:
+            raise UserError(
+                f"--data.dir {data.dir}: the processes see different images. The folder changed or is not shared."
+            )
         seen = self._gather(all(state.run_path.exists() for state in self._states.values()))
         if not all(seen):
             raise UserError(
-                f"--writer.out_dir {self.out_dir}: the process of rank {seen.index(False)} does not see what "
-                "rank 0 writes there. Expected a folder that all machines share."
+                f"--writer.out_dir {self.out_dir}: rank {seen.index(False)} does not see what rank 0 writes there. "
+                "Expected a folder that all machines share."
             )
         data.batches = np.array_split(left, trainer.world_size)[trainer.global_rank]
         self._session = f"{session:06}"
@@ -221,24 +218,26 @@ class FeatureWriter(BasePredictionWriter):
     def _begin(self, data: Any, preset: Any) -> tuple[int, Any]:
         """Return the session's number and the batches that are not on disk yet, in order."""
 
-        def still(fault: Fault) -> bool:
+        def is_unchanged(fault: Fault) -> bool:
             now = data.fault(fault.path, preset)
             return bool(now == fault) and (fault.used or data.on_error == "list")
 
         self._take_lock()
-        if not self._locked:  # another run may have been here since
-            self._decide(data, preset)
+        if not self._inspected_locked:  # another run may have written since
+            self._find_work(data, preset)
         left, session = set[int](), 1
         batches = -(-len(data.images) // data.batch_size)
         for layer, state in self._states.items():
             state.begin(self.overwrite)
-            done = self._done[layer] = state.done(still)
+            on_disk = state.placed().items()
+            done = {number: one for number, one in on_disk if all(map(is_unchanged, one.entry.faults))}
+            self._done[layer] = done
             left |= set(range(batches)) - done.keys()
             session = max(session, journal.next_session(state.folder))
             if done:
-                log.info("%s: going on, %s of %s are done", layer, f"{len(done):,}", count(batches, "batch"))
+                log.info("%s: continuing, %s of %s are done", layer, f"{len(done):,}", count(batches, "batch"))
             if others := {one.entry.device for one in done.values()} - {self._device}:
-                log.warning("%s: begun on %s; on %s last digits may differ", layer, ", ".join(others), self._device)
+                log.warning("%s: started on %s; on %s last digits may differ", layer, ", ".join(others), self._device)
         return session, np.array(sorted(left), dtype=np.int64)
 
     def write_on_batch_end(
@@ -251,29 +250,29 @@ class FeatureWriter(BasePredictionWriter):
         batch_idx: int,
         dataloader_idx: int,
     ) -> None:
-        """Hand a batch's rows, ``(B, D) float32`` of each layer, to the writing thread, which waits for them."""
+        """Pass a batch's rows, ``(B, D) float32`` per layer, to the writing thread, which waits for the device."""
         assert self._stream is not None
         self._stream.put(batch._replace(groups=[]), prediction)
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         lost = [fault for fault in batch.faults if not fault.used]
-        if lost and data.on_error == "stop":  # its batch is in the journal, so that the image may be mended
+        if lost and data.on_error == "stop":  # the batch is in the journal, so that the image may be repaired
             raise ImageError(
                 f"{os.path.join(data.dir, lost[0].path)}: {lost[0].reason} ({lost[0].exception})\n"
-                "--data.on_error list goes on with the other images, and lists those that cannot be read."
+                "--data.on_error list continues with the other images and lists those that cannot be read."
             )
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Wait until all is on disk; in process 0, join the parts of all processes, and tell what is odd about them."""
+        """Wait until all rows are on disk; in process 0, join the parts and warn of values that are not finite."""
         if self._stream is not None:
             self._stream.finish()
-        self._gather(None)  # everybody's rows are on disk
+        self._gather(None)  # the rows of all processes are on disk
         if trainer.is_global_zero:
             known = self._stream.digests() if self._stream else {}
             for layer, state in self._states.items():
                 done = self._done[layer] | state.placed(self._session)
-                record = self.records[layer] = finish(state, done, known, _about(self, trainer, self._started))
+                record = self.records[layer] = finish(state, done, known, _run_info(self, trainer, self._started))
                 if overflowed := record["values_overflowed"]:
-                    log.warning("%s: %s beyond float16 became infinite: --writer.dtype float32 keeps them",
+                    log.warning("%s: %s too large for float16 became infinite: --writer.dtype float32 keeps them",
                                 layer, count(overflowed, "value"))  # fmt: skip
                 if record["values_not_finite"]:
                     values, rows = count(record["values_not_finite"], "value"), count(record["rows_not_finite"], "row")
@@ -283,25 +282,25 @@ class FeatureWriter(BasePredictionWriter):
         self.release()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Bring to disk what was computed, and leave it for the next run."""
+        """Bring the computed rows to disk for the next run."""
         if self._stream is not None:
             self._stream.end(GRACE)
-        with suppress(DiskError):  # what ended the run is reported, not what follows from it
+        with suppress(DiskError):  # only the original exception is reported
             self.release()
 
     def wait(self) -> None:
-        """Return when process 0 has joined the parts, in each of several processes."""
+        """Wait until process 0 has joined the parts."""
         self._gather(None)
 
     def _take_lock(self) -> None:
         if self._lock is None and rank() == 0:
             folder = Path(self.out_dir) / HIDDEN
-            with disk.told(folder):
+            with disk.reporting(folder):
                 folder.mkdir(parents=True, exist_ok=True)
             self._lock = Lock(folder / "lock", f"--writer.out_dir {self.out_dir}")
 
     def release(self) -> None:
-        """Close the parts and let other runs into the folder."""
+        """Close the parts and release the folder's lock."""
         if self._stream is not None:
             self._stream.close()
         if self._lock is not None:
@@ -309,7 +308,7 @@ class FeatureWriter(BasePredictionWriter):
             self._lock = None
 
     def _gather(self, value: Any) -> list[Any]:
-        """Return everybody's value, in the order of the ranks; counts and names, never features."""
+        """Return the value of every process, by rank; counts and names, never features."""
         if self._group is None:
             return [value]
         values: list[Any] = [None] * dist.get_world_size(self._group)
@@ -317,8 +316,8 @@ class FeatureWriter(BasePredictionWriter):
         return values
 
 
-def _about(writer: FeatureWriter, trainer: Trainer, started: datetime) -> dict[str, Any]:
-    """Return what the record says of the run and what decides no value."""
+def _run_info(writer: FeatureWriter, trainer: Trainer, started: datetime) -> dict[str, Any]:
+    """Return the record's ``run``, which determines no value."""
     data: Any = trainer.datamodule  # type: ignore[attr-defined]
     model: Any = trainer.lightning_module
     return {

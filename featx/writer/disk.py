@@ -1,4 +1,4 @@
-"""The one door to the disk: every byte that a run writes goes through here, and every failure is told in its words."""
+"""Every disk write of a run, with failures reported as DiskError."""
 
 import errno
 import os
@@ -11,7 +11,7 @@ from filelock import FileLock, Timeout
 
 from featx.errors import UserError
 
-GOES_ON = "What is on disk stays good: with that mended, the same command goes on."
+GOES_ON = "What is on disk is safe: fix this, then run the same command again to continue."
 
 
 class DiskError(UserError, OSError):
@@ -21,27 +21,26 @@ class DiskError(UserError, OSError):
 
 
 class BusyError(UserError, BlockingIOError):
-    """Another run is alive in the folder."""
+    """Another run is writing to the folder."""
 
 
 @contextmanager
-def told(path: Path) -> Iterator[None]:
-    """Turn the system's refusal into a DiskError with the path, the system's own words and what to do."""
+def reporting(path: Path) -> Iterator[None]:
+    """Turn an OSError into a DiskError with the path, the system's error and what to do."""
     try:
         yield
-    except UserError:  # reported already
+    except UserError:  # a DiskError is an OSError too
         raise
     except OSError as err:
-        full = err.errno in (errno.ENOSPC, errno.EDQUOT)
-        todo = f"Free space on the disk of {path.parent}" if full else f"Look at the disk of {path.parent}"
-        raise DiskError(f"{path}: {err.strerror or err}. {todo}.\n{GOES_ON}") from err
+        action = "Free space on" if err.errno in (errno.ENOSPC, errno.EDQUOT) else "Check"
+        raise DiskError(f"{path}: {err.strerror or err}. {action} the disk of {path.parent}.\n{GOES_ON}") from err
 
 
 def open_to_write(path: Path, at: int = 0) -> BinaryIO:
-    """Open a file to write from a position on, made if missing, cut off there if longer; a link is not followed."""
+    """Open a file for writing at a position, created if missing and truncated there; refuse a link."""
     if path.is_symlink():
-        raise DiskError(f"{path}: is a link, and featx writes only to files of its own. Remove it.\n{GOES_ON}")
-    with told(path):
+        raise DiskError(f"{path}: is a link, and featx writes only to its own files. Remove it.\n{GOES_ON}")
+    with reporting(path):
         file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666), "r+b", buffering=0)
         file.truncate(at)
         file.seek(at)
@@ -51,26 +50,26 @@ def open_to_write(path: Path, at: int = 0) -> BinaryIO:
 def write(file: BinaryIO, path: Path, data: bytes) -> None:
     """Write all of the bytes."""
     view = memoryview(data)
-    with told(path):
-        while view:  # an unbuffered file may take a part only
+    with reporting(path):
+        while view:  # an unbuffered write may be partial
             view = view[file.write(view) :]
 
 
 def sync(file: BinaryIO, path: Path) -> None:
-    """Return when the file's bytes are on disk."""
-    with told(path):
+    """Flush a file to disk."""
+    with reporting(path):
         os.fsync(file.fileno())
 
 
 def close(file: BinaryIO, path: Path) -> None:
     """Close a file; network file systems report failed writes here."""
-    with told(path):
+    with reporting(path):
         file.close()
 
 
 def rename(old: Path, new: Path) -> None:
-    """Give a file its final name, replacing what had it, and make that durable."""
-    with told(new):
+    """Rename a file durably, replacing any file of the new name."""
+    with reporting(new):
         os.replace(old, new)
         folder = os.open(new.parent, os.O_RDONLY)
         try:
@@ -83,13 +82,13 @@ def rename(old: Path, new: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """Remove a file, if it is there."""
-    with told(path):
+    """Remove a file if it exists."""
+    with reporting(path):
         path.unlink(missing_ok=True)
 
 
 def replace(path: Path, data: bytes) -> None:
-    """Put bytes into a file, whole or not at all."""
+    """Replace a file's content atomically."""
     fresh = path.with_name(f".{path.name}.new")
     file = open_to_write(fresh)
     try:
@@ -101,49 +100,50 @@ def replace(path: Path, data: bytes) -> None:
 
 
 def append_range(file: BinaryIO, path: Path, source: Path, start: int, end: int) -> None:
-    """Append bytes ``start`` to ``end`` of another file, in the kernel where it can."""
-    with told(path), source.open("rb") as src:
-        at, kernel = start, True
+    """Append bytes ``start`` to ``end`` of another file, without copying them through this process."""
+    with reporting(path), source.open("rb") as src:
+        at, can_copy = start, True
         while at < end:
-            if kernel:
-                try:
-                    moved = os.copy_file_range(src.fileno(), file.fileno(), min(end - at, 1 << 30), offset_src=at)
-                except OSError as err:
-                    if err.errno not in (errno.EXDEV, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP):
-                        raise
-                    kernel = False
-                    continue
-            else:
-                moved = os.sendfile(file.fileno(), src.fileno(), at, min(end - at, 1 << 30))
+            size = min(end - at, 1 << 30)
+            try:
+                if can_copy:
+                    moved = os.copy_file_range(src.fileno(), file.fileno(), size, offset_src=at)
+                else:
+                    moved = os.sendfile(file.fileno(), src.fileno(), at, size)
+            except OSError as err:
+                if not can_copy or err.errno not in (errno.EXDEV, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP):
+                    raise
+                can_copy = False
+                continue
             if not moved:
                 raise OSError(errno.EIO, f"{source} ends at byte {at}, expected {end}")
             at += moved
 
 
 class Lock:
-    """A folder's lock, which excludes other processes and this one's other runs.
+    """A folder's lock, which excludes other processes and other runs in this process.
 
-    The system releases it when the process ends, however it ends: a forked worker drops its copy at once, as of
-    filelock 3.30, https://github.com/tox-dev/filelock/issues/634.
+    The system releases it when the process ends, even by SIGKILL: since filelock 3.30 a forked worker drops its copy
+    at once, https://github.com/tox-dev/filelock/issues/634.
 
     Args:
-        path: The file that is locked, made if missing.
+        path: The lock file, created if missing.
         what: What is locked, for the message.
 
     Raises:
-        BusyError: Another run has it.
-        DiskError: The file system has no locks, or refuses.
+        BusyError: Another run holds the lock.
+        DiskError: The file system has no locks or refuses.
     """
 
     def __init__(self, path: Path, what: str) -> None:
-        # A soft lock would outlive a killed process.
+        # A soft lock would survive a killed process.
         self._lock = FileLock(path, thread_local=False, fallback_to_soft=False)
-        with told(path):
+        with reporting(path):
             try:
                 self._lock.acquire(blocking=False)
             except Timeout as err:
-                raise BusyError(f"{what}: another run is writing there. Wait for it, or give another folder.") from err
+                raise BusyError(f"{what}: another run is writing there. Wait for it, or use another folder.") from err
 
     def release(self) -> None:
-        """Let other runs in."""
+        """Release the lock."""
         self._lock.release()

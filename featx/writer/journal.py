@@ -1,4 +1,4 @@
-"""What is surely on disk of a layer: parts, each with a journal of the batches in it, and how they become the file."""
+"""Parts: the rows that are safely on disk, each with a journal of its batches, and how they are joined to a file."""
 
 import hashlib
 import json
@@ -14,35 +14,35 @@ from featx.errors import BadValueError
 from featx.writer import disk
 from featx.writer.formats import PARTS, SUFFIXES
 
-FORMAT = 2  # of journals and records; docs/promises.md says what each had. Older ones stay readable
-# All that featx makes in a layer's folder below .featx; nothing else there is ever removed.
+FORMAT = 2  # of journals and records; docs/promises.md lists all formats. Older ones stay readable.
+# Everything that featx writes in a layer's folder below .featx; nothing else there is ever removed.
 NUMBERED = rf"(?P<session>\d{{6}})(-\d{{5}})?(-\d{{5,}})?\.({'|'.join(PARTS)}|journal)"  # process, shard
 JOINED = rf"(joined|rows)(-\d{{5,}})?\.({'|'.join(map(re.escape, SUFFIXES))})"
 OWN = re.compile(rf"\.?({NUMBERED}|{JOINED}|run\.json|images\.gz)(\.new)?")
 
-Piece = tuple[Path, int, int]  # a file, first byte, byte behind the last
-Span = tuple[int, int, int]  # first byte, byte behind the last, CRC-32 of what is between
+Piece = tuple[Path, int, int]  # file, start, end
+Span = tuple[int, int, int]  # start, end, CRC-32 of the bytes between
 
 
 class Entry(NamedTuple):
-    """What a journal says of one batch.
+    """One batch in a journal.
 
     Attributes:
         batch: Its number in the whole run.
-        rows: Rows it gave.
-        columns: Values in each row, or 0 without a row.
-        odd: How many rows hold nan or infinity, how many such values, and how many more float16 made infinite.
-        spans: Where the rows stand in the part of each format.
-        device: What computed them.
+        rows: The number of its rows.
+        columns: Values per row.
+        not_finite: How many rows contain nan or infinity, how many such values, and how many overflowed in float16.
+        spans: The position of the rows in the part of each format.
+        device: The device that computed them.
         faults: The images that could not be read.
-        readers: The kinds of image files that were read, each with the number of its reader; None in format 1.
-        remarks: What is remarkable about images that have a row.
+        readers: The revision of the reader of each kind of image file; None in format 1.
+        remarks: Counts of images with a row that something is remarkable about.
     """
 
     batch: int
     rows: int
     columns: int
-    odd: Sequence[int]
+    not_finite: Sequence[int]
     spans: dict[str, Span]
     device: str
     faults: list[Fault]
@@ -55,7 +55,7 @@ class Head(NamedTuple):
 
     Attributes:
         files: Names of the part's files, one per format.
-        run: Digest of the identity of the run that wrote it; empty in format 1, which had none.
+        run: Digest of the run's identity; empty in format 1.
     """
 
     files: list[str]
@@ -63,14 +63,14 @@ class Head(NamedTuple):
 
 
 class Placed(NamedTuple):
-    """An entry whose bytes were found as the journal says, with the part of each format."""
+    """An entry whose bytes are on disk, with the part of each format."""
 
     entry: Entry
     files: dict[str, Path]
 
 
 def encode_line(value: Any) -> bytes:
-    """Return a journal's line: the CRC-32 of a JSON text, and the text."""
+    """Return a line of a journal: a value as JSON, after its CRC-32."""
     text = json.dumps(value, separators=(",", ":")).encode()
     return b"%08x %b\n" % (zlib.crc32(text), text)
 
@@ -82,18 +82,18 @@ def encode(head: Head, entries: Iterable[Entry]) -> bytes:
 
 
 def read(path: Path) -> tuple[Head, list[Entry]]:
-    """Return a journal's head and its entries, up to the first line that is torn or damaged; raise as ``decode``."""
+    """Return what ``decode`` returns for a file."""
     return decode(path.read_bytes(), path)
 
 
 def decode(data: bytes, path: Path) -> tuple[Head, list[Entry]]:
-    """Return the head and the entries of a journal's bytes; ``path`` is for the message.
+    """Return a journal's head and its entries up to the first damaged line; ``path`` is for the message.
 
     Raises:
-        BadValueError: It was written by a newer featx.
+        BadValueError: A newer featx wrote it.
     """
     values: list[Any] = []
-    for line in data.split(b"\n")[:-1]:  # what comes after the last line break is torn
+    for line in data.split(b"\n")[:-1]:  # a last line without a line break is incomplete
         crc, _, text = line.partition(b" ")
         if crc != b"%08x" % zlib.crc32(text):
             break
@@ -106,11 +106,11 @@ def decode(data: bytes, path: Path) -> tuple[Head, list[Entry]]:
 
 
 def check_format(path: Path, content: dict[str, Any]) -> None:
-    """Raise BadValueError for a journal or a record of a format that this version does not know."""
+    """Raise BadValueError for a journal or record in a format that this version does not know."""
     if (found := content.get("format", 1)) not in range(1, FORMAT + 1):
         raise BadValueError(
-            f"{path}: is in format {found}, of a newer featx; this one reads formats up to {FORMAT}.\n"
-            "Update featx, or give another --writer.out_dir."
+            f"{path}: format {found} is from a newer featx; this version reads formats up to {FORMAT}.\n"
+            "Upgrade featx, or use another --writer.out_dir."
         )
 
 
@@ -121,13 +121,13 @@ def _entry(values: list[Any]) -> Entry:
 
 
 class Part:
-    """The rows that one process writes of one layer, a file a format, and their journal.
+    """The rows of one layer that one process writes, in one file per format, and their journal.
 
     Args:
-        folder: Where they lie.
-        stem: Their name, unused so far.
+        folder: Where to write them.
+        stem: Prefix of the file names, not in use yet.
         run: Digest of the run's identity.
-        heads: For each format the bytes that a whole file begins with; every part does, so that any can become it.
+        heads: The first bytes of a final file, by format; every part starts with them, so that it can become that file.
     """
 
     def __init__(self, folder: Path, stem: str, run: str, heads: dict[str, bytes]) -> None:
@@ -143,7 +143,7 @@ class Part:
                 disk.write(self._files[format], self.paths[format], head)
             self._journal = self._create(self.journal_path)
             self.sync()
-        except BaseException:  # nobody else closes what is open by now
+        except BaseException:  # the caller has nothing to close
             with suppress(disk.DiskError):
                 self.close()
             raise
@@ -153,7 +153,7 @@ class Part:
         return self._opened[-1][0]
 
     def add(self, entry: Entry, texts: dict[str, bytes]) -> None:
-        """Write a batch's rows, whose spans are filled in here; they count as done from the next ``sync`` on."""
+        """Write a batch's rows and set the entry's spans; the batch counts as done after the next ``sync``."""
         for format, text in texts.items():
             disk.write(self._files[format], self.paths[format], text)
             self.sha256[format].update(text)
@@ -162,7 +162,7 @@ class Part:
         self._waiting.append(encode_line(entry))
 
     def sync(self) -> None:
-        """Bring the rows to the disk, then the journal's lines that say so."""
+        """Sync the rows, then their lines in the journal."""
         if not self._waiting:
             return
         for format, file in self._files.items():
@@ -172,18 +172,18 @@ class Part:
         self._waiting.clear()
 
     def digests(self) -> dict[Path, str]:
-        """Return the SHA-256 of each file as it is."""
+        """Return the SHA-256 of each file as written so far."""
         return {path: self.sha256[format].hexdigest() for format, path in self.paths.items()}
 
     def close(self) -> None:
-        """Close the files, all of them, without a sync."""
+        """Close all files without a sync."""
         with ExitStack() as stack:
             for file, path in self._opened:
                 stack.callback(disk.close, file, path)
 
 
 def journals(folder: Path) -> Iterator[Path]:
-    """Yield the journals in a folder in the order of their names: older sessions first."""
+    """Yield the journals in a folder, older sessions first."""
     for path in sorted(folder.glob("*.journal")):
         if re.fullmatch(NUMBERED, path.name) and path.is_file() and not path.is_symlink():
             yield path
@@ -192,17 +192,17 @@ def journals(folder: Path) -> Iterator[Path]:
 def read_parts(
     folder: Path, formats: Iterable[str], run: str, results: Collection[str], session: str = ""
 ) -> dict[int, Placed]:
-    """Return, by number, every batch of a run whose rows are on disk whole in all of the formats.
+    """Return a run's batches, by number, whose rows are on disk in all of the formats.
 
-    A later journal wins. Nothing in an older session's is trusted: it must be of the same run, name only files of its
-    own, and a batch counts only if the parts' bytes have the checksums that the journal gives.
+    The latest journal wins. Older sessions are not trusted: a journal must be from the same run and name only files of
+    the layer, and the parts' bytes must match its checksums.
 
     Args:
         folder: Where the parts are.
         formats: The formats.
-        run: Digest of the run's identity. A journal of format 1 has none: that of its folder was compared.
+        run: Digest of the run's identity. Journals of format 1 have none; ``run.json`` was compared instead.
         results: The layer's finished files, relative to the folder.
-        session: The session that is ending, to return only what it wrote, without reading its parts.
+        session: The session that is ending, to return only its batches, unchecked.
     """
 
     def is_part(name: str) -> bool:
@@ -216,8 +216,8 @@ def read_parts(
             own = [name for name in head.files if is_part(name) or name in results]
             files = {format: folder / name for name in own if (format := Path(name).suffix[1:]) in wanted}
             if wanted == files.keys() and head.run in ("", run):
-                checked = files.items() if not session else ()
-                damaged = set[int]().union(*(_damaged(file, format, entries) for format, file in checked))
+                unchecked = files.items() if not session else ()
+                damaged = set[int]().union(*(_damaged(file, format, entries) for format, file in unchecked))
                 done |= {entry.batch: Placed(entry, files) for entry in entries if entry.batch not in damaged}
     return done
 
@@ -235,13 +235,13 @@ def _damaged(path: Path, format: str, entries: list[Entry]) -> set[int]:
 
 
 def next_session(folder: Path) -> int:
-    """Return the number that a new session's names begin with: no file has one of them, and its journals come last."""
+    """Return the number of the next session, after those of all files in a folder."""
     found = (re.fullmatch(NUMBERED, path.name) for path in folder.glob("*"))
     return 1 + max((int(name["session"]) for name in found if name), default=0)
 
 
 def pieces(format: str, placed: Iterable[Placed]) -> list[Piece]:
-    """Line up the bytes of batches in one format, neighbours in one piece."""
+    """Return the bytes of batches in one format, adjacent ones as one piece."""
     found: list[Piece] = []
     for entry, files in placed:
         start, end, _ = entry.spans[format]
@@ -253,22 +253,22 @@ def pieces(format: str, placed: Iterable[Placed]) -> list[Piece]:
 
 
 def join(ranges: list[Piece], head: bytes, fresh: Path, keep: Path) -> Path:
-    """Make a whole file of a head and pieces of parts, and return where it is, on disk and ready to be renamed.
+    """Join a head and pieces of parts to one file, and return its path, on disk and ready to be renamed.
 
-    A part that begins as the file does becomes the file; the rest is appended to it by the kernel. Whatever happens
-    on the way, its own batches stay where its journal says.
+    If the first piece follows the head in its part, the part becomes the file and the rest is appended to it. If that
+    fails, the part's own batches are still where its journal says.
 
     Args:
-        ranges: What stands behind the head.
+        ranges: The pieces after the head.
         head: The first bytes.
-        fresh: Name for a new file, where no part can become it.
-        keep: A finished file, which is only read; where it is whole already, it is what is returned.
+        fresh: Path of a new file, in case no part can become it.
+        keep: A finished file, which is never written to; it is returned if it is complete already.
     """
     path = fresh
     first = ranges[0][0] if ranges else keep
-    finished = keep.exists() and first.samefile(keep)  # a kept journal names it by another path
+    finished = keep.exists() and first.samefile(keep)  # a kept journal uses another path for it
     if finished and ranges == [(first, len(head), keep.stat().st_size)]:
-        with disk.told(keep), keep.open("rb") as old:
+        with disk.reporting(keep), keep.open("rb") as old:
             if old.read(len(head)) == head:
                 return keep
     if ranges and not finished and ranges[0][1] == len(head) and all(source != first for source, _, _ in ranges[1:]):
@@ -293,5 +293,5 @@ def join(ranges: list[Piece], head: bytes, fresh: Path, keep: Path) -> Path:
 
 def digest(path: Path) -> str:
     """Return the SHA-256 of a file."""
-    with disk.told(path), path.open("rb") as file:
+    with disk.reporting(path), path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,4 +1,4 @@
-"""Rows -> parts: a thread that formats what was computed, writes it, and syncs as often as that costs little."""
+"""Rows -> parts: a thread that encodes the rows, writes them, and syncs as often as that costs little."""
 
 import os
 import queue
@@ -18,25 +18,25 @@ from featx.writer.folder import LayerState
 from featx.writer.formats import row_name
 from featx.writer.journal import Entry, Part
 
-WAITING = 4  # batches that may wait for the disk, besides those that are computed; then the network waits
-SHARE = 1 / 10  # of the time goes to syncs at most, as long as they are not LONGEST apart
-LONGEST = 10.0  # seconds
+MAX_QUEUED = 4  # batches waiting for the disk, besides those still being computed; then the network waits
+SYNC_SHARE = 1 / 10  # of the time may be spent on syncs, unless they would be more than MAX_UNSYNCED apart
+MAX_UNSYNCED = 10.0  # seconds
 
 
 class RowStream:
-    """Takes batches of rows from the main thread and brings them to disk; begins with its first batch.
+    """Takes batches of rows from the main thread and writes them to disk in a thread of its own.
 
     Args:
-        states: Of each layer what its folder holds, and so which parts there are to be.
-        stem: What the names of this process's parts begin with.
-        device: What computes the rows, as the journal calls it.
-        on_gpu: Whether it is a GPU, for which the thread waits.
-        first: The first batch's number.
-        computing: Batches that may still be computed while they wait here.
+        states: The folder of each layer, with the parts to write.
+        stem: Prefix of this process's file names.
+        device: The device that computes the rows, for the journal.
+        on_gpu: Whether it is a GPU, which the thread waits for.
+        first: The number of the first batch.
+        computing: Maximum number of queued batches that are still being computed.
 
     Attributes:
         computed: Images so far.
-        stages: Seconds for text, for the disk and, where a GPU computes, waited for the network.
+        stages: Seconds spent on text, on the disk and, with a GPU, waiting for the network.
     """
 
     def __init__(
@@ -48,20 +48,20 @@ class RowStream:
         self._stem = stem
         self._device = device
         self._on_gpu = on_gpu
-        self._parts: dict[str, Part] = {}  # of the shard that is being written
+        self._parts: dict[str, Part] = {}  # of the current shard
         self._shard = -1
-        self._finished: dict[Path, str] = {}  # SHA-256 of the parts before
+        self._finished: dict[Path, str] = {}  # SHA-256 of the parts of earlier shards
         self._failure: BaseException | None = None
-        self._queue: queue.Queue[tuple[Batch, Mapping[str, Tensor]] | None] = queue.Queue(WAITING + computing)
-        self._turn_to(first)
+        self._queue: queue.Queue[tuple[Batch, Mapping[str, Tensor]] | None] = queue.Queue(MAX_QUEUED + computing)
+        self._open_shard_of(first)
         self._thread = threading.Thread(target=self._write_all, name="featx-writer", daemon=True)
         self._thread.start()
 
     def put(self, batch: Batch, features: Mapping[str, Tensor]) -> None:
-        """Hand over a batch with its rows, ``(B, D) float32`` of each layer; wait while too many wait.
+        """Queue a batch with its rows, ``(B, D) float32`` per layer; wait while the queue is full.
 
         Raises:
-            BaseException: What the thread ended with.
+            BaseException: The thread's failure.
         """
         while self._failure is None:
             with suppress(queue.Full):
@@ -69,7 +69,7 @@ class RowStream:
         raise self._failure
 
     def end(self, seconds: float | None = None) -> None:
-        """Wait until all is on disk, or for so many seconds, however the thread ends."""
+        """Wait until all rows are on disk, the thread has failed, or so many seconds have passed."""
         if self._thread.is_alive():
             try:
                 self._queue.put(None, timeout=seconds)
@@ -78,10 +78,10 @@ class RowStream:
             self._thread.join(seconds)
 
     def finish(self) -> None:
-        """Wait until all is on disk.
+        """Wait until all rows are on disk.
 
         Raises:
-            BaseException: What the thread ended with.
+            BaseException: The thread's failure.
         """
         while self._thread.is_alive():
             self.end(1)
@@ -89,34 +89,34 @@ class RowStream:
             raise self._failure
 
     def digests(self) -> dict[Path, str]:
-        """Return the SHA-256 of each part's files, as they were written."""
+        """Return the SHA-256 of each part's files as written."""
         found = dict(self._finished)
         for part in self._parts.values():
             found |= part.digests()
         return found
 
     def close(self) -> None:
-        """Close the parts, without a sync."""
+        """Close the parts without a sync."""
         for part in self._parts.values():
             part.close()
         self._parts = {}
 
     def _write_all(self) -> None:
         try:
-            last, cost, waiting = time.monotonic(), 0.0, False
+            last, cost, unsynced = time.monotonic(), 0.0, False
             while True:
-                due = last + min(cost / SHARE, LONGEST)
+                due = last + min(cost / SYNC_SHARE, MAX_UNSYNCED)
                 with suppress(queue.Empty):
-                    item = self._queue.get(timeout=max(0.0, due - time.monotonic()) if waiting else None)
+                    item = self._queue.get(timeout=max(0.0, due - time.monotonic()) if unsynced else None)
                     if item is None:
                         break
                     self._write(*item)
-                    waiting = True
+                    unsynced = True
                 if time.monotonic() >= due:
                     begin = time.monotonic()
                     self._sync()
                     last = time.monotonic()
-                    cost, waiting = last - begin, False
+                    cost, unsynced = last - begin, False
             self._sync()
         except BaseException as err:  # the main thread raises it
             self._failure = err
@@ -127,8 +127,8 @@ class RowStream:
             part.sync()
         self.stages["disk"] += time.monotonic() - begin
 
-    def _turn_to(self, batch: int) -> None:
-        """Begin the parts of the shard that a batch belongs to, with those before brought to disk."""
+    def _open_shard_of(self, batch: int) -> None:
+        """Open the parts of a batch's shard, after bringing those of the shard before it to disk."""
         shard = next(iter(self._states.values())).shard_of(batch)
         if shard != self._shard:
             self._sync()
@@ -144,23 +144,24 @@ class RowStream:
         rows = {layer: values.cpu().numpy() for layer, values in features.items()}
         if self._on_gpu:
             self.stages["network"] += time.monotonic() - begin
-        self._turn_to(batch.number)
+        self._open_shard_of(batch.number)
         for layer, state in self._states.items():
             names = [os.fsencode(row_name(path, state.identity["names"])) for path in batch.names]
             values = rows.get(layer, np.empty((0, state.columns), np.float32))  # (B, D)
             assert len(values) == len(names), f"{layer}: {len(values)} rows for {len(names)} images"
             if len(names) and values.shape[1] != state.columns:
                 raise UserError(
-                    f"--model.layer {layer}: from {batch.names[0]} on {values.shape[1]} columns, expected "
-                    f"{state.columns} as before. Rows differ with the images' shapes.\n"
-                    "Give them one shape with --data.crop, or take a layer after the pooling."
+                    f"--model.layer {layer}: {values.shape[1]} columns from {batch.names[0]} on, expected "
+                    f"{state.columns} as before. The number depends on the image's shape.\n"
+                    "Crop all images to one shape with --data.crop, or use a layer after the pooling."
                 )
             begin = time.thread_time()
-            odd = ~np.isfinite(values)
+            not_finite = ~np.isfinite(values)
             encoded = {part: format.encode(names, values) for part, format in state.parts.items()}
             self.stages["text"] += time.thread_time() - begin
             begin, columns = time.monotonic(), state.columns
-            counts = int(odd.any(axis=1).sum()), int(odd.sum()), sum(number for _, number in encoded.values())
+            overflowed = sum(number for _, number in encoded.values())
+            counts = int(not_finite.any(axis=1).sum()), int(not_finite.sum()), overflowed
             entry = Entry(
                 batch.number, len(names), columns, counts, {}, self._device, batch.faults, batch.readers, batch.remarks
             )

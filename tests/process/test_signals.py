@@ -106,4 +106,4 @@ def test_what_is_waited_for_is_told_with_how_many_machines_and_where(monkeypatch
 )
 def test_failures_of_the_machine_get_a_message(error, words):
     found = explain(error, SimpleNamespace(world_size=2), SimpleNamespace(workers=4))
-    assert isinstance(found, FailedError) and re.search(words, str(found)) and "the same command goes on" in str(found)
+    assert isinstance(found, FailedError) and re.search(words, str(found)) and "the same command again" in str(found)

@@ -39,7 +39,7 @@ def count_calls(monkeypatch, fail_at=None):
             path = next(arg for arg in args if isinstance(arg, os.PathLike))
             calls.append(name)
             if len(calls) == fail_at:
-                with disk.told(path):
+                with disk.reporting(path):
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             return real(*args)
 
@@ -59,7 +59,7 @@ def results(out):
 )
 def test_every_fault_is_told_and_the_next_run_gives_the_same_bytes(photos, tmp_path, format, shard_rows, monkeypatch):
     monkeypatch.setattr(
-        "featx.writer.stream.SHARE", 1e-9
+        "featx.writer.stream.SYNC_SHARE", 1e-9
     )  # syncs at fixed moments, so that every run makes the same calls
     if "parquet" in format:
         pytest.importorskip("pyarrow")
@@ -77,7 +77,7 @@ def test_every_fault_is_told_and_the_next_run_gives_the_same_bytes(photos, tmp_p
                 told = str(err)
                 assert err.exit_status == 4
         seen.add(calls[number - 1])
-        assert "No space left on device" in told and "the same command goes on" in told
+        assert "No space left on device" in told and "run the same command again" in told
         named = results(out)
         for name in named.keys() - {"2.errors.csv"}:
             assert named[name] == clean[name], f"{calls[number - 1]}, call {number}"

@@ -87,7 +87,7 @@ def test_what_another_run_left_since_the_first_look_is_seen_under_the_lock(photo
         leave_unfinished(photos, out, between)
     else:
         predict(photos, between("2"), FeatureWriter(str(out)))
-    before, how = snapshot(out), "begun" if unfinished else "made"
+    before, how = snapshot(out), "started" if unfinished else "made"
     if other:
         with pytest.raises(BadValueError, match=rf"was {how} by another run(.|\n)*weights: "):
             trainer.predict(model, datamodule=data, return_predictions=False)
@@ -217,8 +217,8 @@ def test_a_key_that_is_added_to_the_identity_changes_no_digest(photos, monkeypat
     images = ImageTree(str(photos))
     old = {"network": "alexnet", "value_range": None, "revisions": {"pass": 1}, "versions": {"torch": "2.6"}}
     before = records.digest(old, images)
-    monkeypatch.setitem(records.SINCE, "bands", None)
-    monkeypatch.setitem(records.SINCE, "revisions.bands", 1)
+    monkeypatch.setitem(records.ADDED, "bands", None)
+    monkeypatch.setitem(records.ADDED, "revisions.bands", 1)
     new = old | {"bands": None, "revisions": {"pass": 1, "bands": 1}}
     assert records.digest(new, images) == before and records.differences(old, new) == []
     assert records.digest(new | {"bands": [4, 3, 2]}, images) != before
@@ -286,9 +286,9 @@ def test_a_new_reader_of_one_kind_of_file_concerns_images_of_that_kind_alone(tmp
     assert run(tmp_path / "jpegs", tmp_path / "jpegs-made", model=Weighted).computed == 0
     assert run(tmp_path / "jpegs", tmp_path / "jpegs-begun", model=Weighted).computed == 4
     for folder in ("pngs", "misnamed"):  # by what they hold, not by their names
-        with pytest.raises(BadValueError, match=r"was made by another run. What differs:\n  readers.PNG: 1 -> 2"):
+        with pytest.raises(BadValueError, match=r"was made by another run. Differences:\n  readers.PNG: 1 -> 2"):
             run(tmp_path / folder, tmp_path / f"{folder}-made", model=Weighted)
-        with pytest.raises(BadValueError, match=r"was begun by another run. What differs:\n  readers.PNG: 1 -> 2"):
+        with pytest.raises(BadValueError, match=r"was started by another run. Differences:\n  readers.PNG: 1 -> 2"):
             run(tmp_path / folder, tmp_path / f"{folder}-begun", model=Weighted)
 
 
@@ -296,7 +296,7 @@ def test_an_unknown_format_of_a_run_is_refused(photos, tmp_path):
     leave_unfinished(photos, tmp_path, Weighted)
     path = tmp_path / ".featx" / "2" / "run.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"format": journal.FORMAT + 1}))
-    with pytest.raises(BadValueError, match=rf"run.json: is in format {journal.FORMAT + 1}, of a newer featx"):
+    with pytest.raises(BadValueError, match=rf"run.json: format {journal.FORMAT + 1} is from a newer featx"):
         run(photos, tmp_path, model=Weighted)
 
 

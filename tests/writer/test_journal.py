@@ -106,7 +106,7 @@ def test_rows_of_another_run_are_never_taken(tmp_path):
 def test_a_journal_of_a_newer_featx_is_refused(tmp_path):
     path = tmp_path / "000001-00000.journal"
     path.write_bytes(journal.encode_line({"format": 3, "what": "ever"}))
-    with pytest.raises(BadValueError, match=r"00000.journal: is in format 3, of a newer featx; .* up to 2"):
+    with pytest.raises(BadValueError, match=r"00000.journal: format 3 is from a newer featx; .* up to 2"):
         read_parts(tmp_path)
 
 

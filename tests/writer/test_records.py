@@ -73,15 +73,15 @@ STRANGE = {
     'identity.value_range is [0, "x"], expected two numbers': ("identity.value_range", [0, "x"]),
     "identity.value_range is [9, 9], expected two numbers, the lower first": ("identity.value_range", [9, 9]),
     "files is [], expected an object": ("files", []),
-    "files names none": ("files", {}),
-    'files names "../victim/thesis.txt", which is no file of layer "2"': ("files", {"../victim/thesis.txt": SAID}),
-    'files names "2/notes.csv", which is no file of layer "2"': ("files", {"2/notes.csv": SAID}),
-    'files names "2.csv", which is no file of layer "fc7"': ("layer", "fc7"),
-    'files names "2.csv", which is no file of layer "2"': ("identity.shard_rows", 8),
-    'files names "2/00000.csv", which is no file of layer "2"': ("files", {"2/00000.csv": SAID}),
-    "files says 7 of 2.csv": ("files", {"2.csv": 7}),
-    'files says {"bytes": 7} of 2.csv': ("files", {"2.csv": {"bytes": 7}}),
-    'files says {"sha256": "0", "bytes": "7"} of 2.csv': ("files", {"2.csv": {"sha256": "0", "bytes": "7"}}),
+    "files is empty": ("files", {}),
+    'files has "../victim/thesis.txt", which is not a file of layer "2"': ("files", {"../victim/thesis.txt": SAID}),
+    'files has "2/notes.csv", which is not a file of layer "2"': ("files", {"2/notes.csv": SAID}),
+    'files has "2.csv", which is not a file of layer "fc7"': ("layer", "fc7"),
+    'files has "2.csv", which is not a file of layer "2"': ("identity.shard_rows", 8),
+    'files has "2/00000.csv", which is not a file of layer "2"': ("files", {"2/00000.csv": SAID}),
+    "files has 7 for 2.csv": ("files", {"2.csv": 7}),
+    'files has {"bytes": 7} for 2.csv': ("files", {"2.csv": {"bytes": 7}}),
+    'files has {"sha256": "0", "bytes": "7"} for 2.csv': ("files", {"2.csv": {"sha256": "0", "bytes": "7"}}),
 }
 
 
@@ -124,7 +124,7 @@ def test_a_record_says_its_format_and_a_newer_one_is_refused_as_such(copy):
         beside.write_text(json.dumps({"format": format} | record))
         assert read_record(beside)["rows"] == 11
     beside.write_text(json.dumps({"format": 3}))
-    with pytest.raises(BadValueError, match=r"2.json: is in format 3, of a newer featx; this one .* to 2\."):
+    with pytest.raises(BadValueError, match=r"2.json: format 3 is from a newer featx; this version .* to 2\."):
         read_record(beside)
 
 

@@ -99,7 +99,7 @@ def assert_same_as_clean(place: Path, out: Path) -> None:
 
 def finish(place: Path, out: Path, *args: object) -> None:
     done = predict("photos", out, *BASE, *args, cwd=place)
-    assert "2: going on, " in done.stderr
+    assert "2: continuing, " in done.stderr
     assert_same_as_clean(place, out)
 
 
@@ -232,7 +232,7 @@ def test_a_full_disk_is_exit_4_and_with_room_the_same_command_finishes(place, sm
 def test_a_disk_too_small_from_the_start_is_exit_4_before_the_first_batch(place, small_disk):
     (small_disk / "hog").write_bytes(b"x" * (shutil.disk_usage(small_disk).free - 50_000))
     done = featx("predict", "--data.dir", "photos", "--writer.out_dir", small_disk / "f", *BASE, cwd=place)
-    assert done.returncode == 4 and "are needed" in done.stderr, done.stderr
+    assert done.returncode == 4 and "needs about" in done.stderr, done.stderr
     assert sorted(os.listdir(small_disk)) == ["hog"]
 
 

@@ -1,4 +1,4 @@
-"""Activations -> bytes of files, and back: a format is one class in a file of its own, and a line in the table here."""
+"""Activations -> bytes of files, and back. A format is one class in a file of its own and an entry in FORMATS."""
 
 from typing import Literal
 
@@ -10,7 +10,7 @@ from featx.writer.formats.parquet import Parquet
 Format = Literal["csv", "npy", "parquet"]
 FORMATS: dict[str, type[FileFormat]] = {"csv": Csv, "npy": Npy, "parquet": Parquet}
 PARTS = list(dict.fromkeys(kind.part for kind in FORMATS.values()))
-SUFFIXES = [suffix for kind in FORMATS.values() for suffix in kind.suffixes]  # without a dot, as names.txt
+SUFFIXES = [suffix for kind in FORMATS.values() for suffix in kind.suffixes]  # without a dot: "names.txt"
 
 __all__ = [
     "FORMATS", "PARTS", "REVISION", "SUFFIXES", "FileFormat", "Floats", "Format", "Rows", "csv_row", "is_plain",

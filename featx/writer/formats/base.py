@@ -1,4 +1,4 @@
-"""What a format is asked for."""
+"""The interface of a file format."""
 
 import os
 from abc import ABC, abstractmethod
@@ -9,28 +9,29 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-REVISION = 1  # goes up whenever the text of a value, or the bytes of an npy, change: no run then takes rows of before
+REVISION = 1  # increase it when the text of values or the bytes of an npy change: no run then continues older files
 Floats = npt.NDArray[np.float32]
 Rows = tuple[list[str], Floats]  # names and values, (R, D)
 
 
 def row_name(path: str, names: str) -> str:
-    """Return what the row of an image below the data folder is called, as ``--writer.names`` has it."""
+    """Return the name of an image's row under ``--writer.names``; the path is relative to the data folder."""
     return path if names == "relative" else os.path.basename(path)
 
 
 class FileFormat(ABC):
-    """How the rows of a layer become a file, and are read back.
+    """How the rows of a layer are written to a file and read back.
 
-    Rows are written to parts as they come, and joined behind a head to one file, of which ``finish`` makes the others.
+    Rows are written to parts as they are computed. The parts are joined into one file, which starts with ``head``;
+    ``finish`` makes any other files from it.
 
     Args:
         layer: The layer, as the user named it.
-        columns: Values in each row.
-        identity: What decides the values: ``names``, ``header`` and ``dtype`` of it.
+        columns: Values per row.
+        identity: Everything that determines the values; formats read its ``names``, ``header`` and ``dtype``.
 
     Attributes:
-        suffixes: What the names of its files end with; the first one's holds the rows.
+        suffixes: The suffixes of its files; the first one contains the rows.
         part: The format of the parts.
     """
 
@@ -42,34 +43,34 @@ class FileFormat(ABC):
         self.columns = columns
         self.identity = identity
 
-    @staticmethod  # noqa: B027, most need nothing
+    @staticmethod  # noqa: B027, most formats need nothing
     def check() -> None:
-        """Raise BadValueError where a package that it needs is missing."""
+        """Raise BadValueError if a package that the format needs is missing."""
 
     @abstractmethod
     def head(self, rows: int) -> bytes:
-        """Return what stands before so many rows; its length is always the same."""
+        """Return the bytes before the given number of rows; their length does not depend on it."""
 
     @abstractmethod
     def encode(self, names: list[bytes], values: Floats) -> tuple[bytes, int]:
         """Return the bytes of rows, ``(R, D) float32``, in a part, and how many finite values became infinite."""
 
     def size(self, name: bytes, values: Floats) -> int:
-        """Return about how many bytes one row, ``(1, D) float32``, takes in the end."""
+        """Return about how many bytes one row, ``(1, D) float32``, takes in the final files."""
         return len(self.encode([name], values)[0])
 
-    def finish(self, rows: Path, fresh: str, paths: Iterable[str], about: bytes) -> dict[str, Path]:
-        """Return where each of its files is, by suffix, whole and ready to be renamed.
+    def finish(self, rows: Path, fresh: str, paths: Iterable[str], metadata: bytes) -> dict[str, Path]:
+        """Return the path of each file by suffix, complete and ready to be renamed.
 
         Args:
             rows: The joined file.
-            fresh: What names of new files begin with.
-            paths: Of the rows' images.
-            about: What decided the values, as JSON.
+            fresh: Path prefix for new files.
+            paths: The images of the rows.
+            metadata: What determined the values, as JSON.
         """
         return {self.suffixes[0]: rows}
 
     @staticmethod
     @abstractmethod
     def read(path: Path, mmap: bool) -> Iterator[Rows]:
-        """Yield names and values of some rows after the others; raise BadValueError or MissingPathError for no such."""
+        """Yield names and values in order, some rows at a time; raise BadValueError or MissingPathError."""

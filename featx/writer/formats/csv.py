@@ -1,4 +1,4 @@
-"""CSV: a line for each row, its name and values as text."""
+"""CSV: one line per row, its name and values as text."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -19,23 +19,23 @@ class Csv(FileFormat):
     part = "csv"
 
     def head(self, rows: int) -> bytes:
-        """Return the line of column names, ``image,fc7.0,fc7.1,…``, where one was asked for."""
+        """Return the line of column names, ``image,fc7.0,fc7.1,…``, if ``header`` is set."""
         columns = [f"{self.layer}.{column}" for column in range(self.columns)]
         return ",".join(["image", *columns]).encode() + b"\n" if self.identity["header"] else b""
 
     def encode(self, names: list[bytes], values: Floats) -> tuple[bytes, int]:
-        """Return the lines of rows."""
+        """Return the rows' lines."""
         return b"".join(map(csv_row, names, values)), 0
 
     @staticmethod
     def read(path: Path, mmap: bool) -> Iterator[Rows]:
-        """Yield the rows one by one."""
+        """Yield one row at a time."""
         columns, parse = None, _json_parser()
         with path.open("rb", buffering=1 << 20) as file:
             header = next(csv_lines(file, False), (b"", b""))[0] == b"image"  # an image's name has a suffix
             file.seek(0)
             for number, (name, text) in enumerate(csv_lines(file, header), 1):
-                try:  # JSON knows neither nan nor inf
+                try:  # JSON has neither nan nor inf
                     found = parse(b"[" + text + b"]") if b"n" not in text else list(map(float, text.split(b",")))
                     values = np.array(found, np.float32)  # (D,)
                 except (ValueError, TypeError) as err:
@@ -46,7 +46,7 @@ class Csv(FileFormat):
 
 
 def _json_parser() -> Callable[[bytes], Any]:
-    """Return what reads a list of numbers: simdjson, which makes no Python object of each, or orjson."""
+    """Return a parser for a list of numbers: simdjson, which creates no Python objects, or else orjson."""
     try:
         import simdjson
     except ImportError:
@@ -59,8 +59,8 @@ def csv_row(name: bytes, values: Floats) -> bytes:
     r"""Return one line of CSV: the name, then each value in the fewest digits that read back as the same float32.
 
     Args:
-        name: The image's name, any bytes; quoted after RFC 4180 where it must be, or begins with ``#``, which many
-            readers take for a comment.
+        name: The image's name, any bytes; quoted as in RFC 4180 if necessary or if it starts with ``#``, which many
+            readers treat as a comment.
         values: ``(D,) float32``; nan and infinity become ``nan``, ``inf`` and ``-inf``.
 
     Example:
@@ -68,33 +68,33 @@ def csv_row(name: bytes, values: Floats) -> bytes:
         b'"a,b.jpg",0.1,-2.0,nan\n'
     """
     text = orjson.dumps(np.ascontiguousarray(values), option=orjson.OPT_SERIALIZE_NUMPY)[1:-1]
-    if not np.isfinite(values).all():  # JSON knows none of the three, and orjson writes null
+    if not np.isfinite(values).all():  # for which orjson writes null
         texts = text.split(b",")
         for index in np.flatnonzero(~np.isfinite(values)):
-            texts[index] = b"%a" % float(values[index])  # nan, inf or -inf
+            texts[index] = b"%a" % float(values[index])
         text = b",".join(texts)
     quoted = name if is_plain(name) else b'"' + name.replace(b'"', b'""') + b'"'
     return quoted + b"," + text + b"\n"
 
 
 def is_plain(name: bytes) -> bool:
-    """Return whether a name stands in CSV as it is, so that a reader without quotes, as DEMUD's, gets it back."""
+    """Return whether a name needs no quotes in CSV; DEMUD and other simple readers do not understand quotes."""
     return not name.startswith(b"#") and not any(mark in name for mark in (b",", b'"', b"\n", b"\r"))
 
 
 def read_csv_names(file: BinaryIO, header: bool) -> Iterator[tuple[bytes, int]]:
-    """Yield each row's name and how many values follow it, without reading the values.
-
-    Args:
-        file: A CSV as ``csv_row`` writes it.
-        header: Whether its first line is one of column names.
-    """
+    """Yield each row's name and its number of values, without parsing the values."""
     for name, values in csv_lines(file, header):
         yield name, values.count(b",") + 1
 
 
 def csv_lines(file: BinaryIO, header: bool) -> Iterator[tuple[bytes, bytes]]:
-    """Yield each row's name, unquoted, and the text of its values, with the line break after them."""
+    """Yield each row's unquoted name, and its values as text including the line break.
+
+    Args:
+        file: A CSV written by ``csv_row``.
+        header: Whether its first line contains column names.
+    """
     if header:
         file.readline()
     for line in file:

@@ -1,4 +1,4 @@
-"""npy: the values as numpy has them, and the names in a file beside them."""
+"""npy: the values as a numpy array, and the names in a text file next to it."""
 
 import os
 import re
@@ -11,7 +11,7 @@ from featx.errors import BadValueError, MissingPathError, count
 from featx.writer import disk
 from featx.writer.formats.base import FileFormat, Floats, Rows, row_name
 
-NPY_HEAD = 128  # bytes, whatever the numbers in it: it is written before the rows are counted
+NPY_HEAD = 128  # bytes, whatever the shape: it is written before the number of rows is known
 
 
 class Npy(FileFormat):
@@ -21,9 +21,9 @@ class Npy(FileFormat):
     part = "npy"
 
     def head(self, rows: int) -> bytes:
-        """Return the array's shape and type, always in equally many bytes.
+        """Return the array's shape and type in ``NPY_HEAD`` bytes.
 
-        After https://numpy.org/doc/stable/reference/generated/numpy.lib.format.html, version 1.0.
+        Version 1.0 of https://numpy.org/doc/stable/reference/generated/numpy.lib.format.html.
         """
         kind = np.dtype(self.identity["dtype"]).str
         shape = f"{{'descr': '{kind}', 'fortran_order': False, 'shape': ({rows}, {self.columns}), }}"
@@ -31,17 +31,17 @@ class Npy(FileFormat):
         return begin + shape.ljust(NPY_HEAD - 11).encode() + b"\n"
 
     def encode(self, names: list[bytes], values: Floats) -> tuple[bytes, int]:
-        """Return the values of rows, and how many finite ones ``dtype`` made infinite."""
+        """Return the rows' values, and how many finite ones became infinite in ``dtype``."""
         with np.errstate(over="ignore"):
-            held = values.astype(self.identity["dtype"], copy=False)
-        return held.tobytes(), 0 if held is values else int((np.isinf(held) & np.isfinite(values)).sum())
+            cast = values.astype(self.identity["dtype"], copy=False)
+        return cast.tobytes(), 0 if cast is values else int((np.isinf(cast) & np.isfinite(values)).sum())
 
     def size(self, name: bytes, values: Floats) -> int:
-        """Return the bytes of a row's values and of its name's line."""
+        """Return the size of a row's values and its line of names.txt."""
         return super().size(name, values) + len(name) + 1
 
-    def finish(self, rows: Path, fresh: str, paths: Iterable[str], about: bytes) -> dict[str, Path]:
-        """Write the names."""
+    def finish(self, rows: Path, fresh: str, paths: Iterable[str], metadata: bytes) -> dict[str, Path]:
+        """Write the file of names."""
         listed = Path(f"{fresh}.names.txt")
         names = (row_name(path, self.identity["names"]) for path in paths)
         disk.replace(listed, b"".join(name_line(os.fsencode(name)) for name in names))
@@ -49,29 +49,27 @@ class Npy(FileFormat):
 
     @staticmethod
     def read(path: Path, mmap: bool) -> Iterator[Rows]:
-        """Yield all rows at once, mapped read-only if asked for."""
+        """Yield all rows at once, memory-mapped read-only if ``mmap``."""
         listed = path.with_suffix(".names.txt")
         if not listed.is_file():
-            raise MissingPathError(
-                f"{listed}: no such file. Expected the names of the rows of {path.name}, one a line."
-            )
+            raise MissingPathError(f"{listed}: no such file. Expected the row names of {path.name}, one per line.")
         names = [os.fsdecode(name) for name in read_name_lines(listed.read_bytes())]
         try:
             values = np.load(path, mmap_mode="r" if mmap else None)
         except (ValueError, EOFError) as err:
-            raise BadValueError(f"{path}: {err}. Expected an array as featx writes it.") from err
+            raise BadValueError(f"{path}: {err}. Expected an array written by featx.") from err
         if values.ndim != 2 or len(values) != len(names):
-            there = f"{count(len(values), 'row')}, but {count(len(names), 'name')}"
-            raise BadValueError(f"{path}: {there} in {listed.name}.")
+            rows, lines = count(len(values), "row"), count(len(names), "name")
+            raise BadValueError(f"{path}: {rows}, but {lines} in {listed.name}.")
         yield names, values
 
 
 def name_line(name: bytes) -> bytes:
-    r"""Return a name's line in LAYER.names.txt: its bytes, but for ``\n``, ``\r`` and ``\\``, which are written so."""
+    r"""Return a name's line in LAYER.names.txt: its bytes, with ``\n``, ``\r`` and ``\\`` escaped."""
     return name.replace(b"\\", rb"\\").replace(b"\n", rb"\n").replace(b"\r", rb"\r") + b"\n"
 
 
 def read_name_lines(data: bytes) -> list[bytes]:
-    """Return the names that ``name_line`` wrote."""
-    meaning = {b"n": b"\n", b"r": b"\r"}
-    return [re.sub(rb"\\(.)", lambda found: meaning.get(found[1], found[1]), line) for line in data.split(b"\n")[:-1]]
+    """Return the names in LAYER.names.txt."""
+    escapes = {b"n": b"\n", b"r": b"\r"}
+    return [re.sub(rb"\\(.)", lambda match: escapes.get(match[1], match[1]), line) for line in data.split(b"\n")[:-1]]
