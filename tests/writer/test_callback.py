@@ -24,7 +24,7 @@ from featx.writer.disk import DiskError
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
 
-def test_a_trainer_put_together_by_hand_writes_the_file(photos, tmp_path):
+def test_a_users_own_trainer_writes_the_file(photos, tmp_path):
     writer = run(photos, tmp_path / "new" / "out")
     assert sorted(os.listdir(tmp_path / "new" / "out")) == [".featx", "2.csv", "2.json"]
     names, values = read_csv(writer.files["2"][0])
@@ -59,7 +59,7 @@ def test_the_record_says_what_made_the_file(photos, tmp_path):
     assert record["inputs"]["images"] == 37 and list(about["batches_by_device"].values()) == [5]
 
 
-def test_npy_holds_the_same_values_and_the_names_beside_them(photos, tmp_path):
+def test_npy_has_the_same_values_and_the_names_in_a_second_file(photos, tmp_path):
     writer = run(photos, tmp_path, format=["csv", "npy"], names="relative")
     assert sorted(os.listdir(tmp_path)) == [".featx", "2.csv", "2.json", "2.names.txt", "2.npy"]
     assert {path.name for path in writer.files["2"]} == {"2.csv", "2.npy", "2.names.txt"}
@@ -69,7 +69,7 @@ def test_npy_holds_the_same_values_and_the_names_beside_them(photos, tmp_path):
     assert (tmp_path / "2.names.txt").read_text().splitlines() == names
 
 
-def test_every_format_has_the_same_rows_whatever_else_is_asked_for(odd_photos, tmp_path):
+def test_every_format_has_the_same_rows_alone_and_with_others(odd_photos, tmp_path):
     pytest.importorskip("pyarrow")
     run(odd_photos, tmp_path / "all", format=["csv", "npy", "parquet"])
     names, values = load(tmp_path / "all" / "2.csv")
@@ -95,7 +95,7 @@ READERS = {
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 @pytest.mark.parametrize("reader", READERS)
-def test_four_readers_take_the_parquet(photos, tmp_path, reader, dtype):
+def test_four_libraries_read_the_parquet(photos, tmp_path, reader, dtype):
     pytest.importorskip("pyarrow")
     module = pytest.importorskip(reader)
     run(photos, tmp_path, format=["npy", "parquet"], dtype=dtype)
@@ -119,7 +119,7 @@ def test_parquet_says_what_made_it_and_is_compressed_by_byte_streams(photos, tmp
     assert column.compression == "ZSTD" and "BYTE_STREAM_SPLIT" in column.encodings
 
 
-def test_parquet_comes_in_row_groups_that_a_reader_can_hold(photos, tmp_path, monkeypatch):
+def test_parquet_row_groups_fit_in_memory(photos, tmp_path, monkeypatch):
     pytest.importorskip("pyarrow")
     run(photos, tmp_path / "whole", format="parquet")
     monkeypatch.setattr("featx.writer.formats.parquet.GROUP_BYTES", 10 * 4 * 4)
@@ -142,7 +142,7 @@ def odd_photos(tmp_path):
 
 
 @pytest.mark.parametrize("format", ["npy", "parquet"])
-def test_an_image_that_is_repaired_costs_its_batch_alone(odd_photos, tmp_path, format):
+def test_a_repaired_image_recomputes_only_its_batch(odd_photos, tmp_path, format):
     if format == "parquet":
         pytest.importorskip("pyarrow")
     broken = odd_photos / "b" / "y.png"
@@ -172,7 +172,7 @@ def test_a_repair_at_the_end_leaves_the_finished_file_alone_until_the_new_one_is
     assert (tmp_path / "out" / "2.csv").read_bytes() != before
 
 
-def test_what_float16_cannot_hold_is_counted_and_told(photos, tmp_path, caplog, monkeypatch):
+def test_values_too_large_for_float16_are_counted_and_reported(photos, tmp_path, caplog, monkeypatch):
     monkeypatch.setattr(Scale, "factor", torch.tensor([1, 1e9, float("inf"), 1]))
     run(photos, tmp_path, format="npy", dtype="float16")
     values = np.load(tmp_path / "2.npy")
@@ -191,7 +191,7 @@ def test_what_float16_cannot_hold_is_counted_and_told(photos, tmp_path, caplog, 
         ({"dtype": "float16"}, "--writer.dtype float16: csv is always float32"),
     ],
 )
-def test_formats_that_cannot_be_are_refused(options, words):
+def test_impossible_formats_are_refused(options, words):
     with pytest.raises(BadValueError, match=words):
         FeatureWriter(**options)
 
@@ -214,7 +214,7 @@ def test_values_that_are_not_finite_are_written_and_counted(photos, tmp_path, ca
     assert row[2] == "nan" and row[3].lstrip("-") == "inf" and row[4].lstrip("-") == "inf"
 
 
-def test_awkward_names_come_back_and_demuds_trouble_is_told(tmp_path, caplog):
+def test_awkward_names_read_back_and_those_that_demud_misreads_are_reported(tmp_path, caplog):
     names = ["a,b.png", 'c"d.png', "e\nf.png", "#g.png", "plain.png", "猫.png", os.fsdecode(b"\xe9.png")]
     folder = tmp_path / "photos"
     folder.mkdir()
@@ -226,7 +226,7 @@ def test_awkward_names_come_back_and_demuds_trouble_is_told(tmp_path, caplog):
     assert "4 names with a comma, a quote, a line break or a leading #" in caplog.text
 
 
-def test_basenames_that_occur_twice_are_told_once_with_the_remedy(tmp_path, caplog):
+def test_repeated_basenames_are_reported_once_with_the_remedy(tmp_path, caplog):
     for folder in ("cats", "dogs"):
         (tmp_path / "photos" / folder).mkdir(parents=True)
         for name in ("1.png", "2.png"):
@@ -253,7 +253,7 @@ def test_rows_that_differ_in_length_end_the_run_without_a_file(tmp_path):
     assert os.listdir(tmp_path / "out") == [".featx"]
 
 
-def test_an_unreadable_image_ends_the_run_without_a_file_where_that_was_asked_for(tmp_path):
+def test_an_unreadable_image_ends_the_run_without_a_file_if_asked(tmp_path):
     folder = tmp_path / "photos"
     folder.mkdir()
     for i in range(20):
@@ -310,7 +310,7 @@ SHARDS = [f"{number:05}" for number in range(3)]
 
 
 @pytest.mark.parametrize("format", ["csv", "npy", "parquet"])
-def test_shards_hold_the_rows_of_one_file_in_their_order(photos, tmp_path, format):
+def test_shards_contain_the_rows_of_one_file_in_order(photos, tmp_path, format):
     if format == "parquet":
         pytest.importorskip("pyarrow")
     run(photos, tmp_path / "one", format=format, names="relative")
@@ -337,7 +337,7 @@ def test_a_shard_that_one_process_computed_is_written_once(photos, tmp_path, mon
     assert [len(load(tmp_path / "2" / f"{shard}.csv")[0]) for shard in SHARDS] == [16, 16, 5]
 
 
-def test_a_run_that_was_ended_within_a_shard_goes_on_to_the_same_shards(photos, tmp_path, monkeypatch):
+def test_a_run_interrupted_within_a_shard_continues_to_the_same_shards(photos, tmp_path, monkeypatch):
     run(photos, tmp_path / "clean", format=["csv", "npy"], shard_rows=16)
     compute, calls = Tiny.predict_step, []
 
@@ -361,7 +361,7 @@ def shards(out):
     return {path.name: path.read_bytes() for path in (out / "2").iterdir()}
 
 
-def test_a_repair_costs_its_batch_and_leaves_the_other_shards_alone(photos, tmp_path):
+def test_a_repair_recomputes_its_batch_and_leaves_other_shards_alone(photos, tmp_path):
     shutil.copytree(photos, tmp_path / "photos")
     broken = tmp_path / "photos" / "bees" / "wild" / "image-10.jpg"
     data, out, options = broken.read_bytes(), tmp_path / "out", {"format": ["csv", "npy"], "shard_rows": 16}
@@ -378,7 +378,7 @@ def test_a_repair_costs_its_batch_and_leaves_the_other_shards_alone(photos, tmp_
     assert sorted(os.listdir(out / ".featx" / "2")) == ["images.gz"]
 
 
-def test_the_number_of_rows_a_shard_is_part_of_what_made_them(photos, tmp_path):
+def test_the_rows_per_shard_are_part_of_the_identity(photos, tmp_path):
     run(photos, tmp_path, shard_rows=16)
     with pytest.raises(BadValueError, match="shard_rows: 16 -> 8"):
         run(photos, tmp_path, shard_rows=8)
@@ -393,7 +393,7 @@ def test_the_number_of_rows_a_shard_is_part_of_what_made_them(photos, tmp_path):
     assert sorted(os.listdir(tmp_path)) == [".featx", "2.csv", "2.json"]
 
 
-def test_shards_need_no_room_for_a_second_copy_beside_them(photos, tmp_path, monkeypatch):
+def test_shards_need_no_space_for_a_second_copy(photos, tmp_path, monkeypatch):
     trainer = Trainer(accelerator="cpu", logger=False, barebones=True)
     model, data = Tiny("2"), ImageFolderDataModule(str(photos), batch_size=8)
     data.setup()
@@ -409,7 +409,7 @@ def test_shards_need_no_room_for_a_second_copy_beside_them(photos, tmp_path, mon
         one.check_space(data.images, sample, 2)
 
 
-def test_files_of_unknown_origin_where_shards_would_stand_are_refused(photos, tmp_path):
+def test_unknown_files_in_the_folder_of_shards_are_refused(photos, tmp_path):
     (tmp_path / "2").mkdir()
     (tmp_path / "2" / "notes.csv").touch()
     with pytest.raises(BadValueError, match=r"2/notes.csv: exists, and no record says that featx"):
@@ -429,7 +429,7 @@ def test_shards_that_are_not_whole_batches_are_refused(photos, tmp_path, rows, n
     assert not (tmp_path / "out").exists()
 
 
-def test_shards_that_load_cannot_take_as_one_are_told(photos, tmp_path):
+def test_shards_that_load_cannot_join_are_reported(photos, tmp_path):
     run(photos, tmp_path, format=["csv", "npy"], shard_rows=16)
     with pytest.raises(BadValueError, match=r"2: holds .csv and .npy. Expected one, such as .*2/\*.csv"):
         load(tmp_path / "2")
@@ -449,7 +449,7 @@ FOLDER_READERS = READERS | {
 
 
 @pytest.mark.parametrize("reader", READERS)
-def test_four_readers_take_a_folder_of_parquet_as_one(photos, tmp_path, reader):
+def test_four_libraries_read_a_folder_of_parquet_as_one_table(photos, tmp_path, reader):
     pytest.importorskip("pyarrow")
     module = pytest.importorskip(reader)
     run(photos, tmp_path, format="parquet", shard_rows=16)

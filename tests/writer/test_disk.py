@@ -57,7 +57,7 @@ def results(out):
 @pytest.mark.parametrize(
     "format, shard_rows", [("csv", None), (["csv", "npy"], None), (["npy", "parquet"], None), ("npy", 16)], ids=str
 )
-def test_every_fault_is_told_and_the_next_run_gives_the_same_bytes(photos, tmp_path, format, shard_rows, monkeypatch):
+def test_every_fault_is_reported_and_the_next_run_gives_the_same_bytes(photos, tmp_path, format, shard_rows, monkeypatch):
     monkeypatch.setattr(
         "featx.writer.stream.SYNC_SHARE", 1e-9
     )  # syncs at fixed moments, so that every run makes the same calls
@@ -103,7 +103,7 @@ def test_a_write_that_takes_only_a_part_is_continued(tmp_path):
 
 
 @pytest.mark.parametrize("kernel", [True, False])
-def test_ranges_are_appended_with_and_without_the_kernels_help(tmp_path, monkeypatch, kernel):
+def test_ranges_are_appended_with_and_without_copy_file_range(tmp_path, monkeypatch, kernel):
     if not kernel:
 
         def refuse(*args, **kwargs):
@@ -134,7 +134,7 @@ def test_a_lock_excludes_other_processes_and_other_runs_of_this_one(tmp_path):
     Lock(tmp_path / "lock", "--writer.out_dir out").release()
 
 
-def test_a_killed_process_frees_its_folder_though_a_worker_of_it_lives(tmp_path):
+def test_a_killed_process_releases_its_folder_while_its_worker_lives(tmp_path):
     reading, writing = os.pipe()
     parent = os.fork()
     if not parent:
@@ -153,7 +153,7 @@ def test_a_killed_process_frees_its_folder_though_a_worker_of_it_lives(tmp_path)
     os.kill(worker, signal.SIGKILL)  # it was alive
 
 
-def test_a_link_in_the_place_of_the_lock_is_refused(tmp_path):
+def test_a_link_instead_of_the_lock_file_is_refused(tmp_path):
     (tmp_path / "lock").symlink_to("elsewhere")
     with pytest.raises(DiskError, match="lock"):
         Lock(tmp_path / "lock", "out")

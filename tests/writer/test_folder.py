@@ -76,7 +76,7 @@ def snapshot(folder):
 
 @pytest.mark.parametrize("unfinished", [True, False], ids=["unfinished", "finished"])
 @pytest.mark.parametrize("other", [True, False], ids=["other weights", "the same run"])
-def test_what_another_run_left_since_the_first_look_is_seen_under_the_lock(photos, tmp_path, unfinished, other):
+def test_files_written_after_the_inspection_are_seen_under_the_lock(photos, tmp_path, unfinished, other):
     out = tmp_path / "out"
     model, data = Weighted("2"), ImageFolderDataModule(str(photos), batch_size=8, num_workers=0)
     writer = FeatureWriter(str(out))
@@ -100,7 +100,7 @@ def test_what_another_run_left_since_the_first_look_is_seen_under_the_lock(photo
         assert (out / "2.csv").read_bytes() == clean.files["2"][0].read_bytes()
 
 
-def test_rows_without_run_json_are_never_taken(photos, tmp_path):
+def test_rows_without_run_json_are_never_used(photos, tmp_path):
     leave_unfinished(photos, tmp_path, Other)
     (tmp_path / ".featx" / "2" / "run.json").unlink()
     writer = run(photos, tmp_path, model=Weighted)
@@ -129,7 +129,7 @@ def test_a_writer_and_a_model_used_again_are_right(photos, three_photos, tmp_pat
     assert writer.records["2"]["run"]["stages"]["network"] < 60
 
 
-def test_a_data_module_used_again_lists_its_images_anew_and_deals_them_all(photos, tmp_path):
+def test_a_data_module_used_again_lists_and_distributes_all_images_again(photos, tmp_path):
     folder = tmp_path / "photos"
     folder.mkdir()
     for i in range(20):
@@ -149,7 +149,7 @@ def test_a_data_module_used_again_lists_its_images_anew_and_deals_them_all(photo
 
 
 @pytest.mark.parametrize("finished", [False, True])
-def test_images_in_another_order_are_other_rows(photos, tmp_path, finished):
+def test_images_in_another_order_are_refused(photos, tmp_path, finished):
     listed = tmp_path / "list.txt"
     names = ImageTree(str(photos)).names[:]
     listed.write_text("\n".join(names))
@@ -161,7 +161,7 @@ def test_images_in_another_order_are_other_rows(photos, tmp_path, finished):
         predict(photos, Weighted("2"), FeatureWriter(str(tmp_path)), files=str(listed))
 
 
-def test_weights_that_changed_between_two_runs_are_other_weights(photos, tmp_path):
+def test_weights_that_changed_between_two_runs_are_refused(photos, tmp_path):
     model = Weighted("2")
     predict(photos, model, FeatureWriter(str(tmp_path)))
     with torch.no_grad():
@@ -177,7 +177,7 @@ def test_a_network_that_a_precision_converted_is_not_used_for_another_run(photos
         run(photos, tmp_path / "whole", model=lambda layer: model)
 
 
-def test_names_that_a_record_may_not_hold_are_refused_and_nothing_is_removed(photos, tmp_path):
+def test_invalid_file_names_in_a_record_are_refused_and_nothing_is_removed(photos, tmp_path):
     out, victim = tmp_path / "out", tmp_path / "victim" / "thesis.txt"
     victim.parent.mkdir()
     victim.write_text("years of work")
@@ -204,7 +204,7 @@ def test_overwrite_removes_what_featx_wrote_and_nothing_else(photos, tmp_path):
     assert all(path.read_text() == "mine" for path in own) and not list((tmp_path / "2").glob("0*.csv"))
 
 
-def test_a_list_of_the_users_beside_a_file_without_errors_is_not_replaced(photos, tmp_path):
+def test_a_users_own_errors_csv_is_not_replaced(photos, tmp_path):
     run(photos, tmp_path)
     (tmp_path / "2.errors.csv").write_text("mine")
     for options in ({"format": ["csv", "npy"]}, {"overwrite": True}):
@@ -275,7 +275,7 @@ def test_a_crash_while_files_are_removed_leaves_none_without_a_record(photos, tm
     assert again.records["2"]["rows"] == 37
 
 
-def test_a_new_reader_of_one_kind_of_file_concerns_images_of_that_kind_alone(tmp_path, monkeypatch):
+def test_a_new_reader_affects_only_images_of_its_kind(tmp_path, monkeypatch):
     for folder, suffix, format in (("jpegs", "jpg", "JPEG"), ("pngs", "png", "PNG"), ("misnamed", "jpg", "PNG")):
         (tmp_path / folder).mkdir()
         for i in range(20):
@@ -300,7 +300,7 @@ def test_an_unknown_format_of_a_run_is_refused(photos, tmp_path):
         run(photos, tmp_path, model=Weighted)
 
 
-def test_a_refused_run_frees_the_folder_at_once(photos, tmp_path):
+def test_a_refused_run_releases_the_folder_at_once(photos, tmp_path):
     run(photos, tmp_path, model=Weighted)
     with pytest.raises(ValueError, match="made by another run") as refused:
         featx.extract(photos, "2", model=Other, out_dir=tmp_path, batch_size=8, num_workers=0)
@@ -332,7 +332,7 @@ def test_a_second_run_of_the_same_process_is_refused_and_the_first_unharmed(phot
     assert len(refused) == 5 and len(load(tmp_path / "2.csv")[0]) == 37
 
 
-def test_a_callback_of_the_users_may_have_stages_of_its_own(photos, tmp_path):
+def test_a_users_callback_may_have_its_own_stages(photos, tmp_path):
     class Mine(Callback):
         stages = {"warm-up": "done"}  # noqa: RUF012
 
@@ -350,7 +350,7 @@ def test_the_versions_of_the_networks_packages_are_in_the_identity(photos, tmp_p
     assert "timm" not in run(photos, tmp_path / "own").records["2"]["identity"]["versions"]
 
 
-def test_links_in_the_place_of_parts_are_not_followed(photos, tmp_path):
+def test_links_named_like_parts_are_not_followed(photos, tmp_path):
     (tmp_path / "victim").write_text("mine")
     (tmp_path / "out" / ".featx" / "2").mkdir(parents=True)
     (tmp_path / "out" / ".featx" / "2" / "000001-00000.csv").symlink_to(tmp_path / "victim")

@@ -30,7 +30,7 @@ def test_values_have_the_fewest_digits():
     assert csv_row(b"a.jpg", np.array([0.1, -2.5, 1e-7], np.float32)) == b"a.jpg,0.1,-2.5,1e-7\n"
 
 
-def test_what_is_not_finite_is_written_in_words():
+def test_values_that_are_not_finite_are_written_as_nan_and_inf():
     row = np.array([1, np.nan, np.inf, -np.inf], np.float32)
     assert csv_row(b"a.jpg", row) == b"a.jpg,1.0,nan,inf,-inf\n"
 
@@ -50,7 +50,7 @@ def test_a_name_that_is_not_utf8_keeps_its_bytes():
     assert csv_row(b"\xff\xe9.jpg", np.zeros(1, np.float32)) == b"\xff\xe9.jpg,0.0\n"
 
 
-def test_a_head_of_npy_has_one_length_and_numpy_reads_it():
+def test_the_npy_head_has_a_fixed_length_and_numpy_reads_it():
     for rows, columns, dtype in ((0, 0, "float32"), (3, 4, "float16"), (10**12, 10**9, "float32")):
         head = FORMATS["npy"]("fc7", columns, {"dtype": dtype}).head(rows)
         assert len(head) == NPY_HEAD
@@ -60,7 +60,7 @@ def test_a_head_of_npy_has_one_length_and_numpy_reads_it():
         assert file.tell() == NPY_HEAD
 
 
-def test_names_come_back_from_their_lines():
+def test_names_read_back_from_their_lines():
     names = [b"a.jpg", b"a\nb", b"a\\nb", b"\\", b"\r\n\\\\n", b"\xff\xe9", "猫".encode(), b""]
     lines = b"".join(map(name_line, names))
     assert lines.count(b"\n") == len(names) and b"\r" not in lines and read_name_lines(lines) == names
@@ -74,7 +74,7 @@ READING = (REPO / "docs" / "formats.md").read_text().partition("## Reading them 
 
 
 @pytest.mark.parametrize("block", re.findall(r"```python\n(.*?)```", READING, re.DOTALL))
-def test_other_readers_get_all_rows_as_docs_shows(block, tmp_path, monkeypatch):
+def test_other_libraries_read_all_rows_as_in_the_docs(block, tmp_path, monkeypatch):
     for module in re.findall(r"import (duckdb|pandas|polars)", block):
         pytest.importorskip(module)
     monkeypatch.chdir(tmp_path)

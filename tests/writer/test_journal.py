@@ -55,7 +55,7 @@ def expected(batches) -> bytes:
     return HEAD + b"".join(text(batch) for batch in batches)
 
 
-def test_entries_come_back_as_they_were(tmp_path):
+def test_entries_read_back_the_same(tmp_path):
     write(tmp_path, "000001-00000", range(6))
     head, entries = journal.read(tmp_path / "000001-00000.journal")
     assert head == Head(["000001-00000.csv"], RUN) and [e.batch for e in entries] == list(range(6))
@@ -85,7 +85,7 @@ def test_a_changed_byte_is_never_trusted(position, change):
     assert found == good[: len(found)] and len(found) < len(good)
 
 
-def test_rows_that_are_not_there_as_the_journal_says_do_not_count(tmp_path):
+def test_rows_that_do_not_match_the_journal_do_not_count(tmp_path):
     write(tmp_path, "000001-00000", range(6))
     rows = tmp_path / "000001-00000.csv"
     data = bytearray(rows.read_bytes())
@@ -96,7 +96,7 @@ def test_rows_that_are_not_there_as_the_journal_says_do_not_count(tmp_path):
     assert read_parts(tmp_path) == {}
 
 
-def test_rows_of_another_run_are_never_taken(tmp_path):
+def test_rows_of_another_run_are_never_used(tmp_path):
     write(tmp_path, "000001-00000", range(3))
     write(tmp_path, "000002-00000", range(6), run="9c" * 32)
     assert sorted(read_parts(tmp_path)) == [0, 1, 2]
@@ -111,7 +111,7 @@ def test_a_journal_of_a_newer_featx_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["../victim.csv", "/etc/passwd.csv", "a.csv", "..csv"])
-def test_a_journal_that_names_a_file_of_somebody_elses_does_not_count(tmp_path, name):
+def test_a_journal_that_names_a_foreign_file_does_not_count(tmp_path, name):
     folder = tmp_path / "layer"
     folder.mkdir()
     write(folder, "000001-00000", range(3))
@@ -121,14 +121,14 @@ def test_a_journal_that_names_a_file_of_somebody_elses_does_not_count(tmp_path, 
     assert read_parts(folder) == {}
 
 
-def test_strange_files_among_the_parts_are_left_alone(tmp_path):
+def test_unknown_files_among_the_parts_are_left_alone(tmp_path):
     (tmp_path / "x.journal").write_text("hello\n")
     (tmp_path / "0000001.journal").write_text("hello\n")
     write(tmp_path, "000001-00000", range(3))
     assert sorted(read_parts(tmp_path)) == [0, 1, 2] and journal.next_session(tmp_path) == 2
 
 
-def test_a_link_in_the_place_of_a_part_is_neither_read_nor_written_through(tmp_path):
+def test_a_link_instead_of_a_part_is_neither_read_nor_written(tmp_path):
     write(tmp_path, "000001-00000", range(3))
     (tmp_path / "000001-00000.csv").rename(tmp_path / "victim")
     before = (tmp_path / "victim").read_bytes()
@@ -204,7 +204,7 @@ def test_a_gap_in_a_part_that_comes_first_loses_no_later_batch(tmp_path):
 
 
 @pytest.mark.parametrize("missing", ["csv", "journal"])
-def test_half_of_a_pair_is_no_trouble(tmp_path, missing):
+def test_a_part_or_a_journal_alone_does_not_count(tmp_path, missing):
     write(tmp_path, "000001-00000", range(3))
     (tmp_path / f"000001-00000.{missing}").unlink()
     assert read_parts(tmp_path) == {}

@@ -87,7 +87,7 @@ def test_a_finished_file_of_an_earlier_version_is_finished(kept, capsys):
     assert (kept / "2.csv").read_bytes() == before
 
 
-def test_its_listed_image_is_repaired_beside_the_rows_that_it_had(kept):
+def test_its_unreadable_image_is_repaired_and_the_other_rows_are_kept(kept):
     whole = Path("photos/b/5.ppm").read_bytes() + bytes(92)
     Path("photos/b/5.ppm").write_bytes(whole)
     before = (kept / "2.csv").read_bytes().splitlines()
@@ -107,7 +107,7 @@ def test_an_unfinished_run_of_an_earlier_version_is_completed(kept, caplog):
     assert np.array_equal(load(kept / "1.npy")[1], load(kept.parent / "anew" / "1.npy")[1])
 
 
-def test_another_run_into_it_is_refused(kept, capsys):
+def test_another_run_into_its_folder_is_refused(kept, capsys):
     assert main([*LINE, "--model.layer", "2", "--data.batch_size", "3"]) == 2
     assert "batch_size: 2 -> 3" in capsys.readouterr().err
     assert main([*LINE, "--model.layer", "1", "--writer.format", "[csv,npy]", "--writer.header", "true"]) == 2

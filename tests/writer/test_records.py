@@ -86,7 +86,7 @@ STRANGE = {
 
 
 @pytest.mark.parametrize("words", STRANGE)
-def test_what_is_no_record_is_refused_in_words_everywhere(made, copy, words, capsys):
+def test_an_invalid_record_is_refused_with_a_message_everywhere(made, copy, words, capsys):
     beside, strange = copy.with_suffix(".json"), STRANGE[words]
     beside.write_text(json.dumps(put(read_record(beside), *strange) if isinstance(strange, tuple) else strange))
     told = f"{beside}: not a record of featx: {words.strip()}"
@@ -102,13 +102,13 @@ def test_what_is_no_record_is_refused_in_words_everywhere(made, copy, words, cap
 
 
 @pytest.mark.parametrize("data", [b"", b"\xff", b"{", b"[" * 100_000, b"1" * 5000], ids=len)
-def test_what_is_no_json_is_no_record(copy, data):
+def test_invalid_json_is_not_a_record(copy, data):
     copy.with_suffix(".json").write_bytes(data)
     with pytest.raises(BadValueError, match=r"2.json: not a record of featx: it "):
         featx.record(copy)
 
 
-def test_a_record_that_cannot_be_opened_is_told_from_one_that_is_not_there(copy):
+def test_an_unreadable_record_is_not_a_missing_record(copy):
     beside = copy.with_suffix(".json")
     beside.unlink()
     assert read_record(beside) is None and read_record(beside / "2.json") is None
@@ -117,7 +117,7 @@ def test_a_record_that_cannot_be_opened_is_told_from_one_that_is_not_there(copy)
         read_record(beside)
 
 
-def test_a_record_says_its_format_and_a_newer_one_is_refused_as_such(copy):
+def test_a_record_has_a_format_and_a_newer_one_is_refused(copy):
     beside = copy.with_suffix(".json")
     record = read_record(beside)
     for format in (1, 2):
@@ -128,7 +128,7 @@ def test_a_record_says_its_format_and_a_newer_one_is_refused_as_such(copy):
         read_record(beside)
 
 
-def test_whoever_replaces_files_asks_for_the_record_of_one_layer(copy):
+def test_a_record_of_another_layer_is_refused_before_files_are_replaced(copy):
     beside = copy.with_name("fc7.json")
     copy.with_suffix(".json").rename(beside)
     assert featx.record(beside)["layer"] == "2"  # renamed by its user
@@ -157,7 +157,7 @@ def test_whoever_replaces_files_asks_for_the_record_of_one_layer(copy):
     (".", "./00000.csv", False),
     ("", "/00000.csv", False),
 ])  # fmt: skip
-def test_names_of_results_are_exactly_those(layer, name, is_one):
+def test_only_these_names_are_results(layer, name, is_one):
     assert is_result_name(layer, name) == is_one
 
 
@@ -222,7 +222,7 @@ def change(path, key, value):
     beside.write_text(json.dumps(put(json.loads(beside.read_text()), key, value)))
 
 
-def test_a_class_of_a_record_is_made_where_the_user_names_it_only(made, copy, tmp_path, capsys, monkeypatch):
+def test_a_records_class_is_used_only_if_the_user_names_it(made, copy, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     again = (copy, "--images", made / "photos")
     told = told_by(capsys, 2, *again)
@@ -244,7 +244,7 @@ def test_a_class_of_a_record_is_made_where_the_user_names_it_only(made, copy, tm
     )
 
 
-def test_a_function_of_a_record_is_called_where_the_user_names_it_only(network_made, capsys):
+def test_a_records_function_is_called_only_if_the_user_names_it(network_made, capsys):
     again = (network_made, "--images", "photos")
     for model_class in ("featx.model.extractor.FeatureExtractor", "featx.FeatureExtractor"):
         change(network_made, "run.options.model_class", model_class)
@@ -258,7 +258,7 @@ def test_a_function_of_a_record_is_called_where_the_user_names_it_only(network_m
     assert "1 row recomputed" in told_by(capsys, 0, *again, "--model.arch", "own_build.build")
 
 
-def test_weights_are_held_against_the_record_before_rows_are(network_made, capsys):
+def test_weights_are_checked_against_the_record_before_rows(network_made, capsys):
     shutil.copy("second.pth", "first.pth")
     told = told_by(capsys, 1, network_made, "--images", "photos", "--model.arch", "own_build.build")
     digest = featx.record(network_made)["identity"]["weights"]
@@ -279,14 +279,14 @@ UNUSABLE = {
 
 
 @pytest.mark.parametrize("words", UNUSABLE)
-def test_options_of_a_record_are_checked_as_those_of_the_command_line(made, copy, words, capsys):
+def test_options_of_a_record_are_checked_like_those_of_the_command_line(made, copy, words, capsys):
     key, value = UNUSABLE[words]
     change(copy, f"run.options.{key}", value)
     told = told_by(capsys, 2, copy, "--images", made / "photos", "--model", "tiny.Tiny")
     assert f"2.json: not a record that featx can use: {words}" in told
 
 
-def test_an_option_that_is_gone_is_ignored_where_it_changes_nothing(made, copy, capsys, monkeypatch):
+def test_a_removed_option_is_ignored_if_it_changes_nothing(made, copy, capsys, monkeypatch):
     again = (copy, "--images", made / "photos", "--model", "tiny.Tiny")
     monkeypatch.setitem(verify.LEFT_OUT, "gone", 5)
     change(copy, "run.options.model.gone", 5)
@@ -301,7 +301,7 @@ def test_whether_weights_may_run_code_is_never_taken_from_a_record(network_made,
     assert "2.json: --model.unsafe_pickle true is not taken from a record." in told_by(capsys, 2, *again)
 
 
-def test_a_list_of_images_that_is_damaged_is_as_one_that_is_gone(copy, capsys):
+def test_a_damaged_list_of_images_counts_as_missing(copy, capsys):
     kept = copy.parent / ".featx" / "2" / "images.gz"
     for data in (b"", b"stray", kept.read_bytes()[:-9], kept.read_bytes()[:12] + b"\0" * 30):
         kept.write_bytes(data)

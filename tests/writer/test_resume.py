@@ -148,7 +148,7 @@ def test_shards_are_the_same_after_a_kill_and_on_another_number_of_processes(pla
         assert [check_file(path)["rows"] for path in sorted((tmp_path / "2").glob(f"*.{kind}"))] == [20] * 7 + [10]
 
 
-def test_sigterm_and_ctrl_c_end_in_words_and_go_on(place, tmp_path):
+def test_sigterm_and_ctrl_c_end_with_a_message_and_the_run_continues(place, tmp_path):
     for how, status in ((signal.SIGTERM, 143), (signal.SIGINT, 130)):
         process = begin(place, tmp_path)
         wait_for_rows(process, tmp_path)
@@ -160,7 +160,7 @@ def test_sigterm_and_ctrl_c_end_in_words_and_go_on(place, tmp_path):
 
 
 @pytest.mark.parametrize(("how", "group", "status"), [("TERM", False, 143), ("TERM", True, 143), ("INT", True, 130)])
-def test_two_processes_end_together_whether_one_or_both_are_asked(place, tmp_path, how, group, status):
+def test_two_processes_end_together_whether_one_or_both_are_signaled(place, tmp_path, how, group, status):
     process = begin(place, tmp_path, *DDP)
     wait_for_rows(process, tmp_path)
     returned, told = end(process, signal.Signals[f"SIG{how}"], group)
@@ -217,7 +217,7 @@ def small_disk(tmp_path):
     subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
-def test_a_full_disk_is_exit_4_and_with_room_the_same_command_finishes(place, small_disk):
+def test_a_full_disk_is_exit_4_and_with_space_the_same_command_finishes(place, small_disk):
     out = small_disk / "features"
     process = begin(place, out)
     wait_for_rows(process, out)
@@ -262,7 +262,7 @@ def test_other_weights_are_refused_by_their_digest(place, tmp_path):
     assert refused.returncode == 2 and "  weights: " in refused.stderr and "… -> " in refused.stderr, refused.stderr
 
 
-def test_images_that_changed_are_told_by_count(place, tmp_path):
+def test_images_that_changed_are_counted_in_the_message(place, tmp_path):
     photos, out = tmp_path / "photos", tmp_path / "out"
     shutil.copytree(place / "photos", photos)
     shutil.copytree(place / "clean", out)
@@ -277,7 +277,7 @@ def test_images_that_changed_are_told_by_count(place, tmp_path):
     assert "--writer.overwrite true" in refused.stderr
 
 
-def test_unreadable_images_are_listed_and_repaired_in_their_places(place, tmp_path):
+def test_unreadable_images_are_listed_and_repaired_in_place(place, tmp_path):
     photos = tmp_path / "photos"
     shutil.copytree(place / "photos", photos)
     repaired = {photos / "a" / "000.png": None, photos / "b" / "004.png": None}
@@ -309,7 +309,7 @@ def test_unreadable_images_are_listed_and_repaired_in_their_places(place, tmp_pa
     assert_same_as_clean(place, tmp_path / "one")
 
 
-def test_on_error_stop_ends_at_the_first_with_exit_3_and_can_go_on(place, tmp_path):
+def test_on_error_stop_ends_at_the_first_with_exit_3_and_can_continue(place, tmp_path):
     photos = tmp_path / "photos"
     shutil.copytree(place / "photos", photos)
     bad = photos / "c" / "032.png"
@@ -324,7 +324,7 @@ def test_on_error_stop_ends_at_the_first_with_exit_3_and_can_go_on(place, tmp_pa
     os.utime(bad, ns=(stat.st_atime_ns, stat.st_mtime_ns))
 
 
-def test_layers_of_two_runs_stand_side_by_side(place, tmp_path):
+def test_layers_of_two_runs_share_a_folder(place, tmp_path):
     predict("photos", tmp_path, *BASE, cwd=place)
     predict("photos", tmp_path, *BASE, "--model.layer", "1", cwd=place)
     names = sorted(path.name for path in tmp_path.iterdir())
