@@ -1,4 +1,4 @@
-"""What ``make bench`` runs: featx beside other ways to do its job, then stage prices, memory, listing and start.
+"""What ``make bench`` runs: featx and other ways to do its job, then stage costs, memory, listing and start.
 
 Everything that is timed is a process of its own on the same photographs, on the CPU, interleaved with the others, so
 that what disturbs the machine disturbs all of them. ``--quick`` shows in a minute that it works; only the whole run's
@@ -52,7 +52,7 @@ class Rounds(NamedTuple):
         ended: The processes of each way.
         differences: Of each way, the largest relative difference of a row from the original's.
         steady: featx's images/s between two counts of images.
-        prices: ms an image of each stage.
+        prices: ms per image of each stage.
     """
 
     ended: dict[str, list[Ended]]
@@ -65,8 +65,8 @@ def main(options: argparse.Namespace) -> None:
     """Run everything in the scratch folder, which is emptied before and removed after, and print the table."""
     scratch = options.scratch.resolve()
     if scratch.exists():
-        if any(scratch.iterdir()) and not (scratch / "told.txt").exists():
-            sys.exit(f"bench: {options.scratch} holds files of others, expected a folder to make and remove")
+        if any(scratch.iterdir()) and not (scratch / "output.txt").exists():
+            sys.exit(f"bench: {options.scratch} has other files in it, expected a folder to make and remove")
         shutil.rmtree(scratch)
     scratch.mkdir(parents=True)
     tell("making photographs and weights")
@@ -175,28 +175,28 @@ def whole_processes(options: argparse.Namespace, ways: dict[str, Way], found: Ro
     yield f"rows: largest relative difference (L2) from the original's among {COMPARED}"
     if {"featx", UNSYNCED} <= seconds.keys():
         pairs = zip(seconds["featx"], seconds[UNSYNCED], strict=True)
-        yield f"journal and sync: {spread([100 * (with_it / without - 1) for with_it, without in pairs])} % of the run"
+        yield f"journal and sync: {spread([100 * (with_it / without - 1) for with_it, without in pairs])}% of the run"
 
 
 def limit(options: argparse.Namespace, found: Rounds, cores: int) -> Iterator[str]:
-    """Yield the stage prices, what the cores could do at them, and how much of that featx does."""
-    yield f"\nStage prices, CPU time of one thread, {options.repeat} of each, between the runs above"
+    """Yield the stage costs, what the cores could do at them, and how much of that featx does."""
+    yield f"\nStage costs, CPU time of one thread, {options.repeat} of each, between the runs above"
     for name in found.prices[0]:
-        yield f"{name:<42}{spread([prices[name] for prices in found.prices], 2):>26} ms an image"
+        yield f"{name:<42}{spread([prices[name] for prices in found.prices], 2):>25} ms per image"
     dearer = [max(price for name, price in each.items() if name.startswith("network")) for each in found.prices]
     sums = [sum(each.values()) - network for each, network in zip(found.prices, dearer, strict=True)]
     limits = [cores * 1000 / each for each in sums]
     shares = [100 * rate / most for rate, most in zip(found.steady, limits, strict=True)]
-    yield f"{'sum, with the cheaper network':<42}{spread(sums, 2):>26} ms an image"
-    yield f"{f'limit: {cores} cores over the sum':<42}{spread(limits):>26} images/s"
+    yield f"{'sum, with the cheaper network':<42}{spread(sums, 2):>25} ms per image"
+    yield f"{f'limit: {cores} cores over the sum':<42}{spread(limits):>25} images/s"
     between = f"featx, steady: {options.counts[1]:,} to {options.images:,} images"
-    yield f"{between:<42}{spread(found.steady):>26} images/s"
-    yield f"{'its share of the limit':<42}{spread(shares):>26} %"
+    yield f"{between:<42}{spread(found.steady):>25} images/s"
+    yield f"{'its share of the limit':<42}{spread(shares):>25}%"
 
 
 def memory(scratch: Path, options: argparse.Namespace, pool: list[Path]) -> Iterator[str]:
-    yield "\nPeak memory of featx's main process, MiB; apart: KiB an image more than above"
-    yield f"{'':<14}{'whole run':>18}{'apart':>10}{'after first batch':>22}{'apart':>10}"
+    yield "\nPeak memory of featx's main process, MiB; more: KiB more per image"
+    yield f"{'':<14}{'whole run':>18}{'more':>10}{'after first batch':>22}{'more':>10}"
     last: tuple[int, list[float]] | None = None
     for count in options.counts:
         tell(f"memory at {count:,} images")
@@ -228,11 +228,11 @@ def listing(scratch: Path, options: argparse.Namespace, pool: list[Path]) -> Ite
     few, many = ended.values()
     later = median(end.seconds for end in many) - median(end.seconds for end in few)
     more = median(end.peak for end in many) - median(end.peak for end in few)
-    yield f"   apart: {later:.1f} s, {more * 1048576 / (options.listed - 64):.0f} bytes an image"
+    yield f"   difference: {later:.1f} s, {more * 1048576 / (options.listed - 64):.0f} bytes per image"
 
 
 def start(times: int) -> Iterator[str]:
-    """Yield what ``featx --help`` takes beside ``import torch``."""
+    """Yield the time of ``featx --help`` and of ``import torch``."""
     commands = {"featx --help": ["-m", "featx", "--help"], "import torch": ["-c", "import torch"]}
     seconds: dict[str, list[float]] = {name: [] for name in commands}
     for _ in range(times):
@@ -249,10 +249,10 @@ def start(times: int) -> Iterator[str]:
 
 def run(scratch: Path, job: str, *args: Any) -> Ended:
     """Run a job as a process, to its end; a child's peak counts from its parent's, so this one imports nothing big."""
-    report, told = scratch / "report.json", scratch / "told.txt"
+    report, output = scratch / "report.json", scratch / "output.txt"
     command = [sys.executable, str(JOBS), json.dumps([job, str(report), *args], default=str)]
-    os.sync()  # what others have written must not be waited for by this one
-    with told.open("wb") as log:
+    os.sync()  # so that this one does not wait for what others have written
+    with output.open("wb") as log:
         begin = time.monotonic()
         process = subprocess.Popen(command, cwd=scratch, env=ENV, stdout=log, stderr=log, start_new_session=True)
         try:
@@ -262,7 +262,7 @@ def run(scratch: Path, job: str, *args: Any) -> Ended:
             with suppress(ProcessLookupError):  # workers that outlive it would disturb the next one
                 os.killpg(process.pid, signal.SIGKILL)
     if status:
-        sys.exit(f"bench: {job} ended with status {status}:\n{told.read_text()[-2000:]}")
+        sys.exit(f"bench: {job} ended with status {status}:\n{output.read_text()[-2000:]}")
     return Ended(seconds, **json.loads(report.read_text()))
 
 
@@ -277,7 +277,7 @@ def plant(root: Path, pool: list[Path], images: int, folders: int) -> Path:
 
 
 def difference(expected: Path, found: Path, images: int) -> float:
-    """Return the largest relative difference of the first rows, once both files have a row an image."""
+    """Return the largest relative difference of the first rows, once both files have one row per image."""
     rows = []
     for path in (expected, found):
         with path.open(newline="") as file:
@@ -312,9 +312,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("scratch", type=Path, help="folder to work in, emptied before and removed after")
     parser.add_argument("--images", type=int, help="how many (3000)")
     parser.add_argument("--repeat", type=int, help="how often each is measured (3)")
-    parser.add_argument("--photos", type=Path, help="folder of JPEG or PNG files to take instead of made ones")
-    parser.add_argument("--keep", type=Path, help="file that gets the table too, as docs/bench.md")
-    parser.add_argument("--quick", action="store_true", help="few images, once: to see that it works")
+    parser.add_argument("--photos", type=Path, help="folder of JPEG or PNG files to use instead of generated ones")
+    parser.add_argument("--keep", type=Path, help="file for the table, as docs/bench.md")
+    parser.add_argument("--quick", action="store_true", help="few images, once: checks that it works")
     options = parser.parse_args(argv)
     if options.quick and options.keep:
         parser.error("--quick --keep: a quick run's figures mean nothing")

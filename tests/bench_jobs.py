@@ -16,7 +16,7 @@ DISTINCT = 1000  # photographs that are made; what is asked for beyond them are 
 
 
 def prepare(photos: str, pool: str, images: int, weights: str) -> dict[str, Any]:
-    """Make the photographs, or copy the user's, and a file of random weights; return what the table's head says."""
+    """Make the photographs, or copy the user's, and a file of random weights; return the text for the table's head."""
     import torch
     from torchvision import models
 
@@ -36,7 +36,7 @@ def prepare(photos: str, pool: str, images: int, weights: str) -> dict[str, Any]
 
 
 def make_photographs(folder: Path, images: int) -> None:
-    """Write seeded cuts of scikit-image's photographs; in the median 500x375 and 0.55 bytes a pixel, as ImageNet."""
+    """Write seeded cuts of scikit-image's photographs; in the median 500x375 and 0.55 bytes per pixel, as ImageNet."""
     import numpy as np
     from PIL import Image
     from skimage import data
@@ -99,7 +99,7 @@ def original(photos: str, weights: str, out: str) -> None:
 
 
 def dataloader(photos: str, weights: str, out: str) -> None:
-    """What one writes by hand today: a DataLoader with a worker a core, and pandas."""
+    """A plain script: a DataLoader with one worker per core, and pandas."""
     from torch.utils.data import DataLoader
     from torchvision.datasets import ImageFolder
 
@@ -156,7 +156,7 @@ def hooked_alexnet(weights: str) -> tuple[Any, list[Any]]:
 
 
 def stages(photos: str, weights: str, images: int) -> dict[str, float]:
-    """Core time of one thread for each stage, in ms an image, over the first images of the tree."""
+    """Core time of one thread for each stage, in ms per image, over the first images of the tree."""
     import torch
     from torch import nn
 

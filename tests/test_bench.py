@@ -1,4 +1,4 @@
-"""The bench's own parts; what it measures is no test."""
+"""The bench's own parts; its measurements are not tested."""
 
 import bench
 import pytest
@@ -29,7 +29,7 @@ def test_limit_takes_the_cheaper_network():
     lines = list(bench.limit(bench.parse(["bench"]), rounds({}, []), cores=2))
     assert "10.00 (10.00-10.00) ms" in lines[-4]
     assert "200.0 (200.0-200.0) images/s" in lines[-3]
-    assert "62.5 (50.0-75.0) %" in lines[-1]
+    assert "62.5 (50.0-75.0)%" in lines[-1]
 
 
 def test_photographs_are_the_same_every_time(tmp_path):
