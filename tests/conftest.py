@@ -2,8 +2,8 @@
 
 import csv
 import os
+import socket
 import subprocess
-import sys
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from start import Process
 from torch import nn
 from torchvision import models, transforms
 from torchvision.datasets import ImageFolder
@@ -92,11 +93,38 @@ def alexnet_file(alexnet: nn.Module, tmp_path_factory: pytest.TempPathFactory) -
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
 
-def featx(*args: object, cwd: Path | None = None, prefix: tuple[str, ...] = (), env: dict[str, str] | None = None):
-    """Run ``featx ARGS`` as a process and return it, ended, with its stdout and stderr as text."""
-    command = [*prefix, sys.executable, "-m", "featx", *map(str, args)]
-    environment = {**ENV, "PYTHONPATH": str(REPO), **(env or {})}
-    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=600)
+def launch(*args: object, cwd: Path | None = None, env: dict[str, str] | None = None, **how: object) -> Process:
+    """Start ``featx ARGS`` as a process that is forked where featx is imported already."""
+    return Process(args, cwd or Path.cwd(), {**ENV, "PYTHONPATH": str(REPO), **(env or {})}, **how)
+
+
+def featx(*args: object, python: tuple[str, ...] = (), **how: object) -> subprocess.CompletedProcess[str]:
+    """Run ``featx ARGS`` as a process and return it, ended, with its stdout and stderr as text.
+
+    Args:
+        args: The command line.
+        python: What starts a Python for it, ``(sys.executable,)``; otherwise it is forked.
+        how: Its folder, ``cwd``, and what its environment has in addition, ``env``.
+    """
+    if python:
+        env = {**ENV, "PYTHONPATH": str(REPO), **how.pop("env", {})}
+        command = [*python, "-m", "featx", *map(str, args)]
+        return subprocess.run(command, env=env, capture_output=True, text=True, timeout=600, **how)
+    process = launch(*args, **how)
+    out, err = process.communicate()
+    return subprocess.CompletedProcess(args, process.returncode, out, err)
+
+
+def on_two_machines(*args: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    """Run ``featx ARGS`` as a process on each of two machines, with what torchrun sets, and return the first one."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        env = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "TORCHELASTIC_RUN_ID": "none"}
+    env |= {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+    line = (*args, "--trainer.num_nodes", "2", "--trainer.accelerator", "cpu")
+    both = [launch(*line, cwd=cwd, env=env | {"RANK": str(node), "GROUP_RANK": str(node)}) for node in range(2)]
+    (out, err), (_, err_of_second) = (process.communicate(120) for process in both)
+    assert both[1].returncode == 0, err_of_second
+    return subprocess.CompletedProcess(args, both[0].returncode, out, err)
 
 
 def predict(photos: Path, out: Path, *args: object, **how: object) -> subprocess.CompletedProcess[str]:

@@ -7,15 +7,17 @@ import random
 import shutil
 import signal
 import subprocess
-import sys
 import time
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
+from subprocess import CompletedProcess
 
 import numpy as np
 import pytest
 import torch
-from conftest import ENV, REPO, featx, make_image, predict
+from conftest import featx, launch, make_image, on_two_machines, predict
+from start import Process
 
 from featx.commands.verify import check_file
 from featx.results import load
@@ -39,7 +41,7 @@ class Slow(FeatureExtractor):
 
 class Wait(torch.nn.Linear):
     def forward(self, rows):
-        time.sleep(float(os.environ.get("WAIT", "0.05")))
+        time.sleep(float(os.environ.get("WAIT", "0")))
         return super().forward(rows)
 """
 FORMATS = ["csv", "npy", *(["parquet"] if find_spec("pyarrow") else [])]  # every promise holds for each of them
@@ -60,21 +62,17 @@ def place(tmp_path_factory):
     return folder
 
 
-def begin(place: Path, out: Path, *args: object, wait: float = 0.05) -> subprocess.Popen[str]:
+def begin(place: Path, out: Path, *args: object, wait: float = 0.05) -> Process:
     """Start a run in a process group of its own, whose batches take ``wait`` seconds at least."""
-    line = [sys.executable, "-m", "featx", "predict", "--data.dir", "photos", "--writer.out_dir", out, *BASE, *args]
-    environment = {**ENV, "PYTHONPATH": str(REPO), "WAIT": str(wait)}
-    return subprocess.Popen(
-        list(map(str, line)), cwd=place, env=environment, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-        start_new_session=True,
-    )  # fmt: skip
+    line = ("predict", "--data.dir", "photos", "--writer.out_dir", out, *BASE, *args)
+    return launch(*line, cwd=place, env={"WAIT": str(wait)})
 
 
 def lines_in_journals(out: Path) -> int:
     return sum(path.read_bytes().count(b"\n") for path in out.glob(".featx/*/*.journal"))
 
 
-def wait_for_rows(process: subprocess.Popen[str], out: Path, batches: int = 3) -> None:
+def wait_for_rows(process: Process, out: Path, batches: int = 3) -> None:
     """Wait until some batches of this run are on disk."""
     deadline = time.monotonic() + 120
     before = lines_in_journals(out)
@@ -84,7 +82,7 @@ def wait_for_rows(process: subprocess.Popen[str], out: Path, batches: int = 3) -
         time.sleep(0.01)
 
 
-def end(process: subprocess.Popen[str], how: signal.Signals, group: bool = True) -> tuple[int, str]:
+def end(process: Process, how: signal.Signals, group: bool = True) -> tuple[int, str]:
     (os.killpg if group else os.kill)(process.pid, how)
     _, told = process.communicate(timeout=90)
     return process.returncode, told
@@ -97,9 +95,9 @@ def assert_same_as_clean(place: Path, out: Path) -> None:
     assert sorted(path.name for path in (out / ".featx" / "2").iterdir()) == ["images.gz"]
 
 
-def finish(place: Path, out: Path, *args: object) -> None:
-    done = predict("photos", out, *BASE, *args, cwd=place)
-    assert "2: continuing, " in done.stderr
+def finish(place: Path, out: Path, *args: object, run: Callable[..., CompletedProcess[str]] = featx) -> None:
+    done = run("predict", "--data.dir", "photos", "--writer.out_dir", out, *BASE, *args, cwd=place)
+    assert done.returncode == 0 and "2: continuing, " in done.stderr, done.stderr
     assert_same_as_clean(place, out)
 
 
@@ -129,16 +127,16 @@ def test_killed_on_some_processes_finished_on_others(place, tmp_path, first):
     process = begin(place, tmp_path, *(DDP if first == "ddp" else ()))
     wait_for_rows(process, tmp_path, 6)
     end(process, signal.SIGKILL)
-    finish(place, tmp_path, *(() if first == "ddp" else DDP))
+    finish(place, tmp_path, run=featx if first == "ddp" else on_two_machines)
 
 
 def test_shards_are_the_same_after_a_kill_and_on_another_number_of_processes(place, tmp_path):
     process = begin(place, tmp_path, "--writer.shard_rows", "20")
     wait_for_rows(process, tmp_path, 13)
     end(process, signal.SIGKILL)
-    process = begin(place, tmp_path, "--writer.shard_rows", "20", *DDP)  # who meet within a shard
-    out, err = process.communicate(timeout=300)
-    assert process.returncode == 0 and out.splitlines()[-1] == str(tmp_path / "2"), err
+    line = ("predict", "--data.dir", "photos", "--writer.out_dir", tmp_path, *BASE, "--writer.shard_rows", "20")
+    done = on_two_machines(*line, cwd=place)  # which meet within a shard
+    assert done.returncode == 0 and done.stdout.splitlines()[-1] == str(tmp_path / "2"), done.stderr
     for suffix in ("csv", "names.txt"):
         shards = [path.read_bytes() for path in sorted((tmp_path / "2").glob(f"*.{suffix}"))]
         assert len(shards) == 8 and b"".join(shards) == (place / "clean" / f"2.{suffix}").read_bytes()
@@ -221,7 +219,9 @@ def test_a_full_disk_is_exit_4_and_with_space_the_same_command_finishes(place, s
     out = small_disk / "features"
     process = begin(place, out)
     wait_for_rows(process, out)
+    os.kill(process.pid, signal.SIGSTOP)
     (small_disk / "hog").write_bytes(b"x" * (shutil.disk_usage(small_disk).free - 50_000))
+    os.kill(process.pid, signal.SIGCONT)
     _, told = process.communicate(timeout=90)
     assert process.returncode == 4 and "No space left on device" in told and "Traceback" not in told, told
     assert f"{out}/.featx/2/" in told and "Free space" in told
@@ -287,7 +287,7 @@ def test_unreadable_images_are_listed_and_repaired_in_place(place, tmp_path):
     (photos / "c" / "005.png").unlink()
     (photos / "c" / "005.png").symlink_to("nowhere")
     run = ("predict", "--data.dir", photos, *BASE, "--writer.out_dir")
-    one, two = featx(*run, tmp_path / "one", cwd=place), featx(*run, tmp_path / "two", *DDP, cwd=place)
+    one, two = featx(*run, tmp_path / "one", cwd=place), on_two_machines(*run, tmp_path / "two", cwd=place)
     assert one.returncode == two.returncode == 3, one.stderr + two.stderr
     assert "147 rows, 3 images could not be read, listed in " in one.stdout
     for name in {*FILES, "2.errors.csv"} - {"2.json"}:
@@ -300,7 +300,7 @@ def test_unreadable_images_are_listed_and_repaired_in_place(place, tmp_path):
     assert again.returncode == 3 and "nothing to do" in again.stdout
     for path, data in repaired.items():
         path.write_bytes(data)
-    assert featx(*run, tmp_path / "one", *DDP, cwd=place).returncode == 3  # the link still dangles
+    assert on_two_machines(*run, tmp_path / "one", cwd=place).returncode == 3  # the link still dangles
     assert "1 image could not be read" in featx(*run, tmp_path / "one", cwd=place).stdout
     (photos / "c" / "005.png").unlink()
     shutil.copy(place / "photos" / "c" / "005.png", photos / "c" / "005.png")
