@@ -57,7 +57,7 @@ def results(out):
 @pytest.mark.parametrize(
     "format, shard_rows", [("csv", None), (["csv", "npy"], None), (["npy", "parquet"], None), ("npy", 16)], ids=str
 )
-def test_every_fault_is_reported_and_the_next_run_gives_the_same_bytes(photos, tmp_path, format, shard_rows, monkeypatch):
+def test_every_fault_is_reported_and_the_next_run_writes_the_same(photos, tmp_path, format, shard_rows, monkeypatch):
     monkeypatch.setattr(
         "featx.writer.stream.SYNC_SHARE", 1e-9
     )  # syncs at fixed moments, so that every run makes the same calls
