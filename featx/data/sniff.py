@@ -20,7 +20,6 @@ BEGINNINGS = (
     (b"gimp xcf", "a GIMP document"),
     (b"\xff\x0a", "JPEG XL"),
     (b"\0\0\0\x0cJXL ", "JPEG XL"),
-    (b"\xff\xd8\xff\xf7", "JPEG-LS"),
     (b"II\xbc", "JPEG XR"),
     (b"\0\0\1\0", "an icon (ICO)"),
     (b"\x89HDF", "HDF5"),
@@ -45,7 +44,7 @@ FTYP = {
 # What Pillow reads, by first bytes, and the library for it. A file that it does not know has a damaged header.
 KNOWN = ((b"\x89PNG", ""), (b"GIF8", ""), (b"\xff\xd8\xff", "jpg"), (b"BM", ""), (b"\0\0\0\x0cjP", "jpg_2000"),
          (b"\xff\x4f\xff\x51", "jpg_2000"))  # fmt: skip
-MARKUP = ((rb"<svg", "an SVG drawing"), (rb"<!doctype html|<html|<head|<body", "a saved web page"), (rb"<\?xml", "XML"))
+MARKUP = ((rb"<!doctype html|<html|<head|<body", "a saved web page"), (rb"<svg", "an SVG drawing"), (rb"<\?xml", "XML"))
 
 
 def describe(head: bytes, name: str) -> str:
@@ -83,7 +82,7 @@ def _what(head: bytes) -> str:
     for pattern, what in MARKUP:
         if text[:1] == b"<" and re.search(pattern, text):
             return what
-    return "text" if _is_text(head) else ""
+    return ""
 
 
 def _known(library: str, what: str) -> str:
@@ -93,17 +92,9 @@ def _known(library: str, what: str) -> str:
 
 def _jpeg(head: bytes) -> str:
     for segment in jpeg.segments(head):
+        if segment.marker == 0xF7:  # ITU-T T.87
+            return "JPEG-LS"
         if segment.marker in jpeg.FRAMES and segment.content < len(head):
             bits = head[segment.content]
             return "a lossless JPEG" if segment.marker in jpeg.LOSSLESS else f"a {bits}-bit JPEG" if bits != 8 else ""
     return ""
-
-
-def _is_text(head: bytes) -> bool:
-    try:
-        text = head.decode()
-    except UnicodeDecodeError as err:
-        if err.start < len(head) - 4:  # else a character that is cut
-            return False
-        text = head[: err.start].decode()
-    return all(letter.isprintable() or letter.isspace() for letter in text)

@@ -293,7 +293,6 @@ def test_what_is_wrong_is_told_in_words_without_the_machines_paths(tmp_path):
     (tmp_path / "half.png").write_bytes((tmp_path / "whole.png").read_bytes()[:2000])
     (tmp_path / "empty.jpg").touch()
     (tmp_path / "text.jpg").write_text("no image")
-    (tmp_path / "other.jpg").write_bytes(b"\1\2\3\xff")
     os.symlink(tmp_path / "nowhere", tmp_path / "link.jpg")
     os.symlink("round.jpg", tmp_path / "round.jpg")
     (tmp_path / "folder.jpg").mkdir()
@@ -302,8 +301,7 @@ def test_what_is_wrong_is_told_in_words_without_the_machines_paths(tmp_path):
     words = {
         "half.png": ("truncated", "OSError: Truncated File Read"),
         "empty.jpg": ("empty", "ImageError: empty"),
-        "text.jpg": ("text named .jpg", "ImageError: text named .jpg"),
-        "other.jpg": ("not an image that PIL can read", "UnidentifiedImageError: cannot identify image file"),
+        "text.jpg": ("not an image that PIL can read", "UnidentifiedImageError: cannot identify image file"),
         "link.jpg": ("a link to nothing", "FileNotFoundError: No such file or directory"),
         "lost.jpg": ("no such file", "FileNotFoundError: No such file or directory"),
         "round.jpg": (
