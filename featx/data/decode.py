@@ -18,9 +18,9 @@ from featx.data.depth import ValueRange as ValueRange
 from featx.errors import BadValueError, ImageError
 from featx.process.shared import Shared, ignored
 
-# By Pillow's name of a kind of file, the number of its reader, which goes up whenever that gives other values than
-# before. A run takes no rows from one whose files of this kind a reader of another number read.
-READERS = {"BMP": 1, "GIF": 1, "JPEG": 1, "JPEG2000": 2, "PNG": 1, "PPM": 2, "TIFF": 2, "WEBP": 1}  # others: 1
+# By kind of file, which is Pillow's name for it (PPM16: above 8 bits), the number of its reader. It goes up whenever the
+# reader gives other values than before: a run takes no rows that a reader of another number read.
+READERS = {"BMP": 1, "GIF": 1, "JPEG": 1, "JPEG2000": 2, "PNG": 1, "PPM": 1, "PPM16": 2, "TIFF": 2, "WEBP": 1}
 
 # What Pillow may look for: other formats start programs (EPS starts Ghostscript) or take nearly any bytes as theirs.
 FORMATS = ("JPEG", "PNG", "BMP", "GIF", "PPM", "WEBP", "JPEG2000", "AVIF")
@@ -199,7 +199,7 @@ def _decode_unscaled(data: bytes, kind: str, value_range: ValueRange | None) -> 
         found = unscaled.read_pnm(data)
         if found is None or (found[0].ndim == 3 and value_range is None):  # there Pillow scales rightly
             return None
-        return _from_values(found[0], found[1].bit_length(), value_range, kind, found[1])
+        return _from_values(found[0], found[1].bit_length(), value_range, "PPM16", found[1])
     read = unscaled.read_jpeg2000(data)
     return None if read is None else _from_values(read[0], read[1], value_range, kind)
 

@@ -173,7 +173,7 @@ def test_weights_that_changed_between_two_runs_are_refused(photos, tmp_path):
 def test_a_network_that_a_precision_converted_is_not_used_for_another_run(photos, tmp_path):
     model = Weighted("2")
     run(photos, tmp_path / "half", model=lambda layer: model, trainer_options={"precision": "bf16-true"})
-    with pytest.raises(UserError, match=r"converted its network from torch.float32 to torch.bfloat16.\nMake a new"):
+    with pytest.raises(UserError, match=r"converted its network from torch.float32 to torch.bfloat16.\nCreate a new"):
         run(photos, tmp_path / "whole", model=lambda layer: model)
 
 
@@ -234,7 +234,7 @@ def test_rows_of_images_that_an_earlier_version_padded_are_continued_with_paddin
     record["identity"]["preprocessing"]["resize"] = None
     (tmp_path / "2.json").write_text(json.dumps(record))
     with pytest.raises(
-        BadValueError, match=r"was made by another run. What differs:\n  preprocessing.pad: true -> false"
+        BadValueError, match=r"was made by another run. Differences:\n  preprocessing.pad: true -> false"
     ):
         run(photos, tmp_path, data={"resize": None})
 

@@ -226,7 +226,7 @@ def test_a_records_class_is_used_only_if_the_user_names_it(made, copy, tmp_path,
     monkeypatch.chdir(tmp_path)
     again = (copy, "--images", made / "photos")
     told = told_by(capsys, 2, *again)
-    assert "2.json: its rows were made by code that is not featx's, and a record alone does not run it.\n" in told
+    assert "2.json: code that is not part of featx made these rows, and a record alone does not run it.\n" in told
     command = told.split("If you trust that code: featx verify ")[1]
     assert "11 rows recomputed" in told_by(capsys, 0, *shlex.split(command))
     told = told_by(capsys, 2, *again, "--model", "other.Class")
@@ -239,7 +239,7 @@ def test_a_records_class_is_used_only_if_the_user_names_it(made, copy, tmp_path,
         capsys, 2, *again, "--model", "os.system"
     )
     assert not (tmp_path / "was_run").exists()
-    assert "os.system: it is for computing rows again. Expected --images" in told_by(
+    assert "os.system: only used to recompute rows. Expected --images" in told_by(
         capsys, 2, copy, "--model", "os.system"
     )
 
@@ -262,7 +262,7 @@ def test_weights_are_checked_against_the_record_before_rows(network_made, capsys
     shutil.copy("second.pth", "first.pth")
     told = told_by(capsys, 1, network_made, "--images", "photos", "--model.arch", "own_build.build")
     digest = featx.record(network_made)["identity"]["weights"]
-    assert f"weights of first.pth are not those of the record: SHA-256 {digest[:8]}… -> " in told
+    assert f"the weights, first.pth, are not the recorded ones: SHA-256 {digest[:8]}… -> " in told
 
 
 UNUSABLE = {
