@@ -124,8 +124,8 @@ class _Timm:
 
     def build(self, weights: Weights, state: State | None = None) -> nn.Module:
         if weights.entry is None:
-            made: nn.Module = self._timm.create_model(self._name)
-            return made
+            network: nn.Module = self._timm.create_model(self._name)
+            return network
         hub = import_module("huggingface_hub")
         cfg = weights.entry
         try:
@@ -136,14 +136,14 @@ class _Timm:
                 overlay = {"file": cached}  # skips the hub's request, which takes 20 s to fail without a connection
             else:
                 check_server(hub.constants.ENDPOINT if cfg.hf_hub_id else cfg.url)
-            made = self._timm.create_model(self._name, pretrained=True, pretrained_cfg_overlay=overlay)
+            network = self._timm.create_model(self._name, pretrained=True, pretrained_cfg_overlay=overlay)
         except Exception as err:
             raise UserError(
                 f"timm cannot download the weights of {weights.name}\n({type(err).__name__}: "
                 f"{first_line(err)[:200]}). Use a file of weights: --model.weights FILE\n"
                 "(--model.weights random for a trial)"
             ) from err
-        return made
+        return network
 
 
 class _Function:

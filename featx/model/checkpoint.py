@@ -18,7 +18,7 @@ from featx.process.shared import ignored
 State = dict[str, Tensor]
 
 PLAIN = ("state_dict", "model_state_dict", "model", "network", "net")  # usual keys of the weights; the first wins
-PREFIXES = {"network", "model", "backbone"}  # attributes for the network, in Lightning modules and others
+PREFIXES = {"network", "model", "backbone"}  # attributes that contain the network, in Lightning modules and others
 WRAPPERS = {"module", "_orig_mod"}  # added to names by DataParallel, DDP, AveragedModel and torch.compile
 COUNTERS = ("num_batches_tracked", "total_ops", "total_params")  # BatchNorm's and thop's; no output depends on them
 RENAMED = (
@@ -298,8 +298,8 @@ def _mismatch(file: str, title: str, problems: dict[str, list[str]], strict: boo
         if arch not in (None, title)
         else "Expected the weights of this network. To build a modified one, write a subclass and give it as --model."
     )
-    way_out = " --model.strict false loads what fits and leaves the rest random." if strict else ""
-    return BadValueError("\n".join([*lines, f"Nothing was loaded.{way_out}"]))
+    remedy = " --model.strict false loads what fits and leaves the rest random." if strict else ""
+    return BadValueError("\n".join([*lines, f"Nothing was loaded.{remedy}"]))
 
 
 def _shapes(state: State) -> dict[str, torch.Size]:

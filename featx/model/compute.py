@@ -134,11 +134,11 @@ class Passes:
         pixels = self._normalize(torch.randint(256, (2, *shape), dtype=torch.uint8, generator=seeded))
         try:
             expected, found = rows(torch.contiguous_format), rows(torch.channels_last)
-            far = [layer for layer in expected
-                   if not (found[layer] - expected[layer]).norm() <= SAME * expected[layer].norm()]  # fmt: skip
-            if wanted is True or not far:
+            changed = [layer for layer in expected
+                       if not (found[layer] - expected[layer]).norm() <= SAME * expected[layer].norm()]  # fmt: skip
+            if wanted is True or not changed:
                 return "channels_last"
-            reason = f"gives different rows for {', '.join(far)}"
+            reason = f"gives different rows for {', '.join(changed)}"
         except Exception as err:  # a network may raise anything: .view(), for example, needs contiguous tensors
             if wanted is True:
                 raise UserError(

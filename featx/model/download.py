@@ -31,7 +31,7 @@ def fetch(url: str) -> Path:
     path = folder / os.path.basename(urlparse(url).path)
     if path.exists():
         return _checked(path)
-    way_out = f"Put the file into {folder}\nor use another: --model.weights FILE (--model.weights random for a trial)"
+    remedy = f"Put the file into {folder}\nor use another: --model.weights FILE (--model.weights random for a trial)"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{path}.lock"):
@@ -41,7 +41,7 @@ def fetch(url: str) -> Path:
             log.info("downloading %s to %s", url, folder)
             _download(url, path)
     except OSError as err:
-        raise UserError(f"weights cannot be downloaded from {url}\n({first_line(err)}). {way_out}") from err
+        raise UserError(f"weights cannot be downloaded from {url}\n({first_line(err)}). {remedy}") from err
     finally:
         Path(f"{path}.lock").unlink(missing_ok=True)
     return path

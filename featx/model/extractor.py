@@ -167,7 +167,8 @@ class FeatureExtractor(LightningModule):
         for name, values in (("mean", self.mean), ("std", self.std)):
             good = values == "auto" or (len(values) == 3 and all(map(math.isfinite, values)))
             if not good or (name == "std" and values != "auto" and min(values) <= 0):
-                raise BadValueError(f"--model.{name} {values}: expected three numbers, '[0.5,0.5,0.5]', std above 0.")
+                zero = "above 0, " if name == "std" else ""
+                raise BadValueError(f"--model.{name} {values}: expected three numbers {zero}such as '[0.5,0.5,0.5]'.")
         if not self.own_network and networks.is_function(self.arch):
             networks.import_function(self.arch)  # configure_model calls it
         elif not self.own_network:
@@ -190,7 +191,7 @@ class FeatureExtractor(LightningModule):
             if (dtype := dtype_of(self.network)) != self._dtype_built:
                 raise UserError(
                     f"{self.title}: an earlier Trainer's precision converted its network from {self._dtype_built} to "
-                    f"{dtype}.\nCreate a new FeatureExtractor for each run."
+                    f"{dtype}.\nCreate a new FeatureExtractor for this run."
                 )
             return
         self.check()

@@ -137,10 +137,9 @@ class Trace:
         return next((path for path, call in reversed(self.calls.items()) if isinstance(call.module, kinds)), None)
 
     def _layer_before(self, path: str) -> str | None:
-        for before in reversed(list(self.calls)[: list(self.calls).index(path)]):
-            if not isinstance(self.calls[before].module, (nn.Dropout, nn.Identity)) and self.gives_rows(before, "avg"):
-                return before
-        return None
+        paths = list(self.calls)
+        usable = (before for before in reversed(paths[: paths.index(path)]) if self.gives_rows(before, "avg"))
+        return next((p for p in usable if not isinstance(self.calls[p].module, (nn.Dropout, nn.Identity))), None)
 
     def gives_rows(self, path: str, pool: Pool) -> bool:
         """Return whether a module's output has one row per image."""

@@ -73,9 +73,9 @@ def lightning(n, s):
 RIGHT = {
     "a bare state dict": lambda n, s: s,
     "PyTorch's imagenet example, DataParallel": imagenet_example,
-    "torchvision's references, an EMA beside": lambda n, s: {
+    "torchvision's references, with an EMA": lambda n, s: {
         "model_ema": {"n_averaged": torch.tensor(3), **under("module.", other(s))}, "model": s, "epoch": 1},
-    "timm's training, an EMA beside": lambda n, s: {"state_dict_ema": other(s), "state_dict": s, "arch": "resnet18"},
+    "timm's training, with an EMA": lambda n, s: {"state_dict_ema": other(s), "state_dict": s, "arch": "resnet18"},
     "model_state_dict": lambda n, s: {"model_state_dict": s, "optimizer_state_dict": optimizer(n), "loss": 0.1},
     "net": lambda n, s: {"net": under("module.", s), "acc": 93.1, "epoch": 7},
     "network inside model": lambda n, s: {"model": {"network": s, "step": 3}},
@@ -256,7 +256,7 @@ def test_a_hostile_pickle_runs_nothing(tmp_path, zipped):
 
 
 @pytest.mark.parametrize("wrap", [lambda n: n, lambda n: {"model": nn.DataParallel(n), "ema": None}])
-def test_unsafe_pickle_takes_a_whole_network_with_a_warning(tmp_path, resnet, caplog, wrap):
+def test_unsafe_pickle_loads_a_whole_network_with_a_warning(tmp_path, resnet, caplog, wrap):
     torch.save(wrap(resnet), tmp_path / "w.pt")
     assert_same(load(tmp_path / "w.pt", unsafe_pickle=True).network, resnet.state_dict())
     assert "unsafe_pickle true: " in caplog.text and "loading it can run arbitrary code" in caplog.text

@@ -18,7 +18,7 @@ from featx.model.download import fetch
 
 @pytest.fixture
 def server(tmp_path, monkeypatch):
-    """A web server on loopback with one weights file, whose name holds its digest, and an empty cache."""
+    """A web server on loopback with one weights file, whose name contains its digest, and an empty cache."""
     content = b"weights" * 1000
     folder = tmp_path / "www"
     folder.mkdir()
