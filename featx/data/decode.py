@@ -18,7 +18,7 @@ from featx.data.depth import ValueRange as ValueRange
 from featx.errors import BadValueError, ImageError
 from featx.process.shared import Shared, ignored
 
-# By kind of file, which is Pillow's name for it (PPM16: above 8 bits), the number of its reader. It goes up whenever the
+# By kind of file, in Pillow's name for it (PPM16: above 8 bits), the number of its reader, which goes up whenever the
 # reader gives other values than before: a run takes no rows that a reader of another number read.
 READERS = {"BMP": 1, "GIF": 1, "JPEG": 1, "JPEG2000": 2, "PNG": 1, "PPM": 1, "PPM16": 2, "TIFF": 2, "WEBP": 1}
 
