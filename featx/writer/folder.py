@@ -199,11 +199,10 @@ class LayerState:
 
     def _is_complete(self, path: Path, record: Json, unfinished: bool) -> bool:
         recorded = record["files"].get(self.key(path))
-        if recorded is None or self._find(path, recorded, unfinished) is not None:
-            return recorded is not None
-        if path.exists() and not unfinished:
+        found = recorded is not None and self._find(path, recorded, unfinished) is not None
+        if recorded and not found and path.exists() and not unfinished:
             raise BadValueError(f"{path}: does not match {self.record_path.name}: it was changed.\n{START_OVER}")
-        return False
+        return found
 
     def _find(self, path: Path, recorded: Json, unfinished: bool) -> Path | None:
         """Return where a result is: at its path or, if the run ended before renaming it, still hidden."""

@@ -91,10 +91,10 @@ def _join(state: LayerState, shard: Shard, placed: list[Placed], known: dict[Pat
     """Write a shard's files, and return their paths by final path; outdated digests are removed from ``known``."""
     faults, lost, rows = _count(placed)
     fresh, joined = f"{state.folder / 'joined'}{shard.label}", {}
-    for part, begun in state.heads(shard).items():
+    for part, written in state.heads(shard).items():
         head, target, ranges = state.parts[part].head(rows), shard.rows[part], journal.pieces(part, placed)
         path = joined[target] = journal.join(ranges, head, Path(f"{fresh}.{part}"), target)
-        if head != begun or ranges != [(path, len(head), path.stat().st_size)]:
+        if head != written or ranges != [(path, len(head), path.stat().st_size)]:
             known.pop(path, None)
     about = {"layer": state.layer, "rows": rows, "columns": state.columns, "errors": lost, "identity": state.identity}
     without = {fault.path for fault in faults if not fault.used}

@@ -136,21 +136,18 @@ class Part:
         self.sha256 = {format: hashlib.sha256(head) for format, head in heads.items()}
         self._ends = {format: len(head) for format, head in heads.items()}
         self._waiting = [encode(Head([path.name for path in self.paths.values()], run), [])]
-        self._opened: list[tuple[BinaryIO, Path]] = []
-        try:
-            self._files = {format: self._create(path) for format, path in self.paths.items()}
+        with ExitStack() as stack:  # closes the files if one cannot be opened
+            self._files = {format: self._open(path, stack) for format, path in self.paths.items()}
             for format, head in heads.items():
                 disk.write(self._files[format], self.paths[format], head)
-            self._journal = self._create(self.journal_path)
+            self._journal = self._open(self.journal_path, stack)
             self.sync()
-        except BaseException:  # the caller has nothing to close
-            with suppress(disk.DiskError):
-                self.close()
-            raise
+            self._opened = stack.pop_all()
 
-    def _create(self, path: Path) -> BinaryIO:
-        self._opened.append((disk.open_to_write(path), path))
-        return self._opened[-1][0]
+    def _open(self, path: Path, stack: ExitStack) -> BinaryIO:
+        file = disk.open_to_write(path)
+        stack.callback(disk.close, file, path)
+        return file
 
     def add(self, entry: Entry, texts: dict[str, bytes]) -> None:
         """Write a batch's rows and set the entry's spans; the batch counts as done after the next ``sync``."""
@@ -177,9 +174,7 @@ class Part:
 
     def close(self) -> None:
         """Close all files without a sync."""
-        with ExitStack() as stack:
-            for file, path in self._opened:
-                stack.callback(disk.close, file, path)
+        self._opened.close()
 
 
 def journals(folder: Path) -> Iterator[Path]:
@@ -216,8 +211,8 @@ def read_parts(
             own = [name for name in head.files if is_part(name) or name in results]
             files = {format: folder / name for name in own if (format := Path(name).suffix[1:]) in wanted}
             if wanted == files.keys() and head.run in ("", run):
-                unchecked = files.items() if not session else ()
-                damaged = set[int]().union(*(_damaged(file, format, entries) for format, file in unchecked))
+                to_check = files.items() if not session else ()
+                damaged = set[int]().union(*(_damaged(file, format, entries) for format, file in to_check))
                 done |= {entry.batch: Placed(entry, files) for entry in entries if entry.batch not in damaged}
     return done
 
