@@ -195,7 +195,7 @@ def _pictures(source: Any, data: ImageFolderDataModule) -> Iterator[Image.Image]
         return chain([first], images)
     paths = [os.path.abspath(path) for path in chain([first], images)]
     data.dir = os.path.commonpath([os.path.dirname(path) for path in paths])
-    data.images = ImageTree(data.dir, [os.path.relpath(path, data.dir) for path in paths])
+    data.images = ImageTree(data.dir, [os.path.relpath(path, data.dir) for path in paths], data.selection)
     return None
 
 

@@ -178,8 +178,12 @@ def check_config(path: Path, known: Collection[str]) -> None:
         config = yaml.safe_load(path.read_text("utf-8"))
     except yaml.MarkedYAMLError as err:
         line = f"line {err.problem_mark.line + 1}: " if err.problem_mark else ""
-        tabs = " Indent YAML with spaces." if "\\t" in str(err.problem) else ""
-        raise BadValueError(f"{line}{err.problem}.{tabs}") from err
+        hint = ""
+        if "\\t" in str(err.problem):
+            hint = " Indent YAML with spaces."
+        elif re.search(r"[\[,:-]\s*[*@!%&]", path.read_text("utf-8")):
+            hint = ' Put text that begins with *, @, !, % or & in quotes, such as "*_mask.png".'
+        raise BadValueError(f"{line}{err.problem}.{hint}") from err
     except (UnicodeDecodeError, yaml.YAMLError) as err:
         raise BadValueError(f"this is not text. {EXPECTED_CONFIG}") from err
     if not isinstance(config, dict):

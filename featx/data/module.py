@@ -25,6 +25,7 @@ from featx.data import preprocess
 from featx.data.batch import Batch, Fault, Remark, Sample, add_up
 from featx.data.decode import READERS, ValueRange, describe, read_or_fault
 from featx.data.preprocess import Decoder, Interpolation, Preprocessing
+from featx.data.selection import Selection
 from featx.data.sources import ImageTree, check_folder, check_list, is_lost
 from featx.data.workers import Context, choose, send, start
 from featx.errors import BadValueError, ImageError, LostFolderError, UserError, count, log, note
@@ -47,6 +48,8 @@ class ImageFolderDataModule(LightningDataModule):
         pad: Pad images smaller than the crop with black.
         value_range: Values that become black and white in images above 8 bits, as '[0,4095]'; 16-bit: all 65536.
         files: A file with the images to take, a path below dir a line, in the order of the rows; null: all in dir.
+        exclude: Paths to leave out, as '["*_mask.png","thumbs/*"]'.
+        suffixes: More suffixes of images, as '[.jfif,.avif,.heic]'.
         on_error: What an image that cannot be read does: list: it has no row, and is listed; stop: it ends the run.
         strict: Whether an image with damaged data cannot be read; false: what PIL makes of it is used, and listed.
         decoder: exact: PIL's values to the bit; turbo: faster, to values a few grey levels off.
@@ -67,6 +70,8 @@ class ImageFolderDataModule(LightningDataModule):
         pad: bool = False,
         value_range: ValueRange | None = None,
         files: str | None = None,
+        exclude: str | list[str] | None = None,
+        suffixes: str | list[str] | None = None,
         on_error: Literal["list", "stop"] = "list",
         strict: bool = True,
         decoder: Decoder = "exact",
@@ -96,6 +101,9 @@ class ImageFolderDataModule(LightningDataModule):
         self.pad = pad
         self.value_range = value_range
         self.files = files
+        self.selection = Selection(suffixes, exclude)
+        self.exclude = exclude
+        self.suffixes = suffixes
         self.on_error = on_error
         self.strict = strict
         self.decoder = decoder
@@ -120,7 +128,7 @@ class ImageFolderDataModule(LightningDataModule):
         if self.images is not None and not self._used:
             return
         self._used = False
-        images = ImageTree(self.dir, self.files)
+        images = ImageTree(self.dir, self.files, self.selection)
         classes = f" in {count(len(images.classes), 'class folder')}" if images.classes != [""] else ""
         listed = f", listed in {self.files}" if self.files else ""
         note("images", f"{len(images):,}{classes} of {self.dir}{listed}")
@@ -160,7 +168,8 @@ class ImageFolderDataModule(LightningDataModule):
         del preprocessing["source"]  # where the values come from decides nothing
         if not self.preprocessing(preset).may_pad:
             del preprocessing["pad"]
-        return {
+        asked = {"exclude": self.selection.exclude, "suffixes": self.selection.more}
+        return {name: value for name, value in asked.items() if value} | {
             "preprocessing": json.loads(json.dumps(preprocessing)),
             "value_range": list(self.value_range) if self.value_range else None,
             "decoder": self.decoder,

@@ -1,25 +1,70 @@
 """Which names in the data folder are images that people mean, and what is said of the rest."""
 
+import fnmatch
 import os
+import re
 from collections import Counter
+from collections.abc import Sequence
 
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from featx.errors import count
+from featx.errors import BadValueError, count
 
 # Folders that Synology, macOS, Linux and Windows keep among people's files, in small letters.
 SYSTEM_FOLDERS = ("@eadir", "__macosx", "lost+found", "$recycle.bin", "system volume information")
-# Images with suffixes that torchvision does not have: nothing takes them, but people miss them.
-OTHER_IMAGES = (".avif", ".gif", ".heic", ".heif", ".jfif", ".jp2", ".dng")
+# Images with suffixes that torchvision does not have, which people miss where nothing takes them.
+OTHER_IMAGES = (".avif", ".gif", ".heic", ".heif", ".hif", ".jfif", ".jp2", ".jpe")
 
 
-def is_image(name: str) -> bool:
-    """Whether a name has the suffix of an image, large or small."""
-    return name.lower().endswith(IMG_EXTENSIONS)
+class Selection:
+    """What is asked for: suffixes besides torchvision's, and patterns of paths that are not wanted.
+
+    Args:
+        suffixes: Such as ``.jfif``; large and small letters are the same.
+        exclude: Patterns of the path below the data folder, as ``*_mask.png`` and ``thumbs/*``, in which ``*`` stands
+            for any characters, also ``/``.
+
+    Attributes:
+        exclude: The patterns.
+        more: The suffixes besides torchvision's, in small letters.
+        suffixes: All of them.
+
+    Raises:
+        BadValueError: No list of suffixes, or of patterns.
+    """
+
+    def __init__(self, suffixes: Sequence[str] | None = None, exclude: Sequence[str] | None = None) -> None:
+        self.exclude = _strings("exclude", exclude, '["*_mask.png","thumbs/*"]')
+        self.more = [suffix.lower() for suffix in _strings("suffixes", suffixes, '[".jfif",".avif"]')]
+        if wrong := [suffix for suffix in self.more if not re.fullmatch(r"\.[^./]+", suffix)]:
+            raise BadValueError(f"--data.suffixes {wrong[0]}: expected suffixes with their dot, as '[.jfif,.avif]'.")
+        self.suffixes = (*IMG_EXTENSIONS, *self.more)
+        self._excluded = re.compile("|".join(map(fnmatch.translate, self.exclude)) or "(?!)")
+
+    def is_image(self, name: str) -> bool:
+        """Whether a name has the suffix of an image, in large or small letters."""
+        return name.lower().endswith(self.suffixes)
+
+    def excludes(self, path: str) -> bool:
+        """Whether a path below the data folder is not wanted."""
+        return self._excluded.match(path) is not None
+
+
+def _strings(option: str, value: Sequence[str] | None, example: str) -> list[str]:
+    """Return an option's value as a list; what was meant as one is text where YAML reads something else in it."""
+    if isinstance(value, str) and value.startswith("["):
+        raise BadValueError(
+            f"--data.{option} {value}: not a list, since YAML takes a bare *, @, !, % or & for something else.\n"
+            f"Expected each in quotes: '{example}'."
+        )
+    return [value] if isinstance(value, str) else list(value or [])
 
 
 class LeftOut:
     """What is found in a data folder and not taken.
+
+    Args:
+        selection: What is asked for.
 
     Attributes:
         images: How many images there are among it, thumbnails in system folders aside.
@@ -28,10 +73,12 @@ class LeftOut:
         folders: Hidden and system folders, by name.
         loops: Links to a folder in which they lie themselves.
         unread: Folders that cannot be read, with why.
+        excluded: How many images are not wanted.
     """
 
-    def __init__(self) -> None:
-        self.images = 0
+    def __init__(self, selection: Selection) -> None:
+        self._selection = selection
+        self.images = self.excluded = 0
         self.suffixes, self.files, self.folders = Counter[str](), Counter[str](), Counter[str]()
         self.loops: list[str] = []
         self.unread: dict[str, str] = {}
@@ -41,7 +88,7 @@ class LeftOut:
         name = os.path.basename(path)
         self.folders[name] += 1
         if name.lower() not in SYSTEM_FOLDERS:
-            self.images += sum(is_image(name) for _, _, names in os.walk(path) for name in names)
+            self.images += sum(self._selection.is_image(name) for _, _, names in os.walk(path) for name in names)
 
     def add_file(self, name: str) -> None:
         """Count a file that is hidden or is no image.
@@ -53,9 +100,8 @@ class LeftOut:
             self.suffixes[suffix or "none"] += 1
         else:
             self.files["._*" if name.startswith("._") else ".*.icloud" if suffix == ".icloud" else name] += 1
-        self.images += not name.startswith("._") and name.removesuffix(".icloud").lower().endswith(
-            (*IMG_EXTENSIONS, *OTHER_IMAGES)
-        )
+        known = (*self._selection.suffixes, *OTHER_IMAGES)
+        self.images += not name.startswith("._") and name.removesuffix(".icloud").lower().endswith(known)
 
     def describe(self, loose: int, empty: set[str]) -> str:
         """Say all of it in one line, or return nothing.
@@ -66,16 +112,19 @@ class LeftOut:
         """
         empty -= {path.split("/")[0] for path in self.unread}
         unread = [f"{_short(path)}: {why}" for path, why in sorted(self.unread.items())]
+        missed = [suffix for suffix in OTHER_IMAGES if suffix in map(str.lower, self.suffixes)]
+        hint = f"; --data.suffixes '[{','.join(missed)}]' takes images" if missed else ""
         parts = (
-            (loose, "image", " beside the class folders", list[str]()),
-            (self.suffixes.total(), "file", " with other suffixes", _often(self.suffixes)),
-            (len(empty), "class folder", " without images", sorted(empty)),
-            (self.folders.total(), "hidden or system folder", "", _often(self.folders)),
-            (self.files.total(), "hidden file", "", _often(self.files)),
-            (len(self.loops), "link", " back to a folder around", sorted(self.loops)),
-            (len(unread), "folder", " that cannot be read", unread),
+            (self.excluded, "image", " by --data.exclude"),
+            (loose, "image", " beside the class folders"),
+            (self.suffixes.total(), "file", f" with other suffixes{_some(_often(self.suffixes), hint)}"),
+            (len(empty), "class folder", f" without images{_some(sorted(empty))}"),
+            (self.folders.total(), "hidden or system folder", _some(_often(self.folders))),
+            (self.files.total(), "hidden file", _some(_often(self.files))),
+            (len(self.loops), "link", f" back to a folder around{_some(sorted(self.loops))}"),
+            (len(unread), "folder", f" that cannot be read{_some(unread)}"),
         )
-        return ", ".join(f"{count(number, noun)}{what}{_some(names)}" for number, noun, what, names in parts if number)
+        return ", ".join(f"{count(number, noun)}{what}" for number, noun, what in parts if number)
 
 
 def _often(names: Counter[str]) -> list[str]:
@@ -86,5 +135,5 @@ def _short(path: str) -> str:
     return path if len(path) <= 80 else f"{path[:40]}…{path[-39:]}"
 
 
-def _some(names: list[str]) -> str:
-    return f" ({', '.join(names[:3])}{', …' if len(names) > 3 else ''})" if names else ""
+def _some(names: list[str], hint: str = "") -> str:
+    return f" ({', '.join(names[:3])}{', …' if len(names) > 3 else ''}{hint})"

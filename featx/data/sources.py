@@ -10,9 +10,8 @@ from typing import overload
 import numpy as np
 from numpy.typing import NDArray
 from torchvision.datasets import ImageFolder, VisionDataset
-from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from featx.data.selection import SYSTEM_FOLDERS, LeftOut, is_image
+from featx.data.selection import SYSTEM_FOLDERS, LeftOut, Selection
 from featx.errors import BadValueError, MissingPathError, UserError
 
 NOT_READ = (errno.EACCES, errno.EPERM, errno.ENAMETOOLONG)  # what else a folder refuses with may be a failing disk
@@ -100,6 +99,7 @@ class ImageTree(ImageFolder):  # type: ignore[misc]
         root: The folder.
         files: A file that lists the images, a path below ``root`` a line, in the order of the rows, or the paths
             themselves; nothing else is looked for then.
+        selection: The suffixes of images, and those that are not wanted.
 
     Raises:
         MissingPathError: No such folder, or no such list.
@@ -107,18 +107,19 @@ class ImageTree(ImageFolder):  # type: ignore[misc]
         UserError: It cannot be read.
     """
 
-    def __init__(self, root: str, files: str | Sequence[str] | None = None) -> None:
+    def __init__(self, root: str, files: str | Sequence[str] | None = None, selection: Selection | None = None) -> None:
         check_folder(root)
         VisionDataset.__init__(self, root)  # ImageFolder's own keeps a tuple an image: 200 MB a million
         self.classes = [""]
         self.left_out = ""
         self.images_left_out = 0
-        self._left = LeftOut()
-        self.names, self.sizes, self.mtimes = _pack(self._find() if files is None else [_listed(root, files)])
+        self._selection = selection or Selection()
+        self._left = LeftOut(self._selection)
+        self.names, self.sizes, self.mtimes = _pack(self._find() if files is None else [self._listed(files)])
         self.class_to_idx = {name: label for label, name in enumerate(self.classes)}
         if not self.names:
             found = f" It holds {self.left_out}." if self.left_out else ""
-            known = " ".join(IMG_EXTENSIONS)
+            known = " ".join(self._selection.suffixes)
             raise BadValueError(
                 f"--data.dir {root}: no image in it.{found}\n"
                 f"Expected a folder of images, or of one folder a class, with the suffixes {known}."
@@ -155,8 +156,8 @@ class ImageTree(ImageFolder):  # type: ignore[misc]
                 yield folder
         flat = False
         if not used:  # no class folder holds an image: a flat folder, if anything
-            for name in filter(is_image, classes):
-                top.add(name)
+            for name in filter(self._selection.is_image, classes):
+                self._add(name, top)
             flat = bool(top.names)
         if flat:
             yield top.in_order()
@@ -181,8 +182,8 @@ class ImageTree(ImageFolder):  # type: ignore[misc]
                 holding.add(path)
             if path in holding:
                 holding.add(above)
-            elif above and is_image(last):
-                folders[above].add(last)
+            elif above and self._selection.is_image(last):
+                self._add(last, folders[above])
         return [folders[path].in_order() for path in sorted(folders) if folders[path].names]
 
     def _scan(self, path: str) -> _Folder:
@@ -207,10 +208,24 @@ class ImageTree(ImageFolder):  # type: ignore[misc]
                 self._left.loops.append(folder.path + name)
             else:
                 folder.folders.append(name)
-        elif is_image(name) and not hidden:
-            folder.add(name, *_look(entry))
+        elif self._selection.is_image(name) and not hidden:
+            self._add(name, folder, entry)
         else:
             self._left.add_file(name)
+
+    def _add(self, name: str, folder: _Folder, file: str | os.DirEntry[str] | None = None) -> None:
+        """Put an image into its folder, unless it is not wanted; without a file, a folder has its name."""
+        if self._selection.excludes(folder.path + name):
+            self._left.excluded += 1
+        else:
+            folder.add(name, *(_look(file) if file is not None else ()))
+
+    def _listed(self, files: str | Sequence[str]) -> _Folder:
+        folder = _Folder("")
+        for name in read_list(files) if isinstance(files, str) else files:
+            self._add(name, folder, os.path.join(str(self.root), name))
+        self.left_out = self._left.describe(0, set())
+        return folder
 
     def _leads_back(self, path: str) -> bool:
         parts = path.split("/")
@@ -273,13 +288,6 @@ def read_list(path: str) -> list[str]:
     if not seen:
         raise BadValueError(f"--data.files {path}: no path in it. Expected a path below --data.dir a line.")
     return list(seen)
-
-
-def _listed(root: str, files: str | Sequence[str]) -> _Folder:
-    folder = _Folder("")
-    for name in read_list(files) if isinstance(files, str) else files:
-        folder.add(name, *_look(os.path.join(root, name)))
-    return folder
 
 
 def _pack(folders: Iterable[_Folder]) -> tuple[Names, NDArray[np.int64], NDArray[np.int64]]:

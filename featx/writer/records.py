@@ -30,7 +30,14 @@ SCHEMA: dict[tuple[type, ...], str] = {  # the keys of a record that featx reads
 }
 TYPES = {str: "text", int: "a number", dict: "an object", list: "a list", bool: "true or false", NoneType: "null"}
 # Dotted keys that were added to the identity later, each with the value that applied before. Keys are never removed.
-ADDED: Json = {"revisions.preprocessing": 1, "revisions.pass": 1, "revisions.text": 1, "preprocessing.pad": True}
+ADDED: Json = {
+    "revisions.preprocessing": 1,
+    "revisions.pass": 1,
+    "revisions.text": 1,
+    "preprocessing.pad": True,
+    "exclude": None,
+    "suffixes": None,
+}
 
 
 def merge(*parts: Json) -> Json:

@@ -88,6 +88,19 @@ def test_a_mistyped_option_is_refused_with_what_was_expected(words, said, tmp_pa
         (b"model:\n  lyer: fc7\n", "--model.lyer: no such option. Did you mean --model.layer?"),
         (b"data:\n\tdir: photos\n", "line 2: found character '\\t' that cannot start any token. Indent YAML with"),
         (b"data:\n  dir: [\n", "line 3: "),
+        (
+            b"data:\n  exclude: [*]\n",
+            "line 2: expected alphabetic or numeric character, but found ']'. Put text that begins",
+        ),
+        (
+            b"data:\n  exclude: [*masks]\n",
+            "line 2: found undefined alias 'masks'. Put text that begins with *, @, !, % or &",
+        ),
+        (
+            b"data:\n  exclude:\n  - @eaDir/x\n",
+            "line 3: found character '@' that cannot start any token. Put text that",
+        ),
+        (b"data:\n  exclude: [!x]\n", "line 3: expected ',' or ']', but got '<stream end>'. Put text that begins with"),
         (b"\xff\xd8\xff\xe0", "this is not text"),
         (b'{"identity": {}, "files": {}, "rows": 3}', "this is the record of a finished file"),
     ],

@@ -283,6 +283,16 @@ def test_padding_is_part_of_the_identity_where_it_decides_and_nowhere_else():
     assert identity(resize=32, pad=True)["pad"] is True
 
 
+def test_a_selection_is_part_of_the_identity_when_it_is_asked_for():
+    def identity(**options):
+        found = ImageFolderDataModule("x", **options).identity(Preprocessing.usual())
+        return {name: found[name] for name in ("exclude", "suffixes") if name in found}
+
+    assert identity() == identity(exclude=[], suffixes=[]) == {}
+    assert identity(exclude="*_mask.png") == identity(exclude=["*_mask.png"]) == {"exclude": ["*_mask.png"]}
+    assert identity(suffixes=[".JFIF", ".avif"]) == {"suffixes": [".jfif", ".avif"]}
+
+
 @pytest.mark.parametrize(
     ("own", "files", "expected"),
     [

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from torchvision.datasets import ImageFolder
 
 from featx.data.module import ImageFolderDataModule
+from featx.data.selection import Selection
 from featx.data.sources import ImageTree, Names, is_lost
 from featx.errors import BadValueError, MissingPathError, UserError
 
@@ -52,7 +53,8 @@ def test_what_imagefolder_leaves_out_is_counted(tmp_path):
     tree = ImageTree(str(tmp_path))
     assert list(tree.names) == ["cats/1.png", "cats/2.png"]
     assert tree.left_out == (
-        "1 image beside the class folders, 3 files with other suffixes (.gif, none), "
+        "1 image beside the class folders, "
+        "3 files with other suffixes (.gif, none; --data.suffixes '[.gif]' takes images), "
         "2 class folders without images (dogs, empty), 1 hidden file (.DS_Store)"
     )
 
@@ -94,7 +96,7 @@ FOLDERS = {  # as they come from other systems: what is in them, which images ar
          "Takeout/Google Photos/Photos from 2019/b.HEIC", "Takeout/Google Photos/Trip/c.jpg",
          "Takeout/Google Photos/Trip/metadata.json"],
         ["Takeout/Google Photos/Photos from 2019/a.jpg", "Takeout/Google Photos/Trip/c.jpg"],
-        "3 files with other suffixes (.json, .HEIC)",
+        "3 files with other suffixes (.json, .HEIC; --data.suffixes '[.heic]' takes images)",
     ),
 }  # fmt: skip
 
@@ -111,6 +113,63 @@ def test_a_list_takes_what_it_names_wherever_it_is(tmp_path):
     put(tmp_path, "a.jpg", ".hidden/b.jpg", "@eaDir/c.jpg")
     tree = ImageTree(str(tmp_path), write_list(tmp_path, b"@eaDir/c.jpg\n.hidden/b.jpg"))
     assert list(tree.names) == ["@eaDir/c.jpg", ".hidden/b.jpg"] and tree.sizes.tolist() == [0, 0]
+
+
+def test_images_are_excluded_by_patterns_of_their_paths_and_counted(tmp_path):
+    put(
+        tmp_path,
+        "cats/a.jpg",
+        "cats/a_mask.png",
+        "cats/deep/b_mask.png",
+        "thumbs/a.jpg",
+        "thumbs/deep/b.jpg",
+        "cats/A.PNG",
+    )
+    tree = ImageTree(str(tmp_path), selection=Selection(exclude=["*_mask.png", "thumbs/*"]))
+    assert (list(tree.names), tree.images_left_out) == (["cats/A.PNG", "cats/a.jpg"], 0)
+    assert tree.left_out == "4 images by --data.exclude, 1 class folder without images (thumbs)"
+    assert list(ImageTree(str(tmp_path), selection=Selection(exclude=["*/[!a]*.png"])).names)[1:2] == ["cats/a.jpg"]
+    with pytest.raises(BadValueError, match=r"no image in it. It holds 6 images by --data.exclude"):
+        ImageTree(str(tmp_path), selection=Selection(exclude="*"))
+
+
+def test_folders_of_excluded_images_alone_make_no_class_of_a_flat_folder(tmp_path):
+    put(tmp_path, "a.jpg", "thumbs/a.jpg", "b.jpg/x_mask.png")
+    tree = ImageTree(str(tmp_path), selection=Selection(exclude=["thumbs/*", "*_mask.png", "b.jpg"]))
+    assert (list(tree.names), tree.classes) == (["a.jpg"], [""])
+
+
+def test_patterns_exclude_images_of_a_list_too(photos, tmp_path):
+    listed = write_list(tmp_path, b"cats/image-02.jpg\nants/image-00.jpg\nlost.tif")
+    tree = ImageTree(str(photos), listed, Selection(exclude=["ants/*"]))
+    assert (list(tree.names), tree.left_out) == (["cats/image-02.jpg", "lost.tif"], "1 image by --data.exclude")
+
+
+def test_suffixes_are_taken_besides_torchvisions_and_named_where_they_are_not(tmp_path):
+    put(tmp_path, "a.JFIF", "b.jpg", "c.heic", "d.HEIC", "notes.txt")
+    tree = ImageTree(str(tmp_path), selection=Selection([".jfif"]))
+    assert list(tree.names) == ["a.JFIF", "b.jpg"]
+    assert tree.left_out == ("3 files with other suffixes (.HEIC, .heic, .txt; --data.suffixes '[.heic]' takes images)")
+    assert list(ImageTree(str(tmp_path), selection=Selection([".Heic", ".txt"])).names) == [
+        "b.jpg", "c.heic", "d.HEIC", "notes.txt",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (
+            {"exclude": "[*_mask.png]"},
+            r"""exclude \[\*_mask.png\]: not a list, since YAML .*\n.*: '\["\*_mask.png","thumbs/\*"\]'""",
+        ),
+        ({"suffixes": "[!x]"}, r"suffixes \[!x\]: not a list, since YAML takes a bare \*, @, !"),
+        ({"suffixes": ["jfif"]}, r"suffixes jfif: expected suffixes with their dot, as '\[.jfif,.avif\]'"),
+        ({"suffixes": "*.jfif"}, r"suffixes \*.jfif: expected suffixes with their dot"),
+    ],
+)
+def test_a_selection_that_cannot_be_is_refused(options, words):
+    with pytest.raises(BadValueError, match=words):
+        Selection(**options)
 
 
 @pytest.mark.parametrize(
