@@ -10,7 +10,7 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 from PIL import Image, ImageFile, UnidentifiedImageError, features
 
-from featx.data import jpeg, png, sniff, tiff, unscaled
+from featx.data import heif, jpeg, png, sniff, tiff, unscaled
 from featx.data.batch import Fault
 from featx.data.depth import SIXTEEN_BITS, is_dark, repeat_grey, require_range, to_8_bits
 from featx.data.depth import Pixels as Pixels
@@ -142,7 +142,12 @@ def decode(file: BinaryIO, name: str, value_range: ValueRange | None = None, str
         return _decode(file, value_range, strict)
     except UnidentifiedImageError:
         file.seek(0)
-        if what := sniff.describe(file.read(1 << 18), name):
+        what = sniff.describe(file.read(1 << 18), name)
+        if what.startswith("HEIC") and name.lower().endswith(heif.SUFFIXES):
+            file.seek(0)
+            with STRICT_PIL, heif.open_image(file, MOST_PIXELS) as image:
+                return _by_pillow(image, value_range, "HEIF")
+        if what:
             raise ImageError(what) from None
         raise
 

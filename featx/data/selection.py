@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
+from featx.data import heif
 from featx.errors import BadValueError, count
 
 # Folders that Synology, macOS, Linux and Windows keep among people's files, in small letters.
@@ -38,6 +39,8 @@ class Selection:
         self.more = [suffix.lower() for suffix in _strings("suffixes", suffixes, '[".jfif",".avif"]')]
         if wrong := [suffix for suffix in self.more if not re.fullmatch(r"\.[^./]+", suffix)]:
             raise BadValueError(f"--data.suffixes {wrong[0]}: expected suffixes with their dot, as '[.jfif,.avif]'.")
+        if set(self.more) & set(heif.SUFFIXES) and not heif.is_installed():
+            raise BadValueError(f"--data.suffixes {','.join(self.more)}: for HEIC {heif.REMEDY}")
         self.suffixes = (*IMG_EXTENSIONS, *self.more)
         self._excluded = re.compile("|".join(map(fnmatch.translate, self.exclude)) or "(?!)")
 
@@ -113,7 +116,7 @@ class LeftOut:
         empty -= {path.split("/")[0] for path in self.unread}
         unread = [f"{_short(path)}: {why}" for path, why in sorted(self.unread.items())]
         missed = [suffix for suffix in OTHER_IMAGES if suffix in map(str.lower, self.suffixes)]
-        hint = f"; --data.suffixes '[{','.join(missed)}]' takes images" if missed else ""
+        hint = f"; --data.suffixes '[{','.join(missed)}]' reads images" if missed else ""
         parts = (
             (self.excluded, "image", " by --data.exclude"),
             (loose, "image", " beside the class folders"),

@@ -178,7 +178,7 @@ def test_only_the_images_of_a_list_are_taken_and_a_missing_one_is_told(photos, t
         _, (batch,) = loader(photos, num_workers=0, files=str(tmp_path / "list"))
     assert batch.names == ["cats/image-02.jpg", "ants/image-00.jpg"]
     assert batch.faults == [("lost.jpg", "no such file", "FileNotFoundError: No such file or directory", False)]
-    assert f"images: 3 images of {photos}, listed in {tmp_path / 'list'}" in caplog.text
+    assert f"3 of {photos}, listed in {tmp_path / 'list'}" in caplog.text
 
 
 def test_a_missing_list_is_told_before_the_folder_is_looked_through(photos):

@@ -54,7 +54,7 @@ def test_what_imagefolder_leaves_out_is_counted(tmp_path):
     assert list(tree.names) == ["cats/1.png", "cats/2.png"]
     assert tree.left_out == (
         "1 image beside the class folders, "
-        "3 files with other suffixes (.gif, none; --data.suffixes '[.gif]' takes images), "
+        "3 files with other suffixes (.gif, none; --data.suffixes '[.gif]' reads images), "
         "2 class folders without images (dogs, empty), 1 hidden file (.DS_Store)"
     )
 
@@ -96,7 +96,7 @@ FOLDERS = {  # as they come from other systems: what is in them, which images ar
          "Takeout/Google Photos/Photos from 2019/b.HEIC", "Takeout/Google Photos/Trip/c.jpg",
          "Takeout/Google Photos/Trip/metadata.json"],
         ["Takeout/Google Photos/Photos from 2019/a.jpg", "Takeout/Google Photos/Trip/c.jpg"],
-        "3 files with other suffixes (.json, .HEIC; --data.suffixes '[.heic]' takes images)",
+        "3 files with other suffixes (.json, .HEIC; --data.suffixes '[.heic]' reads images)",
     ),
 }  # fmt: skip
 
@@ -149,7 +149,7 @@ def test_suffixes_are_taken_besides_torchvisions_and_named_where_they_are_not(tm
     put(tmp_path, "a.JFIF", "b.jpg", "c.heic", "d.HEIC", "notes.txt")
     tree = ImageTree(str(tmp_path), selection=Selection([".jfif"]))
     assert list(tree.names) == ["a.JFIF", "b.jpg"]
-    assert tree.left_out == ("3 files with other suffixes (.HEIC, .heic, .txt; --data.suffixes '[.heic]' takes images)")
+    assert tree.left_out == ("3 files with other suffixes (.HEIC, .heic, .txt; --data.suffixes '[.heic]' reads images)")
     assert list(ImageTree(str(tmp_path), selection=Selection([".Heic", ".txt"])).names) == [
         "b.jpg", "c.heic", "d.HEIC", "notes.txt",
     ]  # fmt: skip
@@ -189,8 +189,8 @@ def test_more_images_left_out_than_taken_are_warned_of_loudly(tmp_path, caplog, 
     put(tmp_path, *left_out)
     assert ImageTree(str(tmp_path)).images_left_out == images
     ImageFolderDataModule(str(tmp_path)).setup()
-    assert ("MORE IMAGES ARE LEFT OUT THAN TAKEN: 2 and 1." in caplog.text) == bool(images)
-    assert caplog.text.count("--data.files LIST takes") == bool(images)
+    assert ("MORE IMAGES ARE LEFT OUT (2) THAN READ (1)." in caplog.text) == bool(images)
+    assert caplog.text.count("--data.files LIST reads") == bool(images)
 
 
 def test_no_folder_a_file_and_no_image_are_told(tmp_path):
