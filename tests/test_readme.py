@@ -224,8 +224,8 @@ def do(store, forkserver, tmp_path_factory):
 
 
 def in_short(line):
-    """Return a line without what differs from run to run: numbers, units, and which stage was the wall."""
-    line = "the wall" if re.search(r"(is|are) the wall", line) else line
+    """Return a line without what differs from run to run: numbers, units, folders of packages, the bottleneck."""
+    line = re.sub(r"^bottleneck: .*", "bottleneck:", line)
     line = re.sub(r"/\S*/site-packages/", "…/", line)
     line = re.sub(r"-?\d[\d,.]*(e[-+]\d+)?", "#", line)
     return re.sub(r"# [kMG]?B\b", "# B", re.sub(r"\b(core|thread|worker|row)s\b", r"\1", " ".join(line.split())))
