@@ -31,7 +31,7 @@ def require_range(value_range: ValueRange | None, dtype: np.dtype[Any], bits: in
     if value_range is not None or (dtype.kind in "bu" and bits <= 16):
         return
     kind = "float" if dtype.kind == "f" else "signed integer" if bits <= 16 else "integer"
-    low, high = (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if bits <= 16 and dtype.kind == "i" else (0, 1)
+    low, high = {"i": (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1), "u": (0, 2**bits - 1)}.get(dtype.kind, (0, 1))
     raise BadValueError(
         f"{bits}-bit {kind} values ({what}) have no black and white of their own.\n"
         f"--data.value_range says which values those are, for instance --data.value_range '[{low},{high}]'"

@@ -82,7 +82,16 @@ def _what(head: bytes) -> str:
     for pattern, what in MARKUP:
         if text[:1] == b"<" and re.search(pattern, text):
             return what
-    return ""
+    # A server's error message, saved as an image, is the most common kind.
+    return "text" if re.fullmatch(rb"[\t\n\r\x20-\x7e\x80-\xff]+", text) and _is_utf8(text) else ""
+
+
+def _is_utf8(text: bytes) -> bool:
+    try:
+        text[:-3].decode()  # the end may be half a character
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
 def _known(library: str, what: str) -> str:

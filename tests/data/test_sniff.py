@@ -37,6 +37,7 @@ FILES = {
     "._a.jpg": (b"\0\x05\x16\x07" + bytes(50), "a macOS metadata file (AppleDouble) named .jpg"),
     "x-ray.jpg": (bytes(128) + b"DICM" + bytes(9), "DICOM named .jpg"),
     "film.jpg": (b"\0\0\0\x18ftypmp42" + bytes(30), "a video named .jpg"),
+    "denied.jpg": (b'{"error": "not found"}', "text named .jpg"),
     "lost.jpg": (bytes(5000), "nothing but zeros named .jpg"),
     "header.png": (b"\x89PNG\r\n\x1a\n" + bytes(50), "damaged"),
     "header.webp": (b"RIFF\x10\0\0\0WEBPVP8 " + bytes(20), "damaged"),
