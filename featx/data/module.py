@@ -137,7 +137,7 @@ class ImageFolderDataModule(LightningDataModule):
         if images.images_left_out > len(images):
             log.warning(
                 "MORE IMAGES ARE LEFT OUT (%s) THAN READ (%s). featx reads the images in class folders or, without any, "
-                "those in %s itself; --data.files LIST reads exactly the images that it lists",
+                "in %s itself; --data.files LIST reads exactly those that it lists",
                 f"{images.images_left_out:,}", f"{len(images):,}", self.dir,
             )  # fmt: skip
         self.images = images

@@ -92,7 +92,7 @@ def test_the_page_holds_every_row_with_its_path_and_what_could_not_be_read(made,
     assert page["names"][0] == "class-0/image-00.png"
     assert page["classes"] == ["class-0", "class-1", "odd"]
     assert [fault[0] for fault in page["faults"]] == ["odd/<b>broken.png"]
-    assert page["faults"][0][1] == "not an image that PIL can read"
+    assert page["faults"][0][1] == "text named .jpg"
     assert page["record"] == json.loads(copy.with_suffix(".json").read_text())
     assert page["notes"] == []
 

@@ -301,7 +301,7 @@ def test_what_is_wrong_is_told_in_words_without_the_machines_paths(tmp_path):
     words = {
         "half.png": ("truncated", "OSError: Truncated File Read"),
         "empty.jpg": ("empty", "ImageError: empty"),
-        "text.jpg": ("not an image that PIL can read", "UnidentifiedImageError: cannot identify image file"),
+        "text.jpg": ("text named .jpg", "ImageError: text named .jpg"),
         "link.jpg": ("a link to nothing", "FileNotFoundError: No such file or directory"),
         "lost.jpg": ("no such file", "FileNotFoundError: No such file or directory"),
         "round.jpg": (

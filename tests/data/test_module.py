@@ -78,7 +78,7 @@ def test_an_unreadable_image_has_no_row_and_is_told_in_its_place(some_broken, wo
     ]
     assert (second.names, second.groups) == ([], [])
     assert second.faults == [
-        ("2.jpg", "not an image that PIL can read", "UnidentifiedImageError: cannot identify image file", False),
+        ("2.jpg", "text named .jpg", "ImageError: text named .jpg", False),
         ("3.jpg", "a folder, not a file", "ImageError: a folder, not a file", False),
     ]
     assert third.names == ["5.jpg"] and [rows for rows, _ in third.groups] == [[0]]

@@ -41,7 +41,7 @@ FILES = {
     "lost.jpg": (bytes(5000), "nothing but zeros named .jpg"),
     "header.png": (b"\x89PNG\r\n\x1a\n" + bytes(50), "damaged"),
     "header.webp": (b"RIFF\x10\0\0\0WEBPVP8 " + bytes(20), "damaged"),
-    "notes.jpg": (b"no image", "not an image that PIL can read"),
+    "noise.jpg": (b"\x80\x81no image", "not an image that PIL can read"),
 }
 
 
