@@ -167,7 +167,7 @@ def test_a_table_of_alexnet_resnet_and_vit_fits_into_eighty_columns():
 
 
 def test_featx_layers_as_a_process():
-    done = featx("layers", "--model.arch", "resnet18", "--data.crop", "32")
+    done = featx("layers", "--model.arch", "resnet18", "--data.crop", "32", python=(sys.executable,))
     assert done.returncode == 0 and "Traceback" not in done.stderr
     fc = next(line for line in done.stdout.splitlines() if line.startswith("fc "))
     assert fc.split()[:4] == ["fc", "Linear", "1000", "1000"]

@@ -12,7 +12,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ENV, REPO
+from conftest import REPO, launch
+from start import FEATX
 
 from featx.process.signals import INTERRUPTED, SIGNALS, Watch
 from featx.run import FailedError, explain
@@ -59,19 +60,19 @@ def test_the_signal_before_a_requeue_stops_as_sigterm_does_under_slurm_only():
 
 @pytest.mark.parametrize(("sent", "node", "expected"), [(signal.SIGTERM, "0", 143), (signal.SIGINT, "1", 130)])
 def test_a_machine_that_waits_for_another_says_so_and_ends_at_a_signal(three_photos, tmp_path, sent, node, expected):
-    line = [sys.executable, "-m", "featx", "predict", "--data.dir", three_photos, "--writer.out_dir", tmp_path / "out"]
+    line = ["predict", "--data.dir", three_photos, "--writer.out_dir", tmp_path / "out"]
     line += ["--model.arch", "squeezenet1_1", "--model.weights", "random", "--model.layer", "classifier"]
     line += ["--trainer.accelerator", "cpu", "--trainer.strategy", "ddp", "--trainer.devices", "1"]
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = str(free.getsockname()[1])
-    env = {**ENV, "PYTHONPATH": str(REPO), "NODE_RANK": node, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    env = {"NODE_RANK": node, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     line += ["--trainer.num_nodes", "2"]
-    process = subprocess.Popen(list(map(str, line)), cwd=tmp_path, env=env, stderr=subprocess.PIPE, text=True)
+    at_once = "from featx.process import signals; signals.NOTICES = (0.0, 30.0)"  # not after 10 s
+    process = launch(*line, cwd=tmp_path, env=env, code=f"{at_once}; {FEATX}")
     try:
-        assert process.stderr is not None
         told = list(takewhile(lambda text: not text.startswith("waiting"), process.stderr))
         assert process.poll() is None, told
-        process.send_signal(sent)
+        os.kill(process.pid, sent)
         _, rest = process.communicate(timeout=20)  # which is what is promised
     finally:
         process.kill()
@@ -104,6 +105,7 @@ def test_what_is_waited_for_is_told_with_how_many_machines_and_where(monkeypatch
         (torch.distributed.DistStoreError("Timed out after 1801 seconds"), "other machines did not connect: Timed out"),
     ],
 )
-def test_failures_of_the_machine_get_a_message(error, words):
+def test_failures_of_the_machine_get_a_message(error, words, monkeypatch):
+    monkeypatch.setattr("featx.run.time", SimpleNamespace(sleep=lambda seconds: None))
     found = explain(error, SimpleNamespace(world_size=2), SimpleNamespace(workers=4))
     assert isinstance(found, FailedError) and re.search(words, str(found)) and "the same command again" in str(found)
