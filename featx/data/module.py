@@ -136,8 +136,8 @@ class ImageFolderDataModule(LightningDataModule):
             log.warning("left out of %s: %s", self.dir, images.left_out)
         if images.images_left_out > len(images):
             log.warning(
-                "MORE IMAGES ARE LEFT OUT (%s) THAN READ (%s). featx reads the images in class folders or, without any, "
-                "in %s itself; --data.files LIST reads exactly those that it lists",
+                "MORE IMAGES ARE LEFT OUT (%s) THAN READ (%s). featx reads those in class folders or, without any, in "
+                "%s itself; --data.files LIST reads exactly those that it lists",
                 f"{images.images_left_out:,}", f"{len(images):,}", self.dir,
             )  # fmt: skip
         self.images = images

@@ -22,6 +22,9 @@ SIDES = {"alexnet": 64, "inception_v3": 75, "maxvit_t": 224}
 OPTIONS = {"googlenet": {"init_weights": False}, "inception_v3": {"init_weights": False}}
 OPTIONS |= {arch: {"image_size": 32} for arch in ("vit_b_16", "vit_b_32", "vit_l_16", "vit_l_32")}
 OPTIONS["vit_h_14"] = {"image_size": 28}
+# Half of the time of all, for the code of smaller ones with more or wider blocks.
+LARGEST = {"efficientnet_v2_l", "regnet_y_128gf", "regnet_y_32gf", "resnet101", "vit_h_14", "vit_l_16", "vit_l_32",
+           "wide_resnet101_2"}  # fmt: skip
 
 
 def cheap_network(arch: str, monkeypatch: pytest.MonkeyPatch) -> nn.Module:
@@ -97,7 +100,12 @@ def one_way_to_compute() -> Iterator[None]:
     torch.backends.mha.set_fastpath_enabled(fast)
 
 
-@pytest.mark.parametrize("arch", models.list_models(module=models))
+ARCHS = [
+    pytest.param(arch, marks=pytest.mark.torture if arch in LARGEST else ()) for arch in models.list_models(models)
+]
+
+
+@pytest.mark.parametrize("arch", ARCHS)
 def test_later_modules_never_change_a_hooked_output(arch, monkeypatch):
     network = cheap_network(arch, monkeypatch)
     side = SIDES.get(arch, OPTIONS.get(arch, {}).get("image_size", 32))
