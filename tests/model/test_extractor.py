@@ -29,6 +29,16 @@ def extract(photos, model, batch_size=16, **options):
     return {layer: torch.cat([output[layer] for output in outputs]).numpy() for layer in model.layers}
 
 
+@pytest.fixture(scope="module")
+def few(tmp_path_factory):
+    """Three images, where their number does not matter."""
+    folder = tmp_path_factory.mktemp("few")
+    (folder / "ants").mkdir()
+    for i in range(3):
+        make_image(i, (300, 260)).save(folder / "ants" / f"{i}.png")
+    return folder
+
+
 @pytest.mark.parametrize("batch_size", [1, 37])
 def test_fc6_fc7_fc8_equal_plain_torch(photos, alexnet, alexnet_file, batch_size):
     found = extract(photos, FeatureExtractor(list(ALEXNET_LAYERS), weights=str(alexnet_file)), batch_size)
@@ -84,19 +94,19 @@ class Filled(FeatureExtractor):
         return network
 
 
-def test_a_custom_network_takes_a_file(photos, tmp_path):
+def test_a_custom_network_takes_a_file(few, tmp_path):
     own = random_network("alexnet", seed=3, num_classes=10)
     torch.save({"state_dict": {f"module.{k}": v for k, v in own.state_dict().items()}}, tmp_path / "w.pth.tar")
-    found = extract(photos, Ten(["fc7", "fc8"], weights=str(tmp_path / "w.pth.tar")))
-    _, expected = oracle(photos, own, ["classifier.4", "classifier.6"])
+    found = extract(few, Ten(["fc7", "fc8"], weights=str(tmp_path / "w.pth.tar")))
+    _, expected = oracle(few, own, ["classifier.4", "classifier.6"])
     assert relative_error(found["fc7"], expected[0]) < 1e-5
-    assert relative_error(found["fc8"], expected[1]) < 1e-5 and found["fc8"].shape == (37, 10)
+    assert relative_error(found["fc8"], expected[1]) < 1e-5 and found["fc8"].shape == (3, 10)
 
 
-def test_without_weights_a_custom_network_stays_as_it_was_built(photos):
+def test_without_weights_a_custom_network_stays_as_it_was_built(few):
     model = Filled("fc8")
-    found = extract(photos, model)["fc8"]
-    assert np.array_equal(found, np.ones((37, 10), np.float32))
+    found = extract(few, model)["fc8"]
+    assert np.array_equal(found, np.ones((3, 10), np.float32))
     assert model.weights_used == "as Filled.build_network() made them"
 
 
@@ -174,19 +184,15 @@ def test_mean_and_std_override_those_of_the_weights():
 
 
 @pytest.mark.parametrize("own", [False, True])
-def test_antialiased_alexnet_takes_a_finetuned_file(tmp_path, own):
-    photos = tmp_path / "photos"
-    (photos / "ants").mkdir(parents=True)
-    for i in range(3):
-        make_image(i, (300, 260)).save(photos / "ants" / f"{i}.png")
+def test_antialiased_alexnet_takes_a_finetuned_file(few, tmp_path, own):
     torch.manual_seed(4)
     network = antialiased_cnns.alexnet(num_classes=10).eval()
     state = {f"module.{name}": value for name, value in network.state_dict().items()}
     torch.save({"state_dict": state, "epoch": 5}, tmp_path / "weights.pth.tar")
     given = {"weights": str(tmp_path / "weights.pth.tar"), "layer": ["fc6", "fc7", "fc8"]}
     model = Antialiased(**given) if own else FeatureExtractor(arch="antialiased_cnns.alexnet", **given)
-    found = extract(photos, model)
-    _, expected = oracle(photos, network, ["classifier.1", "classifier.4", "classifier.6"])
+    found = extract(few, model)
+    _, expected = oracle(few, network, ["classifier.1", "classifier.4", "classifier.6"])
     for layer, values in zip(model.layers, expected, strict=True):
         assert relative_error(found[layer], values) < 1e-5
     assert found["fc8"].shape == (3, 10) and model.preprocessing.resize == 256
@@ -257,11 +263,11 @@ def test_rows_of_different_lengths_are_refused(photos):
         extract(photos, model, resize=64, crop=None)
 
 
-def test_pool_and_penultimate_through_the_extractor(photos):
+def test_pool_and_penultimate_through_the_extractor(few):
     model = FeatureExtractor(["features.0", "penultimate"], weights="random", pool="avg")
-    found = extract(photos, model)
-    _, (conv, hidden) = oracle(photos, random_network("alexnet", seed=0), ["features.0", "classifier.5"])
-    assert relative_error(found["features.0"], conv.reshape(37, 64, -1).mean(2)) < 1e-5
+    found = extract(few, model)
+    _, (conv, hidden) = oracle(few, random_network("alexnet", seed=0), ["features.0", "classifier.5"])
+    assert relative_error(found["features.0"], conv.reshape(3, 64, -1).mean(2)) < 1e-5
     assert relative_error(found["penultimate"], hidden) < 1e-5
     assert model.layers == {"features.0": "features.0", "penultimate": "input of classifier.6"}
 
@@ -346,13 +352,13 @@ def test_a_network_whose_rows_differ_in_channels_last_stays_contiguous(three_pho
     assert "since Conv gives different rows for fc in channels_last" in caplog.text
 
 
-def test_rows_are_the_same_in_either_layout(photos, alexnet_file):
-    found = [extract(photos, FeatureExtractor("fc7", weights=str(alexnet_file), channels_last=how))["fc7"]
+def test_rows_are_the_same_in_either_layout(few, alexnet_file):
+    found = [extract(few, FeatureExtractor("fc7", weights=str(alexnet_file), channels_last=how))["fc7"]
              for how in (True, False)]  # fmt: skip
     assert 0 < relative_error(*found) < 1e-5
 
 
-def test_a_compiled_pass_gives_the_same_rows_and_ends_at_the_deepest_layer(photos, monkeypatch):
+def test_a_compiled_pass_gives_the_same_rows_and_ends_at_the_deepest_layer(few, monkeypatch):
     compiled = []
 
     def compile(function, **how):
@@ -362,10 +368,10 @@ def test_a_compiled_pass_gives_the_same_rows_and_ends_at_the_deepest_layer(photo
     torch_compile = torch.compile
     monkeypatch.setattr(torch, "compile", compile)
     layers = ["features.0", "fc6"]
-    expected = extract(photos, FeatureExtractor(layers, weights="random", pool="avg"))
+    expected = extract(few, FeatureExtractor(layers, weights="random", pool="avg"))
     model = FeatureExtractor(layers, weights="random", pool="avg", compile=True)
     seen = []
-    found = extract(photos, model)
+    found = extract(few, model)
     model.network.classifier[6].register_forward_hook(lambda *_: seen.append(1))
     for layer in layers:
         assert found[layer].shape == expected[layer].shape
