@@ -169,7 +169,7 @@ def test_images_that_cannot_be_read_are_raised_or_returned(broken, tmp_path):
         extract(broken)
     names, values, errors = extract(broken, errors="return")
     assert len(names) == len(values) == 19 and [fault.path for fault in errors] == ["b/05.png"]
-    with pytest.raises(featx.ImageError, match=r"1 of 20 images cannot be read, the first is b/05.png: not an image"):
+    with pytest.raises(featx.ImageError, match=r"1 of 20 images cannot be read, the first is b/05.png: text named"):
         extract(broken, out_dir=tmp_path)
     found_names, found, listed = extract(broken, out_dir=tmp_path, errors="return")
     assert found_names == names and np.array_equal(found, values) and listed == errors
@@ -194,13 +194,13 @@ MISTAKES = [
     ({"batch_size": 0}, "--data.batch_size 0: expected a whole number of at least 1"),
     ({"pool": "agv"}, r"--model.pool agv: expected none, avg, max or cls. Did you mean avg\?"),
     ({"strict": False}, r"strict=False: no such option. Did you mean model_strict or data_strict\?"),
-    ({"format": "npy"}, "format='npy': no such option. It is for files: give out_dir, too"),
+    ({"format": "npy"}, "format='npy': no such option. It applies to files: add out_dir"),
     ({"errors": "ignore"}, "errors='ignore': expected 'raise' or 'return'"),
     ({"layer": "22"}, r"--model.layer 22: Tiny has no such layer. Did you mean 2\?"),
-    ({"devices": 2}, "devices=2: each of several processes would return its own share"),
+    ({"devices": 2}, "devices=2: each process would return only its share"),
     ({"precision": "31"}, "--trainer.precision 31: "),
     ({"source": []}, "source: nothing in it. Expected a folder, paths of images, or PIL images"),
-    ({"source": [1]}, "source: number 0 is a int. Expected PIL images"),
+    ({"source": [1]}, "source: item 0 is a int. Expected only PIL images"),
     ({"source": ["a.jpg"], "out_dir": "x"}, "out_dir='x': expected a folder as source"),
 ]
 
