@@ -10,7 +10,7 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 from PIL import Image, ImageFile, UnidentifiedImageError, features
 
-from featx.data import heif, jpeg, png, sniff, tiff, unscaled
+from featx.data import gif, heif, jpeg, png, sniff, tiff, unscaled
 from featx.data.batch import Fault
 from featx.data.depth import SIXTEEN_BITS, is_dark, repeat_grey, require_range, to_8_bits
 from featx.data.depth import Pixels as Pixels
@@ -163,6 +163,8 @@ def _decode(file: BinaryIO, value_range: ValueRange | None, strict: bool) -> Dec
             return _decode_png(file.read(), value_range)
         if strict and head.startswith(jpeg.MAGIC):
             return _decode_jpeg(file.read(), value_range)
+        if strict and head.startswith(gif.MAGIC):
+            gif.check(file.read())
         with Image.open(file, formats=FORMATS) as image:
             kind = str(image.format).replace("MPO", "JPEG")  # several JPEGs, of which the first is taken
             unscaled_values = None

@@ -7,7 +7,7 @@ leaves photometric interpretation to its callers.
 
 import logging
 import math
-import re
+import struct
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -33,7 +33,7 @@ OTHERS = {4: "transparency mask", 9: "ICC Lab", 10: "ITU Lab", 32803: "raw camer
           32845: "LogLuv", 34892: "raw camera data (LinearRaw)"}  # fmt: skip
 JPEG = (6, 7, 33007, 34892)  # compressions that give YCbCr as RGB
 
-# The tags that decide a pixel: tifffile goes on without one that it cannot read.
+# The tags that decide a pixel.
 TAGS = {256, 257, 258, 259, 262, 266, 273, 277, 278, 279, 284, 317, 320, 322, 323, 324, 325, 338, 339, 347, 530, 532}
 
 
@@ -72,30 +72,33 @@ def check(file: BinaryIO, value_range: ValueRange | None) -> None:
 
 @contextmanager
 def _opened(file: BinaryIO) -> Iterator[tifffile.TiffPage]:
-    """Open a TIFF's first page; tifffile's remarks of this thread are not logged, and a tag it lost is an error."""
-    thread, lost = threading.get_ident(), list[str]()
+    """Open a TIFF's first page; what tifffile remarks in this thread is not logged."""
+    thread, log = threading.get_ident(), logging.getLogger("tifffile")
 
-    def listen(record: logging.LogRecord) -> bool:
-        if record.thread != thread:
-            return True
-        message = record.getMessage()
-        if (tag := re.search(r"TiffTag (\d+) @\d+> invalid", message)) and int(tag[1]) in TAGS:
-            lost.append(message)
-        return False
+    def is_of_others(record: logging.LogRecord) -> bool:
+        return record.thread != thread
 
-    log = logging.getLogger("tifffile")
-    log.addFilter(listen)
+    log.addFilter(is_of_others)
     try:
         file.seek(0)
         with tifffile.TiffFile(file, _multifile=False) as tiff:
             if not tiff.pages:
                 raise tifffile.TiffFileError("truncated: its directory is not in the file")
-            page = tiff.pages.first
-            if lost:
-                raise tifffile.TiffFileError(lost[0])
-            yield page
+            _require_tags(tiff.pages.first, file)
+            yield tiff.pages.first
     finally:
-        log.removeFilter(listen)
+        log.removeFilter(is_of_others)
+
+
+def _require_tags(page: tifffile.TiffPage, file: BinaryIO) -> None:
+    """Raise for a tag that decides pixels and cannot be read: tifffile goes on with a default."""
+    form = page.parent.tiff
+    file.seek(page.offset)
+    (count,) = struct.unpack(form.tagnoformat, file.read(form.tagnosize))
+    for _ in range(count):
+        (code,) = struct.unpack(form.byteorder + "H", file.read(form.tagsize)[:2])
+        if code in TAGS and page.tags.valueof(code) is None:
+            raise tifffile.TiffFileError(f"tag {code} cannot be read")
 
 
 def _check(page: tifffile.TiffPage, value_range: ValueRange | None) -> None:
@@ -109,14 +112,14 @@ def _check(page: tifffile.TiffPage, value_range: ValueRange | None) -> None:
     kind = {"f": "float ", "i": "signed "}.get(page.dtype.kind, "")
     if page.imagedepth > 1:
         raise ImageError(f"a volume of {page.imagedepth} slices in one TIFF page")
-    if channels < needed and not (page.photometric == 6 and channels == 1):
+    if channels < needed:
         raise ImageError(f"a {colour} TIFF of {channels} channels: it needs {needed}")
     if needed == 1 and channels > 2:
         raise ImageError(f"a TIFF of {channels} {bits}-bit {kind}channels, none of which it says is red, green or blue")
     only_8_bits = colour in ("palette", "Lab") or (colour == "YCbCr" and page.compression not in JPEG)
     if only_8_bits and (page.dtype.kind not in "bu" or bits > 8):
         raise ImageError(f"a {bits}-bit {kind}{colour} TIFF")
-    if page.photometric == 6 and page.compression not in JPEG and (page.predictor != 1 or page.planarconfig != 1):
+    if page.photometric == 6 and page.compression not in JPEG and (page.predictor != 1 or page.shaped[0] != 1):
         raise ImageError("a YCbCr TIFF in planes or with a predictor")
     try:
         tifffile.TIFF.DECOMPRESSORS[page.compression]
@@ -128,7 +131,7 @@ def _check(page: tifffile.TiffPage, value_range: ValueRange | None) -> None:
 
 def _segments(page: tifffile.TiffPage, file: BinaryIO) -> Iterator[tuple[int, bytes]]:
     """Yield the number and the data of each strip or tile; a sparse file leaves some out."""
-    count = page.samplesperpixel if page.planarconfig == 2 else 1
+    count = page.shaped[0]  # planes
     if page.is_tiled:
         count *= math.ceil(page.imagelength / page.tilelength) * math.ceil(page.imagewidth / page.tilewidth)
     else:
@@ -172,6 +175,8 @@ def _jpeg(page: tifffile.TiffPage, data: bytes, channels: int) -> Pixels | None:
     if page.compression != 7 or page.bitspersample != 8 or page.jpegheader is not None or space is None:
         return None
     adobe = b"\xff\xee\0\x0eAdobe\0\x64\0\0\0\0" + bytes([page.photometric == 6])  # whether it is YCbCr
+    if any(part.marker in jpeg.FRAMES and data[part.content + 5] != channels for part in jpeg.segments(data)):
+        raise tifffile.TiffFileError(f"JPEG data of another number of channels than {channels}")
     tables = (page.jpegtables or jpeg.SOI).removesuffix(b"\xff\xd9")
     return jpeg.decode(jpeg.SOI + adobe + tables[2:] + data[2:], space)
 
