@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypedDict
 
 from featx.errors import BadValueError, count, log
 
-if TYPE_CHECKING:  # a record is read without torch
+if TYPE_CHECKING:  # reading a record needs no torch
     from torch import Tensor
 
 Seconds = tuple[float, float]  # of a core, for decoding and for resizing
@@ -38,9 +38,9 @@ class Fault(NamedTuple):
 
     Attributes:
         path: The image, below the data folder.
-        reason: What is wrong, in words, in one line.
-        exception: What the decoder said, in one line.
-        used: Whether the image has a row all the same, of what could be decoded.
+        reason: What is wrong, in plain words, in one line.
+        exception: The decoder's own message, in one line.
+        used: Whether the image has a row nevertheless, of what could be decoded.
     """
 
     path: str
@@ -91,14 +91,14 @@ REMARKS = {
 
 
 class Batch(NamedTuple):
-    """Some images in the order of the rows, with their names beside them all the way.
+    """Some images in the order of the rows, with their names.
 
     Attributes:
-        number: Which batch of the whole run this is, from 0, whatever process has it.
-        names: Paths below the data folder of the images that could be read, one a row.
-        groups: Images of equal shape, ``(G, 3, H, W) uint8``, each with the G rows of the batch that they are.
-        faults: What is wrong with images, in their order; such as were not used have no row.
-        size: How many images these are, readable or not.
+        number: Which batch of the whole run this is, from 0, whichever process has it.
+        names: Paths below the data folder of the images that could be read, one per row.
+        groups: Images of equal shape, ``(G, 3, H, W) uint8``, each with the numbers of their G rows in the batch.
+        faults: What is wrong with images, in their order; those that were not used have no row.
+        size: How many images there are, readable or not.
         seconds: What a core took to decode them, and to resize them.
         readers: The kinds of files that were decoded, each with the number of its reader.
         remarks: What is remarkable about images that have a row.

@@ -39,24 +39,25 @@ class ImageFolderDataModule(LightningDataModule):
     """Where the images are, and what is done to them before the network.
 
     Args:
-        dir: Folder of the images: one folder a class, as torchvision's ImageFolder takes them, or just images.
-        batch_size: Images a batch.
-        num_workers: Processes that decode images; auto: by the cores that this process may use.
-        resize: Short side after resizing, in pixels; auto: what the weights were trained with; null: no resize.
-        crop: Side of the centre crop, in pixels; auto: what the weights were trained with; null: no crop.
-        interpolation: PIL's filter for resizing; auto: what the weights were trained with.
+        dir: Folder of images, or of one folder per class, as for torchvision's ImageFolder.
+        batch_size: Images per batch.
+        num_workers: Processes that decode images; auto: as many as there are cores for this process.
+        resize: Short side after resizing, in pixels; auto: as the weights were trained; null: no resize.
+        crop: Side of the centre crop, in pixels; auto: as the weights were trained; null: no crop.
+        interpolation: PIL's filter for resizing; auto: as the weights were trained.
         pad: Pad images smaller than the crop with black.
-        value_range: Values that become black and white in images above 8 bits, as '[0,4095]'; 16-bit: all 65536.
-        files: A file with the images to take, a path below dir a line, in the order of the rows; null: all in dir.
+        value_range: Values that become black and white in images of more than 8 bits, as '[0,4095]'; null: as the file
+            says.
+        files: A file that lists the images to read, one path below dir per line, in the order of the rows; null: all.
         exclude: Paths to leave out, as '["*_mask.png","thumbs/*"]'.
         suffixes: More suffixes of images, as '[.jfif,.avif,.heic]'.
-        on_error: What an image that cannot be read does: list: it has no row, and is listed; stop: it ends the run.
-        strict: Whether an image with damaged data cannot be read; false: what PIL makes of it is used, and listed.
-        decoder: exact: PIL's values to the bit; turbo: faster, to values a few grey levels off.
+        on_error: For an image that cannot be read: list it and go on, or stop.
+        strict: Refuse images with damaged data; false: use what PIL makes of them, and list them.
+        decoder: exact: PIL's values to the bit; turbo: resizes faster, up to a few grey levels off.
 
     Raises:
-        UserError: From ``setup``: no folder, no image, or images that need a ``value_range``. ``ValueError`` and
-            ``FileNotFoundError`` are among its bases.
+        UserError: From ``setup``: no folder, no image, or all images need an option, such as ``value_range``.
+            ``ValueError`` and ``FileNotFoundError`` are among its bases.
     """
 
     def __init__(
@@ -113,17 +114,17 @@ class ImageFolderDataModule(LightningDataModule):
         self.workers = 0
         self._used = False  # the list of images, by a run
         self._dark_reported = False
-        # A rank without a batch is no mistake: https://github.com/Lightning-AI/pytorch-lightning/issues/13580
+        # A rank may be without a batch: https://github.com/Lightning-AI/pytorch-lightning/issues/13580
         self.allow_zero_length_dataloader_with_multiple_devices = True
 
     def check(self) -> None:
-        """Raise UserError for a folder or a list that is not there."""
+        """Raise UserError if the folder or the list does not exist."""
         check_folder(self.dir)
         if self.files is not None:
             check_list(self.files)
 
     def setup(self, stage: str | None = None) -> None:
-        """List the images, once for each run, and see that one of the first can be read with these options."""
+        """List the images, once per run, and check that one of the first can be read with these options."""
         self.batches, self._dark_reported = None, False
         if self.images is not None and not self._used:
             return
@@ -136,18 +137,18 @@ class ImageFolderDataModule(LightningDataModule):
             log.warning("left out of %s: %s", self.dir, images.left_out)
         if images.images_left_out > len(images):
             log.warning(
-                "MORE IMAGES ARE LEFT OUT (%s) THAN READ (%s). featx reads those in class folders or, without any, in "
-                "%s itself; --data.files LIST reads exactly those that it lists",
+                "MORE IMAGES ARE LEFT OUT (%s) THAN READ (%s). featx reads the images in class folders, or in %s "
+                "itself if there are none; --data.files LIST reads exactly the images that it lists",
                 f"{images.images_left_out:,}", f"{len(images):,}", self.dir,
             )  # fmt: skip
         self.images = images
         _first_read(self._read_as(Preprocessing(None, None, "bilinear", (), (), "")).in_order())
 
     def preprocessing(self, preset: Preprocessing) -> Preprocessing:
-        """Return what the network was trained with, ``preset``, with this module's options put over it.
+        """Return ``preset``, what the network was trained with, as changed by this module's options.
 
         Raises:
-            BadValueError: A crop that is larger than what images are resized to, and no padding.
+            BadValueError: The crop is larger than what images are resized to, and ``pad`` is false.
         """
         options = {"resize": self.resize, "crop": self.crop, "interpolation": self.interpolation}
         given: dict[str, Any] = {name: value for name, value in options.items() if value != "auto"}
@@ -163,9 +164,9 @@ class ImageFolderDataModule(LightningDataModule):
         return made
 
     def identity(self, preset: Preprocessing) -> dict[str, Any]:
-        """Return all of the data's that decides a value, as plain values for JSON."""
+        """Return everything about the data that decides a value, as plain values for JSON."""
         preprocessing = asdict(self.preprocessing(preset))
-        del preprocessing["source"]  # where the values come from decides nothing
+        del preprocessing["source"]  # it decides no value
         if not self.preprocessing(preset).may_pad:
             del preprocessing["pad"]
         asked = {"exclude": self.selection.exclude, "suffixes": self.selection.more}
@@ -180,16 +181,16 @@ class ImageFolderDataModule(LightningDataModule):
         }
 
     def first_batch(self, preset: Preprocessing, samples: Iterable[Sample] | None = None) -> Batch:
-        """Return the first image that can be read as a batch, read in this process, to try a network with.
+        """Return a batch of the first image that can be read, read in this process, to try a network with.
 
-        Where none of the first 64 can, it is a grey one.
+        If none of the first 64 can be read, the image is grey.
 
         Args:
             preset: The preprocessing that the network was trained with.
             samples: Images that are not in the folder.
 
         Raises:
-            BadValueError: None of them can, and some need an option.
+            BadValueError: None of these can be read, and some need an option.
         """
         if (sample := _first_read(samples or self._dataset(preset).in_order())) is not None:
             return Collate(self.batch_size)([sample])
@@ -202,7 +203,7 @@ class ImageFolderDataModule(LightningDataModule):
         """Return the loader of this process's batches, a contiguous run of the whole."""
         assert self.images is not None and self.trainer is not None
         self._used = True
-        if self.batches is None:  # nobody deals: all of them
+        if self.batches is None:  # no writer shared them out: all of them
             self.batches = range(math.ceil(len(self.images) / self.batch_size))
         cores = cores_per_process(self.trainer)
         on_gpu = self.trainer.strategy.root_device.type == "cuda"
@@ -226,7 +227,7 @@ class ImageFolderDataModule(LightningDataModule):
         )
 
     def on_before_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
-        """Report, in the main process, what a batch says of the whole run.
+        """Report, in the main process, what a batch says about the whole run.
 
         Raises:
             LostFolderError: The images are gone.
@@ -234,13 +235,13 @@ class ImageFolderDataModule(LightningDataModule):
         if batch.faults and is_lost(self.dir):
             raise LostFolderError(
                 f"--data.dir {self.dir}: the folder is gone, or empty. It held {batch.faults[0].path}.\n"
-                "Where it lies on a disk or a share that was lost, bring that back and give the same command."
+                "If its disk or network share was lost, reconnect it and run the same command again."
             )
         if "dark" in batch.remarks and not self._dark_reported:
             self._dark_reported = True
             log.warning(
-                "%s: 16-bit grey without a value above 4,095 becomes nearly black. Where that is a camera of 12 bits, "
-                "--data.value_range '[0,4095]' makes its brightest value white",
+                "%s: 16-bit grey without a value above 4,095 becomes nearly black. If it is from a 12-bit camera, use "
+                "--data.value_range '[0,4095]'",
                 batch.remarks["dark"]["first"],
             )
         return batch
@@ -256,7 +257,7 @@ class ImageFolderDataModule(LightningDataModule):
         return self._dataset(preset).read(0, name).fault
 
     def turbo_saves(self, preset: Preprocessing, images: int = 16) -> float:
-        """Return how many seconds of a core ``--data.decoder turbo`` would save for an image, by the first images."""
+        """Return how many seconds of a core ``--data.decoder turbo`` would save per image, measured on the first."""
         assert self.images is not None
         preprocessing = self.preprocessing(preset)
         root, names = self.images.root, self.images.names[:images]
@@ -294,7 +295,7 @@ class _Images(Dataset[Sample]):
         return self.read(index, self.images.names[index])
 
     def in_order(self) -> Iterator[Sample]:
-        """Yield all images."""
+        """Yield all images, read, in the order of the rows."""
         return map(self.__getitem__, range(len(self)))
 
     def read(self, place: int, name: str) -> Sample:
@@ -305,7 +306,7 @@ class _Images(Dataset[Sample]):
         if pixels is not None:
             try:
                 tensor = self.preprocessing.to_tensor(pixels, self.decoder)
-            except (ImageError, BadValueError, MemoryError) as err:  # raised, it would arrive wrapped
+            except (ImageError, BadValueError, MemoryError) as err:  # raised in a worker, it would arrive wrapped
                 fault = describe(err, os.path.join(self.images.root, name), name)
         return Sample(place, name, tensor, fault, (decoded - begin, time.thread_time() - decoded), kind, dark)
 
@@ -314,7 +315,7 @@ def _first_read(samples: Iterable[Sample]) -> Sample | None:
     """Return the first of the ``FIRST`` samples with an image, or None where there is none.
 
     Raises:
-        BadValueError: There is none, and some need an option: all that follow probably do.
+        BadValueError: There is none, and some need an option, as all that follow probably do.
     """
     faults = []
     for sample in islice(samples, FIRST):
@@ -328,7 +329,7 @@ def _first_read(samples: Iterable[Sample]) -> Sample | None:
 
 
 class Collate:
-    """Samples in the order of the rows -> the batch that they are.
+    """Samples in the order of the rows -> their batch.
 
     Args:
         batch_size: Images per batch.
@@ -338,7 +339,7 @@ class Collate:
         self.batch_size = batch_size
 
     def __call__(self, samples: list[Sample]) -> Batch:
-        """Return a batch; its number goes by its first sample's index."""
+        """Return a batch; its number follows from the place of its first sample."""
         read = [(sample.name, sample.image) for sample in samples if sample.image is not None]
         shapes: dict[tuple[int, ...], list[int]] = {}
         for row, (_, image) in enumerate(read):
@@ -368,8 +369,8 @@ def _remarkable(sample: Sample) -> Iterator[str]:
 class _WholeBatches(DistributedSampler[Any]):
     """The images of one process: whole batches, in order, none twice; only the run's last one is short.
 
-    It is a DistributedSampler so that Lightning puts none of its own in its place, which would deal single images
-    round robin and repeat some: https://github.com/Lightning-AI/pytorch-lightning/issues/10782.
+    It is a DistributedSampler so that Lightning does not replace it by its own, which would deal out single images in
+    turn and repeat some: https://github.com/Lightning-AI/pytorch-lightning/issues/10782.
     """
 
     def __init__(self, images: int, batch_size: int, batches: Sequence[int]) -> None:

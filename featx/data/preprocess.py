@@ -14,7 +14,7 @@ from torchvision.transforms.v2 import functional as v2
 from featx.data.decode import MOST_PIXELS, STRICT_PIL, Pixels
 from featx.errors import BadValueError, ImageError
 
-REVISION = 1  # goes up whenever the steps below give other pixels than before: no run then takes rows of before
+REVISION = 1  # increase it whenever the steps below give other pixels: no run then uses earlier rows
 Decoder = Literal["exact", "turbo"]
 Interpolation = Literal["auto", "nearest", "nearest-exact", "bilinear", "bicubic", "box", "hamming", "lanczos"]
 
@@ -23,13 +23,13 @@ Interpolation = Literal["auto", "nearest", "nearest-exact", "bilinear", "bicubic
 class Preprocessing:
     """Resize the short side, crop the centre, scale to 0..1, subtract the mean, divide by the standard deviation.
 
-    Equal to torchvision's classification transforms on a PIL image, up to float32 rounding; a resize or a crop of
-    None leaves that step out.
+    Equal to torchvision's classification transforms on a PIL image, up to float32 rounding. A resize or a crop of None
+    leaves out that step.
 
     Args:
         resize: The short side after resizing, in pixels, or None.
         crop: The side of the centre crop, in pixels, or None.
-        interpolation: PIL's filter, by torchvision's name for it.
+        interpolation: torchvision's name of PIL's filter.
         mean: Mean of each channel, on the scale 0..1.
         std: Standard deviation of each channel, on the scale 0..1.
         source: Where these values come from.
@@ -48,7 +48,7 @@ class Preprocessing:
 
     @classmethod
     def of_weights(cls, weights: Any) -> "Preprocessing":
-        """Read the values off a torchvision weights entry's ``transforms()``."""
+        """Take the values from the ``transforms()`` of a torchvision weights entry."""
         preset = weights.transforms()
         return cls(
             resize=preset.resize_size[0],
@@ -61,16 +61,16 @@ class Preprocessing:
 
     @classmethod
     def of_timm(cls, name: str, data: dict[str, Any]) -> "Preprocessing":
-        """Read the values off a timm network's data config, as timm's own evaluation takes them.
+        """Take the values from a timm network's data config, as timm's own evaluation does.
 
         Raises:
-            BadValueError: It pads the images, or wants them other than square.
+            BadValueError: The network takes images that are not square, or another crop mode.
         """
         _, height, width = data["input_size"]
         if height != width or data["crop_mode"] not in ("center", "squash"):
             raise BadValueError(
-                f"--model.arch {name}: it takes images of {width} x {height} pixels, crop mode {data['crop_mode']}.\n"
-                "Expected square ones in crop mode center or squash, which featx can make."
+                f"--model.arch {name}: takes images of {width} x {height} pixels in crop mode {data['crop_mode']}.\n"
+                "Expected a network that takes square images in crop mode center or squash."
             )
         return cls(
             resize=math.floor(width / data["crop_pct"]),
@@ -90,19 +90,19 @@ class Preprocessing:
 
     @classmethod
     def usual(cls) -> "Preprocessing":
-        """Return what most ImageNet networks were trained with, as torchvision states it for AlexNet."""
+        """Return what most ImageNet networks were trained with, as torchvision gives it for AlexNet."""
         return replace(cls.of_weights(AlexNet_Weights.IMAGENET1K_V1), source="the usual one for ImageNet")
 
     def to_tensor(self, pixels: Pixels, decoder: Decoder = "exact") -> Tensor:
-        """Resize and crop an RGB image to a ``(3, H, W) uint8`` tensor, with antialias; in memory pixel by pixel.
+        """Resize, with antialiasing, and crop an RGB image to a ``(3, H, W) uint8`` tensor, channels last in memory.
 
         Args:
             pixels: The image, ``(H, W, 3) uint8``.
-            decoder: exact: by PIL; else on the tensor, in a third of the time, to values a few grey levels off.
+            decoder: exact: by PIL; turbo: on the tensor, in a third of the time, up to a few grey levels off.
 
         Raises:
-            ImageError: So long and narrow that resizing would make a decompression bomb of it.
-            BadValueError: Smaller than the crop, and not to be padded.
+            ImageError: The image is so long and narrow that resizing would make a decompression bomb of it.
+            BadValueError: It is smaller than the crop, and not to be padded.
         """
         height, width = pixels.shape[:2]
         if self.resize is not None and self.resize**2 * max(height, width) / min(height, width) > MOST_PIXELS:
@@ -111,7 +111,7 @@ class Preprocessing:
             )
         method = InterpolationMode(self.interpolation)
         image: Any = Image.fromarray(pixels) if decoder == "exact" else torch.from_numpy(pixels).permute(2, 0, 1)
-        with STRICT_PIL:  # a crop, too, is held against what PIL takes for a decompression bomb
+        with STRICT_PIL:  # PIL checks for a decompression bomb in a crop, too
             if self.resize is not None:
                 size = [self.resize] * (2 if self.squash else 1)  # one number is the short side
                 image = v2.resize(image, size, method, antialias=True)
@@ -136,12 +136,12 @@ class Preprocessing:
 
         As ToTensor and Normalize do, operation for operation.
         """
-        # Lightning makes another dtype the default, for all threads, where --trainer.precision is a true half.
+        # With a true half --trainer.precision Lightning changes the default dtype, for all threads.
         mean, std = (torch.tensor(v, dtype=torch.float32, device=images.device) for v in (self.mean, self.std))
         if not images.is_contiguous(memory_format=torch.channels_last):
             return images.float().div_(255).sub_(mean.view(-1, 1, 1)).div_(std.view(-1, 1, 1))
         batch, channels, height, width = images.shape
-        # The three values of a pixel are too few for vector instructions, those of a line of pixels are not.
+        # The three values of a pixel are too few for vector instructions; a line of pixels is long enough.
         lines = images.permute(0, 2, 3, 1).reshape(batch, height, width * channels).float()
         lines = lines.div_(255).sub_(mean.repeat(width)).div_(std.repeat(width))
         return lines.view(batch, height, width, channels).permute(0, 3, 1, 2)

@@ -1,4 +1,4 @@
-"""Which names in the data folder are images that people mean, and what is said of the rest."""
+"""Which files in the data folder are images to read, and the line that counts the others."""
 
 import fnmatch
 import os
@@ -11,27 +11,27 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from featx.data import heif
 from featx.errors import BadValueError, count
 
-# Folders that Synology, macOS, Linux and Windows keep among people's files, in small letters.
+# Folders that Synology, macOS, Linux and Windows keep among people's files, in lower case.
 SYSTEM_FOLDERS = ("@eadir", "__macosx", "lost+found", "$recycle.bin", "system volume information")
-# Images with suffixes that torchvision does not have, which people miss where nothing takes them.
+# Suffixes of images that torchvision does not have: --data.suffixes can add them.
 OTHER_IMAGES = (".avif", ".gif", ".heic", ".heif", ".hif", ".jfif", ".jp2", ".jpe")
 
 
 class Selection:
-    """What is asked for: suffixes besides torchvision's, and patterns of paths that are not wanted.
+    """Which images to read: suffixes in addition to torchvision's, and patterns of paths to leave out.
 
     Args:
-        suffixes: Such as ``.jfif``; large and small letters are the same.
-        exclude: Patterns of the path below the data folder, as ``*_mask.png`` and ``thumbs/*``, in which ``*`` stands
-            for any characters, also ``/``.
+        suffixes: Such as ``.jfif``, in upper or lower case.
+        exclude: Patterns of the path below the data folder, such as ``*_mask.png`` and ``thumbs/*``, in which ``*``
+            matches any characters, including ``/``.
 
     Attributes:
         exclude: The patterns.
-        more: The suffixes besides torchvision's, in small letters.
-        suffixes: All of them.
+        more: The suffixes in addition to torchvision's, in lower case.
+        suffixes: All suffixes.
 
     Raises:
-        BadValueError: No list of suffixes, or of patterns.
+        BadValueError: The suffixes or patterns are not a list, or pillow-heif is missing.
     """
 
     def __init__(self, suffixes: Sequence[str] | None = None, exclude: Sequence[str] | None = None) -> None:
@@ -45,38 +45,38 @@ class Selection:
         self._excluded = re.compile("|".join(map(fnmatch.translate, self.exclude)) or "(?!)")
 
     def is_image(self, name: str) -> bool:
-        """Whether a name has the suffix of an image, in large or small letters."""
+        """Whether a name has the suffix of an image, in upper or lower case."""
         return name.lower().endswith(self.suffixes)
 
     def excludes(self, path: str) -> bool:
-        """Whether a path below the data folder is not wanted."""
+        """Whether to leave out a path below the data folder."""
         return self._excluded.match(path) is not None
 
 
 def _strings(option: str, value: Sequence[str] | None, example: str) -> list[str]:
-    """Return an option's value as a list; what was meant as one is text where YAML reads something else in it."""
+    """Return an option's value as a list; one that YAML could not parse arrives as a string."""
     if isinstance(value, str) and value.startswith("["):
         raise BadValueError(
-            f"--data.{option} {value}: not a list, since YAML takes a bare *, @, !, % or & for something else.\n"
-            f"Expected each in quotes: '{example}'."
+            f"--data.{option} {value}: not a list: YAML gives a bare *, @, !, % or & another meaning.\n"
+            f"Expected a list with each item in quotes, such as '{example}'."
         )
     return [value] if isinstance(value, str) else list(value or [])
 
 
 class LeftOut:
-    """What is found in a data folder and not taken.
+    """What is in a data folder and not read.
 
     Args:
-        selection: What is asked for.
+        selection: Which images to read.
 
     Attributes:
-        images: How many images there are among it, thumbnails in system folders aside.
-        suffixes: Files with other suffixes, by these.
-        files: Hidden files, by name or by what names of their kind begin or end with.
-        folders: Hidden and system folders, by name.
-        loops: Links to a folder in which they lie themselves.
-        unread: Folders that cannot be read, with why.
-        excluded: How many images are not wanted.
+        images: The number of images in it, except those in system folders.
+        suffixes: The number of files by other suffixes.
+        files: The number of hidden files by name; those of macOS and iCloud by pattern.
+        folders: The number of hidden and system folders by name.
+        loops: Links to folders that they are in.
+        unread: Why folders cannot be read, by path.
+        excluded: The number of images left out by patterns.
     """
 
     def __init__(self, selection: Selection) -> None:
@@ -87,16 +87,16 @@ class LeftOut:
         self.unread: dict[str, str] = {}
 
     def add_folder(self, path: str) -> None:
-        """Count a hidden or a system folder, and what a hidden one holds."""
+        """Count a hidden or system folder, and the images in a hidden one."""
         name = os.path.basename(path)
         self.folders[name] += 1
         if name.lower() not in SYSTEM_FOLDERS:
             self.images += sum(self._selection.is_image(name) for _, _, names in os.walk(path) for name in names)
 
     def add_file(self, name: str) -> None:
-        """Count a file that is hidden or is no image.
+        """Count a file that is hidden or not an image.
 
-        ``._a.jpg`` is what macOS notes on an image; ``.a.jpg.icloud`` stands for one that iCloud has and this disk not.
+        ``._a.jpg`` is macOS's metadata of an image; ``.a.jpg.icloud`` replaces an image that is only in iCloud.
         """
         suffix = os.path.splitext(name)[1]
         if not name.startswith("."):
@@ -107,10 +107,10 @@ class LeftOut:
         self.images += not name.startswith("._") and name.removesuffix(".icloud").lower().endswith(known)
 
     def describe(self, loose: int, empty: set[str]) -> str:
-        """Say all of it in one line, or return nothing.
+        """Return one line with all counts, or ``""``.
 
         Args:
-            loose: How many images lie beside the class folders.
+            loose: The number of images beside the class folders.
             empty: Class folders without images.
         """
         empty -= {path.split("/")[0] for path in self.unread}

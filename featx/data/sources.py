@@ -14,17 +14,17 @@ from torchvision.datasets import ImageFolder, VisionDataset
 from featx.data.selection import SYSTEM_FOLDERS, LeftOut, Selection
 from featx.errors import BadValueError, MissingPathError, UserError
 
-NOT_READ = (errno.EACCES, errno.EPERM, errno.ENAMETOOLONG)  # what else a folder refuses with may be a failing disk
+NOT_READ = (errno.EACCES, errno.EPERM, errno.ENAMETOOLONG)  # other errors may come from a failing disk
 
 
 class Names(Sequence[str]):
-    """Paths of images as one run of bytes: a million of them take little, and no worker process copies it.
+    """Paths of images in one bytes object: a million of them take little memory, and no worker process copies it.
 
-    A path that is not UTF-8 comes with surrogates, as the system's file names do in Python.
+    A path that is not UTF-8 has surrogates, as file names in Python do.
 
     Args:
-        blob: All paths, one behind the other.
-        ends: Where each ends, ``(N + 1,) int64``, behind a 0.
+        blob: All paths, one after the other.
+        ends: Where each ends, ``(N + 1,) int64``, after a 0.
     """
 
     def __init__(self, blob: bytes, ends: NDArray[np.int64]) -> None:
@@ -46,7 +46,7 @@ class Names(Sequence[str]):
 
 
 class _Folder:
-    """What is in one folder, itself: its images' names, sizes in bytes and mtimes in ns; the folders in it."""
+    """What is directly in one folder: the names of its images, their sizes in bytes and mtimes in ns; its folders."""
 
     def __init__(self, path: str) -> None:
         self.path = path  # below the root, with / at its end, or ""
@@ -60,7 +60,7 @@ class _Folder:
         self.mtimes.append(mtime)
 
     def in_order(self) -> "_Folder":
-        """Return the same with its images in the order of their names."""
+        """Return a copy with the images sorted by name."""
         other = _Folder(self.path)
         for i in sorted(range(len(self.names)), key=self.names.__getitem__):
             other.add(self.names[i], self.sizes[i], self.mtimes[i])
@@ -77,39 +77,39 @@ class ImageTree(ImageFolder):  # type: ignore[misc]
           cats/tom.png       row 1
           dogs/old/rex.jpg   row 2
 
-    A root without class folders is one class, named ``""``; folders in which there is no image do not count there,
-    so that an output folder beside the photographs changes nothing. Hidden files and folders, whose names begin with a
+    A root without class folders is one class, named ``""``; folders without images do not count as class folders, so
+    that an output folder beside the photographs changes nothing. Hidden files and folders, whose names begin with a
     dot, and ``SYSTEM_FOLDERS`` are left out at any depth: they hold what systems keep beside photographs. After
     https://github.com/pytorch/vision/blob/main/torchvision/datasets/folder.py and, for flat folders,
     https://github.com/pytorch/vision/issues/4925.
 
-    Unlike there, a folder that is named like an image and holds none stands in the place of that image, which then
-    cannot be read; and a link to a folder in which it lies itself is not followed, nor a folder below that the user
-    may not read, or whose path is too long.
+    Unlike torchvision, it takes a folder that has an image's name and no images in it for that image, which then cannot
+    be read; it does not follow links to folders that they are in, and leaves out folders below the root that it may not
+    read, or whose path is too long.
 
     Attributes:
         names: Paths of the images below ``root``, with ``/``, in the order of the rows.
         sizes: Their sizes in bytes, ``(N,) int64``; -1 where there is no file.
         mtimes: When they were last changed, in ns, ``(N,) int64``; -1 where there is no file.
         classes: Names of the class folders, sorted.
-        left_out: What was found and left out, in words, or ``""``.
-        images_left_out: How many images are among it.
+        left_out: One line that counts what was left out, or ``""``.
+        images_left_out: How many images that is.
 
     Args:
         root: The folder.
-        files: A file that lists the images, a path below ``root`` a line, in the order of the rows, or the paths
-            themselves; nothing else is looked for then.
-        selection: The suffixes of images, and those that are not wanted.
+        files: A file that lists the images, one path below ``root`` per line, in the order of the rows, or the paths
+            themselves; no other images are then looked for.
+        selection: The suffixes of images, and which images to leave out.
 
     Raises:
-        MissingPathError: No such folder, or no such list.
-        BadValueError: A file in its place, no image in it, or a list that cannot be used.
+        MissingPathError: There is no such folder, or no such list.
+        BadValueError: It is a file, there is no image in it, or the list cannot be used.
         UserError: It cannot be read.
     """
 
     def __init__(self, root: str, files: str | Sequence[str] | None = None, selection: Selection | None = None) -> None:
         check_folder(root)
-        VisionDataset.__init__(self, root)  # ImageFolder's own keeps a tuple an image: 200 MB a million
+        VisionDataset.__init__(self, root)  # ImageFolder keeps one tuple per image: 200 MB per million
         self.classes = [""]
         self.left_out = ""
         self.images_left_out = 0
@@ -118,11 +118,11 @@ class ImageTree(ImageFolder):  # type: ignore[misc]
         self.names, self.sizes, self.mtimes = _pack(self._find() if files is None else [self._listed(files)])
         self.class_to_idx = {name: label for label, name in enumerate(self.classes)}
         if not self.names:
-            found = f" It holds {self.left_out}." if self.left_out else ""
+            found = f" Left out: {self.left_out}." if self.left_out else ""
             known = " ".join(self._selection.suffixes)
             raise BadValueError(
                 f"--data.dir {root}: no image in it.{found}\n"
-                f"Expected a folder of images, or of one folder a class, with the suffixes {known}."
+                f"Expected a folder of images, or of one folder per class, with the suffixes {known}."
             )
 
     def __len__(self) -> int:
@@ -146,7 +146,7 @@ class ImageTree(ImageFolder):  # type: ignore[misc]
         return digest.hexdigest()
 
     def _find(self) -> Iterator[_Folder]:
-        """Yield the folders that hold images, in order, their images sorted; then say what was left out."""
+        """Yield the folders that hold images, in order, their images sorted; then describe what was left out."""
         top = self._scan("")
         classes = sorted(top.folders)
         used = set()
@@ -187,7 +187,7 @@ class ImageTree(ImageFolder):  # type: ignore[misc]
         return [folders[path].in_order() for path in sorted(folders) if folders[path].names]
 
     def _scan(self, path: str) -> _Folder:
-        """Look at what is in one folder, once."""
+        """Return what is directly in one folder."""
         folder = _Folder(f"{path}/" if path else "")
         try:
             with os.scandir(os.path.join(str(self.root), path)) as entries:
@@ -214,7 +214,7 @@ class ImageTree(ImageFolder):  # type: ignore[misc]
             self._left.add_file(name)
 
     def _add(self, name: str, folder: _Folder, file: str | os.DirEntry[str] | None = None) -> None:
-        """Put an image into its folder, unless it is not wanted; without a file, a folder has its name."""
+        """Add an image to its folder, unless it is excluded; without a file, the image is a folder."""
         if self._selection.excludes(folder.path + name):
             self._left.excluded += 1
         else:
@@ -235,7 +235,7 @@ class ImageTree(ImageFolder):  # type: ignore[misc]
 
 
 def check_folder(root: str) -> None:
-    """Raise MissingPathError or BadValueError unless there is a folder of that name."""
+    """Raise MissingPathError or BadValueError unless this is a folder."""
     if not os.path.exists(root):
         raise MissingPathError(f"--data.dir {root}: no such folder. Expected a folder of images.")
     if not os.path.isdir(root):
@@ -245,7 +245,7 @@ def check_folder(root: str) -> None:
 
 
 def is_lost(root: str) -> bool:
-    """Whether there is nothing left of a folder that held images: removed, or a disk that is no longer there."""
+    """Whether nothing is left of a folder that held images: it was removed, or its disk is gone."""
     try:
         with os.scandir(root) as entries:
             return next(entries, None) is None
@@ -254,17 +254,17 @@ def is_lost(root: str) -> bool:
 
 
 def check_list(path: str) -> None:
-    """Raise MissingPathError unless there is a list of that name."""
+    """Raise MissingPathError unless the list exists."""
     if not os.path.exists(path):
-        raise MissingPathError(f"--data.files {path}: no such file. Expected a list of images, a path a line.")
+        raise MissingPathError(f"--data.files {path}: no such file. Expected a list of images, one path per line.")
 
 
 def read_list(path: str) -> list[str]:
-    """Return the paths of a list of images, one a line, in its order, each as ``a/b.jpg``.
+    """Return the paths of a list of images, one per line, in its order, each as ``a/b.jpg``.
 
     Raises:
-        MissingPathError: No such file.
-        BadValueError: No path in it, one twice, or one that does not lie below the data folder.
+        MissingPathError: There is no such file.
+        BadValueError: There is no path in it, one twice, or one that is not below the data folder.
         UserError: It cannot be read.
     """
     check_list(path)
@@ -272,7 +272,7 @@ def read_list(path: str) -> list[str]:
         with open(path, "rb") as file:
             lines = file.read().removeprefix(b"\xef\xbb\xbf").split(b"\n")
     except OSError as err:
-        raise UserError(f"--data.files {path}: {err.strerror}. Expected a list of images, a path a line.") from err
+        raise UserError(f"--data.files {path}: {err.strerror}. Expected a list of images, one path per line.") from err
     seen: dict[str, int] = {}
     for number, line in enumerate(lines, 1):
         words = line.removesuffix(b"\r").decode("utf-8", "surrogateescape")
@@ -280,13 +280,13 @@ def read_list(path: str) -> list[str]:
             continue
         where = f"--data.files {path}, line {number}: {words[:200]!r}"
         if os.path.isabs(words) or ".." in words.split("/") or "\0" in words:
-            raise BadValueError(f"{where} does not lie below --data.dir.\nExpected paths below it, as cats/felix.jpg")
+            raise BadValueError(f"{where} is not below --data.dir.\nExpected paths below it, such as cats/felix.jpg.")
         name = os.path.normpath(words)
         if name in seen:
-            raise BadValueError(f"{where} stands in line {seen[name]} already.\nExpected each image once.")
+            raise BadValueError(f"{where} is already in line {seen[name]}.\nExpected each image once.")
         seen[name] = number
     if not seen:
-        raise BadValueError(f"--data.files {path}: no path in it. Expected a path below --data.dir a line.")
+        raise BadValueError(f"--data.files {path}: no path in it. Expected one path below --data.dir per line.")
     return list(seen)
 
 

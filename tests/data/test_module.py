@@ -66,7 +66,7 @@ def some_broken(tmp_path):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_an_unreadable_image_has_no_row_and_is_told_in_its_place(some_broken, workers):
+def test_an_unreadable_image_has_no_row_and_is_listed_in_its_place(some_broken, workers):
     _, batches = loader(some_broken, num_workers=workers, batch_size=2, resize=None, crop=None)
     first, second, third, last = batches
     assert [batch.number for batch in (first, second, third, last)] == [0, 1, 2, 3]
@@ -86,7 +86,7 @@ def test_an_unreadable_image_has_no_row_and_is_told_in_its_place(some_broken, wo
     assert last.names == [] and last.faults[0].reason in ("damaged", "truncated")
 
 
-def test_not_strictly_a_damaged_image_has_a_row_and_is_told_all_the_same(some_broken):
+def test_not_strictly_a_damaged_image_has_a_row_and_is_listed_nevertheless(some_broken):
     _, batches = loader(some_broken, num_workers=0, strict=False, batch_size=7)
     (batch,) = batches
     assert batch.names == ["0.jpg", "1.jpg", "5.jpg", "6.jpg"] and batch.size == 7
@@ -95,7 +95,7 @@ def test_not_strictly_a_damaged_image_has_a_row_and_is_told_all_the_same(some_br
     ]  # fmt: skip
 
 
-def test_an_image_too_narrow_to_be_resized_is_told_and_not_tried(tmp_path):
+def test_an_image_too_narrow_to_be_resized_is_listed_and_not_tried(tmp_path):
     Image.new("L", (65500, 1)).save(tmp_path / "a.jpg")
     _, (batch,) = loader(tmp_path, num_workers=0, resize=256)
     (fault,) = batch.faults
@@ -172,7 +172,7 @@ def test_a_network_is_tried_with_the_first_image_that_can_be_read(some_broken):
     assert rows == [0] and images.shape == (1, 3, 224, 224)
 
 
-def test_only_the_images_of_a_list_are_taken_and_a_missing_one_is_told(photos, tmp_path, caplog):
+def test_only_the_images_of_a_list_are_read_and_a_missing_one_is_listed(photos, tmp_path, caplog):
     (tmp_path / "list").write_text("cats/image-02.jpg\nlost.jpg\nants/image-00.jpg\n")
     with caplog.at_level("INFO"):
         _, (batch,) = loader(photos, num_workers=0, files=str(tmp_path / "list"))
@@ -181,7 +181,7 @@ def test_only_the_images_of_a_list_are_taken_and_a_missing_one_is_told(photos, t
     assert f"3 of {photos}, listed in {tmp_path / 'list'}" in caplog.text
 
 
-def test_a_missing_list_is_told_before_the_folder_is_looked_through(photos):
+def test_a_missing_list_is_reported_before_the_folder_is_looked_through(photos):
     with pytest.raises(MissingPathError, match=r"--data.files nowhere: no such file"):
         ImageFolderDataModule(str(photos), files="nowhere").check()
 

@@ -129,7 +129,7 @@ def test_images_are_excluded_by_patterns_of_their_paths_and_counted(tmp_path):
     assert (list(tree.names), tree.images_left_out) == (["cats/A.PNG", "cats/a.jpg"], 0)
     assert tree.left_out == "4 images by --data.exclude, 1 class folder without images (thumbs)"
     assert list(ImageTree(str(tmp_path), selection=Selection(exclude=["*/[!a]*.png"])).names)[1:2] == ["cats/a.jpg"]
-    with pytest.raises(BadValueError, match=r"no image in it. It holds 6 images by --data.exclude"):
+    with pytest.raises(BadValueError, match=r"no image in it. Left out: 6 images by --data.exclude"):
         ImageTree(str(tmp_path), selection=Selection(exclude="*"))
 
 
@@ -160,9 +160,9 @@ def test_suffixes_are_taken_besides_torchvisions_and_named_where_they_are_not(tm
     [
         (
             {"exclude": "[*_mask.png]"},
-            r"""exclude \[\*_mask.png\]: not a list, since YAML .*\n.*: '\["\*_mask.png","thumbs/\*"\]'""",
+            r"""exclude \[\*_mask.png\]: not a list: YAML .*\n.* '\["\*_mask.png","thumbs/\*"\]'""",
         ),
-        ({"suffixes": "[!x]"}, r"suffixes \[!x\]: not a list, since YAML takes a bare \*, @, !"),
+        ({"suffixes": "[!x]"}, r"suffixes \[!x\]: not a list: YAML gives a bare \*, @, !"),
         ({"suffixes": ["jfif"]}, r"suffixes jfif: expected suffixes with their dot, as '\[.jfif,.avif\]'"),
         ({"suffixes": "*.jfif"}, r"suffixes \*.jfif: expected suffixes with their dot"),
     ],
@@ -193,14 +193,14 @@ def test_more_images_left_out_than_taken_are_warned_of_loudly(tmp_path, caplog, 
     assert caplog.text.count("--data.files LIST reads") == bool(images)
 
 
-def test_no_folder_a_file_and_no_image_are_told(tmp_path):
+def test_no_folder_a_file_and_no_image_are_reported(tmp_path):
     with pytest.raises(MissingPathError, match=r"--data.dir .*nowhere: no such folder"):
         ImageTree(str(tmp_path / "nowhere"))
     (tmp_path / "file").touch()
     with pytest.raises(BadValueError, match=r"this is a file. Expected a folder of images"):
         ImageTree(str(tmp_path / "file"))
     (tmp_path / "file").rename(tmp_path / "a.txt")
-    with pytest.raises(BadValueError, match=r"no image in it. It holds 1 file with other suffixes \(.txt\)"):
+    with pytest.raises(BadValueError, match=r"no image in it. Left out: 1 file with other suffixes \(.txt\)"):
         ImageTree(str(tmp_path))
 
 
@@ -368,19 +368,19 @@ def test_a_list_says_which_images_and_in_which_order(photos, tmp_path):
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        (b"\n \r\n", r"list.txt: no path in it. Expected a path below --data.dir a line"),
-        (b"a.jpg\n/b.jpg\n", r"list.txt, line 2: '/b.jpg' does not lie below --data.dir"),
-        (b"a/../../b.jpg\n", r"line 1: 'a/../../b.jpg' does not lie below --data.dir.\nExpected .*cats/felix.jpg"),
-        (b"a.jpg\0b.jpg\0", r"line 1: .* does not lie below"),
-        (b"a.jpg\nb.jpg\n\n./a.jpg", r"line 4: './a.jpg' stands in line 1 already.\nExpected each image once"),
+        (b"\n \r\n", r"list.txt: no path in it. Expected one path below --data.dir per line"),
+        (b"a.jpg\n/b.jpg\n", r"list.txt, line 2: '/b.jpg' is not below --data.dir"),
+        (b"a/../../b.jpg\n", r"line 1: 'a/../../b.jpg' is not below --data.dir.\nExpected .*cats/felix.jpg"),
+        (b"a.jpg\0b.jpg\0", r"line 1: .* is not below"),
+        (b"a.jpg\nb.jpg\n\n./a.jpg", r"line 4: './a.jpg' is already in line 1.\nExpected each image once"),
     ],
 )
-def test_a_list_that_cannot_be_used_is_told_with_its_line(tmp_path, content, words):
+def test_a_list_that_cannot_be_used_is_reported_with_its_line(tmp_path, content, words):
     with pytest.raises(BadValueError, match=words):
         ImageTree(str(tmp_path), write_list(tmp_path, content))
 
 
-def test_a_list_that_is_missing_or_a_folder_is_told(tmp_path):
+def test_a_list_that_is_missing_or_a_folder_is_reported(tmp_path):
     with pytest.raises(MissingPathError, match=r"--data.files nowhere.txt: no such file. Expected a list of images"):
         ImageTree(str(tmp_path), "nowhere.txt")
     with pytest.raises(UserError, match=r"--data.files .*: Is a directory. Expected a list of images"):
