@@ -147,9 +147,9 @@ def forkserver():
 def words(command, folder):
     """Return the arguments that a shell makes of a command line of featx in a folder."""
     script = f"featx() {{ printf '%s\\0' \"$@\"; }}; {command}"
-    said = subprocess.run(["bash", "-O", "failglob", "-c", script], cwd=folder, capture_output=True, text=True)
-    assert said.returncode == 0, said.stderr
-    return said.stdout.split("\0")[:-1]
+    shell = subprocess.run(["bash", "-O", "failglob", "-c", script], cwd=folder, capture_output=True, text=True)
+    assert shell.returncode == 0, shell.stderr
+    return shell.stdout.split("\0")[:-1]
 
 
 def act(command, folder):
@@ -176,7 +176,7 @@ def act(command, folder):
 
 @pytest.fixture(scope="module")
 def do(store, forkserver, tmp_path_factory):
-    """Runs a command, or a block of Python, in a folder like the reader's, and returns it, ended, with what it said."""
+    """Runs a command, or a block of Python, in a folder like the reader's, and returns it, ended, with its output."""
     ready = {}
 
     def finished(options):
@@ -200,8 +200,8 @@ def do(store, forkserver, tmp_path_factory):
             process.join(120)
             process.kill()
             process.join()
-            said = [(folder / name).read_text() for name in ("stdout", "stderr")]
-            return folder, subprocess.CompletedProcess(command, process.exitcode, *said)
+            output = [(folder / name).read_text() for name in ("stdout", "stderr")]
+            return folder, subprocess.CompletedProcess(command, process.exitcode, *output)
         with socket.create_server(("127.0.0.1", 0)) as free:
             command = command.replace("PORT", str(free.getsockname()[1]))
         env = ENV | {
@@ -240,10 +240,10 @@ def test_every_command_runs(command, do):
     expected = next((status for word, status in STATUS.items() if word in command), 0)
     assert done.returncode == expected, f"{instead}\n{done.stdout}{done.stderr}"
     if shown := COMMANDS[command]:
-        said = [line for line in (done.stderr + done.stdout).splitlines() if not line.endswith(" left")]  # a slow run's
+        lines = [line for line in (done.stderr + done.stdout).splitlines() if not line.endswith(" left")]  # if slow
         if not command.startswith("featx"):  # rows of other images
-            said, shown = ([in_short(line.split(",")[0]) for line in lines] for lines in (said, shown))
-        assert [in_short(line) for line in said] == [in_short(line) for line in shown]
+            lines, shown = ([in_short(line.split(",")[0]) for line in part] for part in (lines, shown))
+        assert [in_short(line) for line in lines] == [in_short(line) for line in shown]
 
 
 @pytest.mark.parametrize("place", SNIPPETS)
@@ -390,7 +390,7 @@ def test_alexnet_yaml_spells_out_the_defaults(do):
     assert stated["model"].keys() == plain["model"]["init_args"].keys()
 
 
-def test_options_on_the_line_win_over_a_config_wherever_it_stands(do):
+def test_options_on_the_line_override_a_config_wherever_it_is(do):
     config = "--config configs/demud.yaml"
     for line in (f"--data.resize 301 {config}", f"{config} --data.resize 301"):
         printed = yaml.safe_load(do(f"featx predict --data.dir x {line} --print_config").stdout)

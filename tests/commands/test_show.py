@@ -52,7 +52,7 @@ def copy(made, tmp_path):
 
 
 def shown(path, *options, page=None):
-    """Run the command and return what stands in the page's data."""
+    """Run the command and return what is in the page's data."""
     assert main(["show", str(path), *options]) == 0
     text = (page or path.with_suffix(".html")).read_text("utf-8")
     packed = re.search(r'id="data">([^<]*)<', text)[1]
@@ -92,7 +92,7 @@ def test_the_page_holds_every_row_with_its_path_and_what_could_not_be_read(made,
     assert page["names"][0] == "class-0/image-00.png"
     assert page["classes"] == ["class-0", "class-1", "odd"]
     assert [fault[0] for fault in page["faults"]] == ["odd/<b>broken.png"]
-    assert page["faults"][0][1] == "text named .jpg"
+    assert page["faults"][0][1] == "text named .png"
     assert page["record"] == json.loads(copy.with_suffix(".json").read_text())
     assert page["notes"] == []
 
@@ -126,7 +126,7 @@ def test_the_same_file_gives_the_same_page(copy):
         assert copy.with_suffix(".html").read_bytes() == first
 
 
-def test_without_room_thumbnails_are_chosen_and_that_is_said(copy, monkeypatch):
+def test_without_room_thumbnails_are_chosen_with_a_note(copy, monkeypatch):
     shown(copy)
     whole = copy.with_suffix(".html").stat().st_size
     monkeypatch.setattr(show, "PAGE_BYTES", whole - 8_000)
@@ -137,7 +137,7 @@ def test_without_room_thumbnails_are_chosen_and_that_is_said(copy, monkeypatch):
     assert {str(row) for pair in page["twins"] for row in pair} < set(page["thumbnails"])
 
 
-def test_of_too_many_rows_some_are_shown_and_that_is_said(copy, monkeypatch):
+def test_of_too_many_rows_some_are_shown_with_a_note(copy, monkeypatch):
     monkeypatch.setattr(show, "MOST_POINTS", 9)
     page = shown(copy)
     assert len(page["names"]) == 9 and page["columns"] == 8
@@ -180,7 +180,7 @@ def test_a_folder_of_shards_has_the_page_of_one_file(made, copy, tmp_path, forma
         assert page[key] == whole[key]
 
 
-def test_one_shard_has_a_page_of_its_own_images_beside_the_folder(made, copy, tmp_path):
+def test_one_shard_has_a_page_of_its_own_images_next_to_the_folder(made, copy, tmp_path):
     run(made / "photos", tmp_path / "out", shard_rows=8)
     shards = sorted((tmp_path / "out" / "2").iterdir())
     pages = [shown(shard, page=tmp_path / "out" / f"2-{shard.stem}.html") for shard in shards]
@@ -211,40 +211,40 @@ def test_images_that_are_all_alike_have_a_page_too(tmp_path):
     assert page["usual"] == 0 and page["twins_all"] == 10
 
 
-def said(capsys, *argv):
+def error_of(capsys, *argv):
     assert main(["show", *map(str, argv)]) == 2
-    told = capsys.readouterr().err
-    assert "Traceback" not in told and told.count("\n") <= 4
-    return told
+    error = capsys.readouterr().err
+    assert "Traceback" not in error and error.count("\n") <= 4
+    return error
 
 
-def test_mistakes_are_told_in_words(copy, tmp_path, capsys, monkeypatch):
-    assert "3.csv: no such file. Did you mean 2.csv?" in said(capsys, copy.with_name("3.csv"))
+def test_mistakes_are_short_messages(copy, tmp_path, capsys, monkeypatch):
+    assert "3.csv: no such file. Did you mean 2.csv?" in error_of(capsys, copy.with_name("3.csv"))
     (tmp_path / "x.csv").touch()
-    assert "no record x.json next to it" in said(capsys, tmp_path / "x.csv")
-    assert "--images nowhere: no such folder" in said(capsys, copy, "--images", "nowhere")
-    assert "invalid choice: 'som'" in said(capsys, copy, "--map", "som")
-    assert "FILE" in said(capsys)
+    assert "no record x.json next to it" in error_of(capsys, tmp_path / "x.csv")
+    assert "--images nowhere: no such folder" in error_of(capsys, copy, "--images", "nowhere")
+    assert "invalid choice: 'som'" in error_of(capsys, copy, "--map", "som")
+    assert "FILE" in error_of(capsys)
     copy.write_bytes(copy.read_bytes() + b"more,1,2,3,4\n")
-    assert "28 rows, expected 27" in said(capsys, copy)
+    assert "28 rows, expected 27" in error_of(capsys, copy)
     copy.write_bytes(copy.read_bytes().replace(b"more,1,2,3,4\n", b"").replace(b"\n", b",1\n", 1))
-    assert "4 values, expected 5" in said(capsys, copy)
+    assert "4 values, expected 5" in error_of(capsys, copy)
     monkeypatch.setitem(sys.modules, "bokeh.resources", None)
-    assert "pip install 'featx[show]'" in said(capsys, copy)
+    assert "pip install 'featx[show]'" in error_of(capsys, copy)
 
 
-def test_a_path_that_is_no_set_of_shards_is_told_in_words(made, tmp_path, capsys):
+def test_a_path_that_is_not_a_set_of_shards_is_a_short_message(made, tmp_path, capsys):
     out = tmp_path / "out"
     run(made / "photos", out, shard_rows=8)
-    assert "out/fc7.csv: no such file. Expected a file that featx predict wrote" in said(capsys, out / "fc7.csv")
-    assert "out: no record out.json next to it that lists it.\nExpected what featx predict" in said(capsys, out)
-    assert "2/00004.csv: no such file. Did you mean 00003.csv" in said(capsys, out / "2" / "00004.csv")
-    assert "2/00003.npy: no such file" in said(capsys, out / "2" / "00003.npy")
+    assert "out/fc7.csv: no such file. Expected a file that featx predict wrote" in error_of(capsys, out / "fc7.csv")
+    assert "out: no record out.json next to it that lists it.\nExpected what featx predict" in error_of(capsys, out)
+    assert "2/00004.csv: no such file. Did you mean 00003.csv" in error_of(capsys, out / "2" / "00004.csv")
+    assert "2/00003.npy: no such file" in error_of(capsys, out / "2" / "00003.npy")
     (out / "2" / "00001.csv").write_bytes(b"".join((out / "2" / "00001.csv").read_bytes().splitlines(True)[1:]))
-    assert "out/2: 26 rows, expected 27. It was changed." in said(capsys, out / "2")
-    assert "2/00001.csv: 7 rows, expected 8. It was changed." in said(capsys, out / "2" / "00001.csv")
+    assert "out/2: 26 rows, expected 27. It was changed." in error_of(capsys, out / "2")
+    assert "2/00001.csv: 7 rows, expected 8. It was changed." in error_of(capsys, out / "2" / "00001.csv")
     (out / "2" / "00001.csv").unlink()
-    assert "3 shards, the last is 00003.csv. Some are missing." in said(capsys, out / "2")
+    assert "3 shards, the last is 00003.csv. Some are missing." in error_of(capsys, out / "2")
 
 
 def test_help_is_short(capsys):
@@ -319,7 +319,7 @@ class Browser:
         self.driver.execute_cdp_cmd("Emulation.setTouchEmulationEnabled", {"enabled": False})
 
     def ring(self):
-        """Where the image that is shown stands, in pixels of the window."""
+        """Where the selected image is, in pixels of the window."""
         return self.js(
             "const box = document.querySelector('#marks i').getBoundingClientRect();"
             "return [box.x + box.width / 2, box.y + box.height / 2]"
@@ -349,7 +349,7 @@ def page(made):
 
 @pytest.fixture
 def browser(chromium, page):
-    """The page, opened; behind the test its console must be empty, and nothing but files asked for."""
+    """The page, opened; after the test its console must be empty, and only files requested."""
     for log in ("browser", "performance"):
         chromium.driver.get_log(log)
     yield chromium.open(page)
@@ -374,8 +374,8 @@ def test_pointing_shows_a_thumbnail_and_a_click_the_nearest_with_their_distances
     browser.wait("return document.querySelector('#one figure')")
     assert browser.text("#one figcaption").startswith("class-0/image-04.png")
     pairs = np.sort(brute(values_in(copy))[2])[1:11]  # row 2
-    told = browser.js("return [...document.querySelectorAll('#one .card b')].map((b) => Number(b.textContent))")
-    np.testing.assert_allclose(told, pairs, rtol=6e-3)
+    found = browser.js("return [...document.querySelectorAll('#one .card b')].map((b) => Number(b.textContent))")
+    np.testing.assert_allclose(found, pairs, rtol=6e-3)
     browser.find("#one .card").click()
     assert not browser.text("#one figcaption").startswith("class-0/image-04.png")
 
@@ -477,7 +477,7 @@ def test_a_class_is_shown_alone_and_all_again(browser):
     assert browser.js(grey) == 0
 
 
-def test_names_are_text_and_lead_to_their_files_whatever_stands_in_them(browser, made):
+def test_names_are_text_and_link_to_their_files_whatever_is_in_them(browser, made):
     assert "<b>broken.png" in browser.text("#faults")
     pick = (
         "const input = document.querySelector('#search input');"
@@ -486,9 +486,9 @@ def test_names_are_text_and_lead_to_their_files_whatever_stands_in_them(browser,
         "return [document.querySelector('#one figcaption b').textContent.toWellFormed(),"
         " document.querySelector('#one a').href]"
     )
-    told = [browser.js(pick, row) for row in range(6)]
-    assert {name for name, _ in told} == {f"odd/{name.replace(NAMES[5], chr(0xFFFD) * 2 + '.png')}" for name in NAMES}
-    paths = {unquote_to_bytes(link.removeprefix("file://")) for _, link in told}
+    found = [browser.js(pick, row) for row in range(6)]
+    assert {name for name, _ in found} == {f"odd/{name.replace(NAMES[5], chr(0xFFFD) * 2 + '.png')}" for name in NAMES}
+    paths = {unquote_to_bytes(link.removeprefix("file://")) for _, link in found}
     assert paths == {os.fsencode(made / "photos" / "odd" / name) for name in NAMES}
     browser.press("ESCAPE")
     browser.search(HOSTILE)
@@ -520,7 +520,7 @@ def test_it_is_readable_on_wide_and_narrow_light_and_dark(browser, page, width, 
 
 
 def contrast(browser, selector):
-    """The contrast of a text with what lies behind it, after https://www.w3.org/TR/WCAG21/#dfn-contrast-ratio."""
+    """The contrast of a text with its background, after https://www.w3.org/TR/WCAG21/#dfn-contrast-ratio."""
     colours = browser.js(
         "let element = document.querySelector(arguments[0]); const text = getComputedStyle(element).color;"
         "const back = () => getComputedStyle(element).backgroundColor;"
