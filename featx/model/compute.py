@@ -19,8 +19,9 @@ from featx.data.batch import Batch
 from featx.errors import UserError, first_line, log
 from featx.model.build import SEED
 from featx.model.layers import Found, Taps
+from featx.model.trace import first_difference
 from featx.process.cores import cores_per_process, usable_cores
-from featx.process.shared import Shared, one_core
+from featx.process.shared import LOCK, Shared, one_core
 
 # Images that one core computes at a time. On a CPU the last bits of a result depend on the numbers of images and of
 # threads, so both are fixed: one thread per slice, and one slice per core at a time. Of 8, 16 and 32, 16 was the best
@@ -87,13 +88,21 @@ class Passes:
         taps: The network and its hooks.
         normalize: Turns images ``(B, 3, H, W) uint8`` into the network's input.
         title: The network's name in messages.
+        stochastic: Whether the network may draw random numbers, which are then seeded for each batch.
 
     Attributes:
         memory_layout: contiguous or channels_last, chosen by ``try_out``.
         stages: Seconds of all cores in the network.
     """
 
-    def __init__(self, model: LightningModule, taps: Taps, normalize: Callable[[Tensor], Tensor], title: str) -> None:
+    def __init__(
+        self,
+        model: LightningModule,
+        taps: Taps,
+        normalize: Callable[[Tensor], Tensor],
+        title: str,
+        stochastic: bool = False,
+    ) -> None:
         self.memory_layout = "contiguous"
         self.stages: dict[str, float] = defaultdict(float)
         self._model = model
@@ -101,6 +110,7 @@ class Passes:
         self._network = taps.network
         self._normalize = normalize
         self._title = title
+        self._stochastic = stochastic
         self._compiled: Callable[[Tensor], dict[str, Tensor]] | None = None
         self._pools: dict[int, ThreadPoolExecutor] = {}
         self._running: deque[Future[Part]] = deque()
@@ -108,11 +118,51 @@ class Passes:
     def try_out(self, images: Tensor, channels_last: Literal["auto"] | bool, compiles: bool) -> dict[str, Found]:
         """Run the first pass, choose the memory layout, and return each layer; see ``FeatureExtractor.try_out``."""
         with ThreadPoolExecutor(1, initializer=one_core) as thread:
-            found = thread.submit(self.run, images, self._taps.find).result()
+            found = thread.submit(self._first_passes, images[:1]).result()
             self.memory_layout = thread.submit(self._choose_layout, images.shape[1:], channels_last).result()
         if compiles:
             self._compiled = torch.compile(self._taps.take, fullgraph=True, dynamic=False)
         return found
+
+    def _first_passes(self, image: Tensor) -> dict[str, Found]:
+        """Return each layer; raise UserError if two more passes differ in any bit of the rows."""
+        before = torch.get_rng_state()
+        with self._seeded():
+            found = self.run(image, self._taps.find)
+
+        def run(network: Callable[[Tensor], T]) -> T:
+            with self._seeded():
+                return self.run(image, network)
+
+        one, other = run(self._taps), run(self._taps)
+        if all(torch.equal(one[layer].view(torch.int32), other[layer].view(torch.int32)) for layer in one):  # NaN too
+            return found
+        where = first_difference(self._network, run)
+        torch.set_rng_state(before)
+        refused = f"{self._title} gives different rows in two passes of one image. {where}"
+        if self._stochastic:
+            raise UserError(
+                f"--model.stochastic true: {refused}\nTorch's random numbers were the same in both. Expected a network "
+                "that draws no others, such as numpy's, and keeps no state."
+            )
+        raise UserError(
+            f"--model.stochastic false: {refused}\nExpected a network without random numbers in eval mode. "
+            "--model.stochastic true takes this one, and seeds them for each batch."
+        )
+
+    @contextmanager
+    def _seeded(self, batch: int = 0) -> Iterator[None]:
+        """Within this context, a stochastic network draws the random numbers of a batch, in whichever run it is.
+
+        All threads have one generator on a CPU: https://docs.pytorch.org/docs/stable/random.html. It is restored.
+        """
+        if not self._stochastic:
+            yield
+            return
+        gpus = [self._model.device] if self._model.device.type == "cuda" else []
+        with LOCK, torch.random.fork_rng(gpus):
+            (torch.default_generator.manual_seed if self._on_cpu else torch.manual_seed)(SEED + batch)
+            yield
 
     def _choose_layout(self, shape: torch.Size, wanted: Literal["auto"] | bool) -> str:
         """Convert the network to the layout that suits it, and return the layout's name.
@@ -128,7 +178,7 @@ class Passes:
 
         self._network.to(memory_format=torch.contiguous_format)  # an earlier run may have changed it
         convolves = any(isinstance(module, nn.Conv2d) for module in self._network.modules())
-        if wanted is False or (wanted == "auto" and not convolves):
+        if wanted is False or (wanted == "auto" and (self._stochastic or not convolves)):  # noise follows the layout
             return "contiguous"
         seeded = torch.Generator().manual_seed(SEED)
         pixels = self._normalize(torch.randint(256, (2, *shape), dtype=torch.uint8, generator=seeded))
@@ -190,14 +240,17 @@ class Passes:
                   for rows, images in batch.groups for i in range(0, len(rows), most)]  # fmt: skip
         places = torch.tensor([row for rows, _ in slices for row in rows]).argsort()
         if not self._on_cpu:
-            rows = _join([self._model.forward(images) for _, images in slices], places)
+            with self._seeded(batch.number):
+                rows = _join([self._model.forward(images) for _, images in slices], places)
             return self._copied(rows) if self._model.device.type == "cuda" else rows
         threads = self._threads
+        if self._stochastic:
+            return self._finish(threads.submit(self._in_turn, batch.number, slices).result(), places)
         futures = [threads.submit(self._timed, images) for _, images in slices]
         self._running.extend(futures)
         while len(self._running) > SLICES_PER_CORE * self._cores:
             self._running.popleft().result()
-        return Rows(lambda: self._finish(futures, places))
+        return Rows(lambda: self._finish([future.result() for future in futures], places))
 
     def _copied(self, rows: dict[str, Tensor]) -> Rows:
         """Copy rows from the GPU on a separate stream, while it computes the next batch."""
@@ -218,8 +271,11 @@ class Passes:
         begin = time.thread_time()
         return self._model.forward(images), time.thread_time() - begin
 
-    def _finish(self, futures: list["Future[Part]"], places: Tensor) -> dict[str, Tensor]:
-        parts = [future.result() for future in futures]
+    def _in_turn(self, batch: int, slices: list[tuple[list[int], Tensor]]) -> list[Part]:
+        with self._seeded(batch):
+            return [self._timed(images) for _, images in slices]
+
+    def _finish(self, parts: list[Part], places: Tensor) -> dict[str, Tensor]:
         self.stages["network"] += sum(seconds for _, seconds in parts)
         return _join([rows for rows, _ in parts], places)
 

