@@ -41,9 +41,9 @@ class FeatureExtractor(LightningModule):
     for example ``Preprocessing.of_weights(ResNet50_Weights.IMAGENET1K_V2)``; the default is the usual for ImageNet.
 
     Args:
-        layer: fc6, fc7 or fc8 of AlexNet and networks built like it, before the ReLU; penultimate, the input of any
-            network's last Linear; or the path of any module (featx layers lists them). A list such as '[fc6,fc7]'
-            takes several in one pass.
+        layer: fc6, fc7 or fc8 of AlexNet and networks built like it, before the ReLU; penultimate, the input of
+            the Linear that gives the output; or the path of any module (featx layers lists them). A list such as
+            '[fc6,fc7]' takes several in one pass.
         arch: Name of a torchvision classification network, timm/NAME, or package.module.name of a function that
             returns a network.
         weights: auto: the best published for the arch; DEFAULT or a name such as IMAGENET1K_V1; a file; random.

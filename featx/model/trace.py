@@ -46,19 +46,23 @@ class Trace:
 
     Attributes:
         calls: Each module's calls by its path, in the order in which its last call ended.
+        outputs: The tensors that the network returns.
     """
 
     def __init__(self, network: nn.Module, images: Tensor) -> None:
         self.images = len(images)
         self.calls: dict[str, Call] = {}
+        self._vectors: dict[str, Tensor] = {}  # what each Linear returned, (B, D); later modules may change it in place
         with watched(network, self._note):
-            network(images)
+            self.outputs = list(_tensors(network(images)))
 
     def _note(self, path: str, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
         times = self.calls.pop(path).times + 1 if path in self.calls else 1
         received = next((tuple(value.shape) for value in inputs if isinstance(value, Tensor)), None)
         returned = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
         self.calls[path] = Call(module, times, received, returned)
+        if isinstance(module, nn.Linear) and isinstance(output, Tensor) and output.ndim == 2:
+            self._vectors[path] = output.clone()
 
     def path_of(self, module: nn.Module) -> str | None:
         """Return the first path of a module that was called, or None."""
@@ -116,32 +120,27 @@ class Trace:
         return shapes
 
     def penultimate(self) -> str:
-        """Return the path of the Linear that was called last, whose input is the penultimate layer.
+        """Return the path of the one Linear that gives the network's output; its input is the penultimate layer.
 
         Raises:
-            BadValueError: There is none, or its input is not one vector per image.
+            BadValueError: There is none, there are several, or its input is not one vector per image.
         """
-        path = self._last(nn.Linear)
-        if path is None:
-            reason = "the network calls no Linear"
-            path = self._last(*_CONVS)
-        elif (times := self.calls[path].times) > 1:
-            reason = f"the network calls its last Linear, {path}, {times} times per pass"
-        elif (received := self.calls[path].received) is None or len(received) != 2 or received[0] != self.images:
-            reason = f"the network's last Linear, {path}, receives {received} for {self.images} images, not (B, D)"
+        fitting, heads = dict[str, None](), dict[str, None]()
+        for output in self.outputs:
+            of_shape = [path for path, values in self._vectors.items() if values.shape == output.shape]
+            heads |= dict.fromkeys(giving := [path for path in of_shape if same(self._vectors[path], output)])
+            fitting |= dict.fromkeys(giving if len(giving) == 1 else of_shape)
+        if len(fitting) > 1:
+            reason = f"{len(fitting)} Linears have the shape of the network's output: {', '.join(fitting)}"
+        elif not heads:
+            reason = "the network's output is not that of a Linear"
+        elif (times := self.calls[path := next(iter(heads))].times) > 1:
+            reason = f"the network calls the Linear {path} {times} times per pass"
+        elif (received := self.calls[path].received or ())[:1] != (self.images,):
+            reason = f"the Linear {path} receives the shape {received} for {self.images} images"
         else:
             return path
-        before = self._layer_before(path) if path else None
-        instead = f"the layer before it: --model.layer {before} --model.pool avg" if before else "another layer"
-        raise BadValueError(f"{reason}.\nUse {instead}.")
-
-    def _last(self, *kinds: type[nn.Module]) -> str | None:
-        return next((path for path, call in reversed(self.calls.items()) if isinstance(call.module, kinds)), None)
-
-    def _layer_before(self, path: str) -> str | None:
-        paths = list(self.calls)
-        usable = (before for before in reversed(paths[: paths.index(path)]) if self.gives_rows(before, "avg"))
-        return next((p for p in usable if not isinstance(self.calls[p].module, (nn.Dropout, nn.Identity))), None)
+        raise BadValueError(f"{reason}.\nUse the path of a layer.")
 
     def gives_rows(self, path: str, pool: Pool) -> bool:
         """Return whether a module's output has one row per image."""
@@ -202,6 +201,11 @@ def first_difference(network: nn.Module, run: Callable[[Callable[[Tensor], Any]]
 
     pairs = zip(run(digests), run(digests), strict=False)
     return next((f"The first output that differs is that of {one[0]}." for one, other in pairs if one != other), "")
+
+
+def same(one: Tensor, other: Tensor) -> bool:
+    """Return whether two tensors of one shape have the same values; NaN counts as one."""
+    return torch.allclose(one.float(), other.float(), rtol=0, atol=0, equal_nan=True)
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:

@@ -98,7 +98,7 @@ def test_an_output_without_one_row_per_image_is_refused():
         Taps(nn.Sequential(Swapped()), {"0": "0"})(torch.zeros(4, 3))
 
 
-def test_penultimate_is_the_input_of_the_last_linear_after_the_relu(alexnet):
+def test_penultimate_is_the_input_of_the_head_after_the_relu(alexnet):
     images = torch.rand(3, 3, 64, 64)
     taps = Taps(alexnet, {"penultimate": "penultimate", "fc7": "classifier.4", "fc8": "classifier.6"})
     with torch.inference_mode():
@@ -119,9 +119,9 @@ def test_penultimate_of_networks_with_a_bare_head(arch):
         assert torch.allclose(network(images)[:, : found.shape[1]], found, atol=1e-5)
 
 
-def test_without_penultimate_the_message_names_the_layer_to_use():
+def test_a_network_without_penultimate_is_refused():
     with pytest.raises(
-        BadValueError, match=r"--model.layer penultimate: the network calls no Linear.\nUse .* features "
+        BadValueError, match=r"layer penultimate: the network's output is not that of a Linear.\nUse the"
     ):
         Taps(random_network("squeezenet1_1"), {"penultimate": "penultimate"})(torch.rand(1, 3, 64, 64))
 

@@ -43,8 +43,12 @@ def test_no_hook_stays():
     assert not network[0]._forward_hooks
 
 
-def test_the_last_linear_is_the_last_one_called():
+def test_penultimate_is_of_the_linear_that_gives_the_output():
     assert traced(Aux(), 6).penultimate() == "head"
+    same = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4), nn.Dropout())
+    assert traced(same, 4).penultimate() == "4", "others have its shape"
+    nn.init.constant_(same[4].bias, torch.nan)
+    assert traced(same, 4).penultimate() == "4", "NaN or not"
 
 
 @pytest.mark.parametrize(
@@ -59,22 +63,45 @@ def test_the_last_linear_is_the_last_one_called():
         ("swin_t", "head"),
     ],
 )
-def test_the_last_linear_of_torchvisions(arch, path):
+def test_the_head_of_torchvisions(arch, path):
     extra = {"init_weights": False} if arch == "googlenet" else {}
     assert traced(random_network(arch, **extra), 3, 64, 64).penultimate() == path
 
 
-def test_without_a_linear_the_message_names_the_layer_to_use():
-    with pytest.raises(BadValueError, match=r"calls no Linear.\nUse the layer before it: --model.layer features "):
-        traced(random_network("squeezenet1_1"), 3, 64, 64).penultimate()
+class Heads(nn.Module):
+    """A network with two heads and, in ``forward``, what it makes of them."""
+
+    def __init__(self, forward):
+        super().__init__()
+        self.fc, self.other, self.gate, self.combine = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 4), forward
+
+    def forward(self, x):
+        return self.combine(self, x)
 
 
-def test_a_last_linear_of_tokens_or_called_twice_is_refused():
-    with pytest.raises(BadValueError, match=r"last Linear, 1, receives \(2, 5, 3\) for 2 images, not \(B, D\)"):
-        traced(nn.Sequential(nn.LayerNorm(3), nn.Linear(3, 2)), 5, 3).penultimate()
-    same = nn.Linear(3, 3)
-    with pytest.raises(BadValueError, match=r"calls its last Linear, 0, 2 times per pass.\nUse another"):
-        traced(nn.Sequential(same, same), 3).penultimate()
+@pytest.mark.parametrize(
+    ("forward", "words"),
+    [
+        (lambda own, x: (own.fc(x) + own.other(x)) / 2, "2 Linears have the shape of the network's output: fc, other."),
+        (lambda own, x: (own.fc(x), own.gate(x)), "2 Linears have the shape of the network's output: fc, gate."),
+        (lambda own, x: {"logits": own.fc(x), "scaled": own.gate(x) / 9}, "2 Linears .* fc, gate."),
+        (lambda own, x: x * own.fc(x).sigmoid(), "the network's output is not that of a Linear."),
+        (lambda own, x: own.fc(x).relu_(), "the network's output is not that of a Linear."),
+        (lambda own, x: x, "the network's output is not that of a Linear."),
+        (lambda own, x: own.fc(own.fc(x)), "the network calls the Linear fc 2 times per pass."),
+        (lambda own, x: own.fc(x.T @ x), r"the Linear fc receives the shape \(6, 6\) for 2 images."),
+        (lambda own, x: own.fc(x[:, None]), "the network's output is not that of a Linear."),
+    ],
+)
+def test_penultimate_of_several_heads_or_none_is_refused(forward, words):
+    with pytest.raises(BadValueError, match=f"^{words}\nUse the path of a layer."):
+        traced(Heads(forward), 6).penultimate()
+
+
+def test_penultimate_of_an_output_in_a_dict_is_found():
+    assert (
+        traced(Heads(lambda own, x: {"logits": own.fc(x), "hidden": [x, own.gate(x)[:, :2]]}), 6).penultimate() == "fc"
+    )
 
 
 @pytest.mark.parametrize("arch", ["swin_t", "swin_v2_t", "convnext_tiny", "maxvit_t", "resnet18", "efficientnet_b0"])
