@@ -24,7 +24,7 @@ from featx.writer.records import Json
 
 OWN = "featx.FeatureExtractor"
 OWN_BEFORE = "featx.model.extractor.FeatureExtractor"  # as 0.1.0 recorded it
-LEFT_OUT = {"unsafe_pickle": False}  # options never taken from a record, with the value that is ignored
+LEFT_OUT = {"unsafe_pickle": False}  # options that were removed, with the value that changed nothing
 CLOSE = 1e-4  # relative (L2); other processors differ by far less, other weights or pixels by far more
 
 

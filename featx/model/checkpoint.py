@@ -2,18 +2,16 @@
 
 import hashlib
 import re
-import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-import safetensors.torch
 import torch
 from torch import Tensor, nn
-from torch.serialization import SourceChangeWarning
 
-from featx.errors import BadValueError, UserError, count, did_you_mean, first_line, log
-from featx.process.shared import ignored
+from featx.errors import BadValueError, count, did_you_mean, log
+from featx.model import files
+from featx.model.unpickle import Unknown
 
 State = dict[str, Tensor]
 
@@ -21,6 +19,7 @@ PLAIN = ("state_dict", "model_state_dict", "model", "network", "net")  # usual k
 PREFIXES = {"network", "model", "backbone"}  # attributes that contain the network, in Lightning modules and others
 WRAPPERS = {"module", "_orig_mod"}  # added to names by DataParallel, DDP, AveragedModel and torch.compile
 COUNTERS = ("num_batches_tracked", "total_ops", "total_params")  # BatchNorm's and thop's; no output depends on them
+MOST_MODULES = 100_000  # in a network that was saved whole; a few bytes can contain the same one without end
 RENAMED = (
     # https://github.com/pytorch/vision/blob/main/torchvision/models/densenet.py: names before 2017
     (re.compile(r"(denselayer\d+\.(?:norm|relu|conv))\.([12]\.)"), r"\1\2"),
@@ -30,27 +29,26 @@ RENAMED = (
 )
 
 
-def read_checkpoint(file: str, key: str | None = None, unsafe_pickle: bool = False) -> State:
-    """Read the state dict in a weights file, without running any code in it unless that is allowed.
+def read_checkpoint(file: str, key: str | None = None) -> State:
+    """Read the state dict in a weights file, without running any code in it.
 
     Args:
         file: A file from ``torch.save``, old or new, a Lightning checkpoint, or safetensors.
         key: Dotted key of the state dict in it, or a prefix of the names to take.
-        unsafe_pickle: Whether a file may run code if it cannot be loaded otherwise.
 
     Returns:
         The tensors, on the CPU, by their names in the file.
 
     Raises:
-        UserError: The file cannot be read, is not a checkpoint, or contains more than tensors and plain values.
+        UserError: The file cannot be read, or is not a checkpoint.
     """
-    content = _load(file, unsafe_pickle)
+    content = files.load(file)
     found = _state_dicts(content)
     if key is not None:
         return _state_at(key, found, file)
     order = {tuple(PLAIN.index(word) for word in path.split(".")): path for path in found if _is_plain(path)}
     if not order and "" not in found:
-        keys = first_few(list(map(str, content)), 5) if isinstance(content, Mapping) else type(content).__name__
+        keys = first_few([*map(str, content)], 5) if isinstance(content, dict) else type(content).__name__
         known = f" State dicts: {first_few(list(found), 5)}; choose one with --model.checkpoint_key." if found else ""
         raise BadValueError(
             f"--model.weights {file}: no state dict at its top level or under {', '.join(PLAIN)}.\n"
@@ -64,76 +62,52 @@ def read_checkpoint(file: str, key: str | None = None, unsafe_pickle: bool = Fal
     return found[chosen]
 
 
-def _load(file: str, unsafe_pickle: bool) -> Any:
-    try:
-        with open(file, "rb") as opened:
-            head = opened.read(9)
-        if file.endswith(".safetensors") or head[8:] == b"{":  # a length, then JSON
-            return safetensors.torch.load_file(file)
-        if _is_torchscript(file):
-            raise BadValueError(
-                f"--model.weights {file}: this is a TorchScript program, and loading it runs its code.\nIf you trust "
-                "it, write a state dict: torch.save(torch.jit.load(FILE).state_dict(), NEW_FILE)"
-            )
-        return torch.load(file, map_location="cpu", weights_only=True)
-    except UserError:
-        raise
-    except OSError as err:
-        raise UserError(f"--model.weights {file}: {err.strerror or err}") from err
-    except Exception as err:
-        if not re.search(r"unsupported (global|class)", str(err), re.IGNORECASE):
-            raise BadValueError(
-                f"--model.weights {file}: not a PyTorch checkpoint, or damaged ({_cause(err)}).\nExpected a file "
-                "from torch.save(network.state_dict(), FILE), a checkpoint with that inside, or safetensors."
-            ) from err
-        if not unsafe_pickle:
-            raise BadValueError(
-                f"--model.weights {file}: not loaded, because it contains objects that could run code "
-                f"({_cause(err)}).\nExpected tensors and plain values. If you trust the file: "
-                "--model.unsafe_pickle true"
-            ) from err
-        return _load_unsafely(file, _cause(err))
-
-
-def _load_unsafely(file: str, refused: str) -> Any:
-    log.warning("--model.unsafe_pickle true: %s contains %s; loading it can run arbitrary code", file, refused)
-    try:
-        with ignored("", SourceChangeWarning):
-            return torch.load(file, map_location="cpu", weights_only=False)
-    except Exception as err:
-        raise BadValueError(
-            f"--model.weights {file}: unpickling failed: {type(err).__name__}: {first_line(err)}\n"
-            "The classes in it must be importable here."
-        ) from err
-
-
-def _is_torchscript(file: str) -> bool:
-    if not zipfile.is_zipfile(file):
-        return False
-    with zipfile.ZipFile(file) as archive:
-        return any(name.endswith("/constants.pkl") for name in archive.namelist())
-
-
-def _cause(err: Exception) -> str:
-    if found := re.search(r"GLOBAL (\S+)|unsupported class (\S+)", str(err), re.IGNORECASE):
-        return found.group(1) or found.group(2)
-    if found := re.search(r"WeightsUnpickler error:\s*(.+)", str(err)):
-        return f"{type(err).__name__}: {found.group(1).strip()}"[:100]
-    return f"{type(err).__name__}: {first_line(err)}"[:100]
-
-
-def _state_dicts(content: Any, path: str = "", depth: int = 3) -> dict[str, State]:
+def _state_dicts(content: Any) -> dict[str, State]:
     """Return every state dict (mapping of mostly tensors) in a checkpoint by dotted key; "" is the top level."""
-    if isinstance(content, nn.Module):
-        content = content.state_dict()
-    if not isinstance(content, Mapping) or not depth:
-        return {}
-    state = {name: value for name, value in content.items() if isinstance(name, str) and isinstance(value, Tensor)}
-    found = {path: state} if 2 * len(state) > len(content) else {}
-    for name, value in content.items():
-        if isinstance(name, str):
-            found |= _state_dicts(value, f"{path}.{name}" if path else name, depth - 1)
+    found: dict[str, State] = {}
+    seen: dict[int, State | None] = {}  # a few bytes of a file can contain the same dict in itself without end
+    waiting = [("", content)]
+    while waiting:
+        path, value = waiting.pop()
+        if id(value) not in seen and isinstance(value, dict | list):
+            items: dict[Any, Any] = dict(enumerate(value)) if isinstance(value, list) else value
+            if isinstance(value, Unknown):
+                items = value | value.state
+            state = {name: each for name, each in items.items() if _is_name(name) and isinstance(each, Tensor)}
+            if _is_module(value):
+                state = _module_state(value)
+            else:
+                inner = [(f"{path}.{name}" if path else str(name), each) for name, each in items.items()]
+                waiting += reversed(inner)
+            seen[id(value)] = state if 2 * len(state) > len(items) or _is_module(value) else None
+        if (known := seen.get(id(value))) is not None:
+            found[path] = known
     return found
+
+
+def _is_name(name: Any) -> bool:
+    return isinstance(name, str) and name.isprintable()
+
+
+def _is_module(value: Any) -> bool:
+    return isinstance(value, Unknown) and all(
+        isinstance(value.state.get(key), dict) for key in ("_parameters", "_buffers", "_modules")
+    )
+
+
+def _module_state(module: Any) -> State:
+    """Return the state dict of a network that was saved whole, without its classes."""
+    state: State = {}
+    waiting = [("", module)]
+    for number, (path, each) in enumerate(waiting):
+        if number > MOST_MODULES:
+            break
+        left_out = each.state.get("_non_persistent_buffers_set", ())
+        tensors = each.state["_parameters"] | each.state["_buffers"]
+        state |= {f"{path}{name}": value for name, value in tensors.items()
+                  if _is_name(name) and isinstance(value, Tensor) and name not in left_out}  # fmt: skip
+        waiting += [(f"{path}{name}.", inner) for name, inner in each.state["_modules"].items() if _is_module(inner)]
+    return state
 
 
 def _is_plain(path: str) -> bool:

@@ -51,7 +51,6 @@ class FeatureExtractor(LightningModule):
             avg or max keeps one per channel, over all positions or tokens; cls keeps the first token.
         checkpoint_key: Where the weights are in the file, for example model.ema; null: under one of the usual keys.
         strict: Whether the file must contain the whole network; false: load what fits, the rest stays random.
-        unsafe_pickle: Whether loading the file may run code in it.
         mean: Mean of the three channels, on the scale 0..1; auto: as the weights were trained.
         std: Standard deviation of the three channels, on the same scale; auto: as the weights were trained.
         channels_last: Use this memory layout, faster for convolutions; auto: if a trial gives the same rows with it.
@@ -89,7 +88,6 @@ class FeatureExtractor(LightningModule):
         pool: Pool = "none",
         checkpoint_key: str | None = None,
         strict: bool = True,
-        unsafe_pickle: bool = False,
         mean: Literal["auto"] | list[float] = "auto",
         std: Literal["auto"] | list[float] = "auto",
         channels_last: Literal["auto"] | bool = "auto",
@@ -103,7 +101,6 @@ class FeatureExtractor(LightningModule):
         self.pool: Pool = pool
         self.checkpoint_key = checkpoint_key
         self.strict = strict
-        self.unsafe_pickle = unsafe_pickle
         self.mean = mean
         self.std = std
         self.channels_last = channels_last
@@ -177,7 +174,7 @@ class FeatureExtractor(LightningModule):
         elif not self.own_network:
             resolve_layers(networks.build_empty(self.arch), self.layer_list, self.title, self.layer_aliases)
         weights = networks.choose_weights(self.arch, self.weights)
-        for name, usual in (("checkpoint_key", None), ("strict", True), ("unsafe_pickle", False)):
+        for name, usual in (("checkpoint_key", None), ("strict", True)):
             if not weights.file and (value := getattr(self, name)) != usual:
                 raise BadValueError(
                     f"--model.{name} {str(value).lower()}: this option is for files of weights, and --model.weights "
@@ -200,7 +197,7 @@ class FeatureExtractor(LightningModule):
         self.check()
         weights = networks.choose_weights(self.arch, self.weights)
         if weights.file:
-            self._state = read_checkpoint(weights.file, self.checkpoint_key, self.unsafe_pickle)
+            self._state = read_checkpoint(weights.file, self.checkpoint_key)
         network = self._build(SEED)
         if not self._named_network_built and not weights.file and self.weights != "auto":
             raise BadValueError(
