@@ -87,11 +87,15 @@ class LeftOut:
         self.unread: dict[str, str] = {}
 
     def add_folder(self, path: str) -> None:
-        """Count a hidden or system folder, and the images in a hidden one."""
+        """Count a hidden or system folder, and the images in a hidden one.
+
+        Folders in it are not searched: a file server's ``.snapshot`` contains everything several times.
+        """
         name = os.path.basename(path)
         self.folders[name] += 1
         if name.lower() not in SYSTEM_FOLDERS:
-            self.images += sum(self._selection.is_image(name) for _, _, names in os.walk(path) for name in names)
+            _, _, names = next(os.walk(path), ("", [], []))
+            self.images += sum(map(self._selection.is_image, names))
 
     def add_file(self, name: str) -> None:
         """Count a file that is hidden or not an image.
