@@ -12,7 +12,7 @@ from PIL import Image
 from featx.errors import ImageError
 
 SUFFIXES = (".heic", ".heif", ".hif")
-REMEDY = "pillow-heif reads it: pip install pillow-heif"
+REMEDY = "pillow-heif is not installed: pip install 'featx[heic]'"
 
 
 def is_installed() -> bool:
@@ -28,7 +28,7 @@ def open_image(file: BinaryIO, most_pixels: int) -> Image.Image:
         most_pixels: An image of more is taken for a decompression bomb.
     """
     if not is_installed():
-        raise ImageError(f"HEIC, {REMEDY}")
+        raise ImageError(f"HEIC, but {REMEDY}")
     import pillow_heif
 
     plugin: Any = pillow_heif.HeifImageFile

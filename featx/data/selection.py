@@ -40,7 +40,7 @@ class Selection:
         if wrong := [suffix for suffix in self.more if not re.fullmatch(r"\.[^./]+", suffix)]:
             raise BadValueError(f"--data.suffixes {wrong[0]}: expected suffixes with their dot, as '[.jfif,.avif]'.")
         if set(self.more) & set(heif.SUFFIXES) and not heif.is_installed():
-            raise BadValueError(f"--data.suffixes {','.join(self.more)}: for HEIC {heif.REMEDY}")
+            raise BadValueError(f"--data.suffixes {','.join(self.more)}: {heif.REMEDY}")
         self.suffixes = (*IMG_EXTENSIONS, *self.more)
         self._excluded = re.compile("|".join(map(fnmatch.translate, self.exclude)) or "(?!)")
 

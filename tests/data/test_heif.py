@@ -60,8 +60,8 @@ def test_without_pillow_heif_the_message_says_what_to_install(tmp_path, monkeypa
     monkeypatch.setattr(heif, "find_spec", lambda name: None)
     (tmp_path / "a.heic").write_bytes(encode(make_image(3, (60, 40))))
     fault = read_or_fault(str(tmp_path), "a.heic").fault
-    assert fault.reason == "HEIC, pillow-heif reads it: pip install pillow-heif"
-    with pytest.raises(BadValueError, match=r"suffixes .jfif,.heic: for HEIC pillow-heif reads it: pip install"):
+    assert fault.reason == "HEIC, but pillow-heif is not installed: pip install 'featx[heic]'"
+    with pytest.raises(BadValueError, match=r"suffixes .jfif,.heic: pillow-heif is not installed: pip install"):
         ImageFolderDataModule("x", suffixes=[".jfif", ".heic"])
 
 
