@@ -50,7 +50,9 @@ def to_8_bits(values: NDArray[Any], white: int | None, value_range: ValueRange |
     Raises:
         ImageError: Values that are not finite.
     """
-    if white is not None and white <= 255:
+    if white == 255:
+        return values.astype(np.uint8, copy=False)
+    if white is not None and white < 255:
         return ((values.astype(np.uint16) * 255 + white // 2) // white).astype(np.uint8)
     if white is not None and value_range is None and colour:
         return (values >> (white.bit_length() - 8)).astype(np.uint8)

@@ -153,7 +153,9 @@ def _segments(page: tifffile.TiffPage, file: BinaryIO) -> Iterator[tuple[int, by
 def _samples(page: tifffile.TiffPage, file: BinaryIO) -> NDArray[Any]:
     """Decode all samples, ``(H, W, C)``."""
     planes, _, height, width, channels = page.shaped
-    samples = np.full((planes, height, width, channels), page.nodata, page.dtype)
+    samples = np.zeros((planes, height, width, channels), page.dtype)  # which takes memory only as it is filled
+    if page.nodata:
+        samples[:] = page.nodata
     tables, header = page.jpegtables, page.jpegheader
     for index, data in _segments(page, file):
         _, (plane, _, top, left, _), (_, rows, columns, _) = page.decode(None, index)
