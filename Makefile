@@ -24,8 +24,9 @@ $(VENV)/installed-demo: pyproject.toml
 demo: $(or $(wildcard $(VENV)/installed),$(VENV)/installed-demo)
 	$(BIN)/python tests/demo.py demo
 
-# These tests start whole commands, or one per fault; make test FAST=1 skips them.
-SLOW := test_cli.py test_readme.py test_demo.py test_bench.py process writer/test_resume.py writer/test_disk.py
+# These tests start whole commands, run one per fault, or check every network; make test FAST=1 skips them.
+SLOW := test_cli.py test_readme.py test_demo.py test_bench.py process/test_signals.py process/test_start.py \
+data/test_workers.py model/test_inplace.py writer/test_resume.py writer/test_disk.py
 
 test: lint browser
 	$(BIN)/python -m pytest -n 2 $(if $(FAST),$(SLOW:%=--ignore=tests/%))
