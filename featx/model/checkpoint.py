@@ -1,6 +1,7 @@
 """Read the state dict in a file of weights and copy all of it into a network, or say why not."""
 
 import hashlib
+import logging
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
@@ -138,8 +139,9 @@ def fit(
     title: str,
     strict: bool = True,
     guess_arch: Callable[[Mapping[str, torch.Size]], str | None] = lambda shapes: None,
+    tensors_read: Callable[[nn.Module], set[str] | None] = lambda network: None,
 ) -> list[str]:
-    """Copy a state dict into a network if it contains the whole network, else change nothing.
+    """Copy a state dict into a network if it contains all that the layers need, else change nothing.
 
     Prefixes are removed, tensors outside the network are ignored, and a classifier with another number of classes is
     resized to that of the file. Each of these is logged.
@@ -149,8 +151,10 @@ def fit(
         state: The tensors, of any float dtype, by their names in the file.
         file: The file, for messages.
         title: The network's name, for messages.
-        strict: Whether the whole network must be there; otherwise what fits is loaded.
+        strict: Whether all that the layers need must be there; otherwise what fits is loaded.
         guess_arch: Returns the arch that has tensors of these names and shapes, for the message.
+        tensors_read: Returns the names of the tensors that the layers need, or None for all; only called if the file
+            does not contain the whole network.
 
     Returns:
         Notes for the record: a resized classifier, tensors that were not loaded.
@@ -165,19 +169,24 @@ def fit(
     needed = [name for name in own if name not in computed and not name.endswith(COUNTERS)]
     loaded = {name: state[name] for name in own if name in state and _fits(state[name], own[name])}
     others = [name for name in state if name not in own and not name.endswith(COUNTERS)]
+    misfits = [name for name in own if name in state and name not in loaded]
+    used = set(own)
+    if strict and (misfits or any(_belongs(name, own) for name in others) or not state.keys() >= set(needed)):
+        used = tensors_read(network) or used
     problems = {
-        "missing from the file": [name for name in needed if name not in state],
-        "not in the network": [name for name in others if _belongs(name, own)],
+        "missing from the file": [name for name in needed if name not in state and name in used],
+        "not in the network": [name for name in others if _belongs(name, used)],
         "of another shape or type": [f"{name} {_describe(state[name])}, expected {_describe(own[name])}"
-                                     for name in own if name in state and name not in loaded],
+                                     for name in misfits if name in used],
     }  # fmt: skip
     if (strict and any(problems.values())) or not any(name in loaded for name in needed):
         raise _mismatch(file, title, problems, strict, guess_arch(_shapes(state)))
     if others := outside + others:
         log.info("weights: ignored in %s, not part of the network: %s", file, first_few(others))
     if kept := [name for name in needed if name not in loaded]:
-        notes.append(f"not strict: {len(kept)} of {count(len(needed), 'tensor')} stay random: {first_few(kept)}")
-        log.warning("weights: %s", notes[-1])
+        why = "not needed for the layers" if strict else "not strict"
+        notes.append(f"{why}: {len(kept)} of {count(len(needed), 'tensor')} stay random: {first_few(kept)}")
+        log.log(logging.INFO if strict else logging.WARNING, "weights: %s", notes[-1])
     if bad := [name for name, value in loaded.items() if value.is_floating_point() and not value.isfinite().all()]:
         log.warning("weights: %s contains values that are not finite: %s", file, first_few(bad))
     own.update(loaded)  # a new dict would lack the modules' versions, which some of torchvision's check

@@ -19,6 +19,7 @@ from featx.model.checkpoint import digest, first_few, fit, read_checkpoint
 from featx.model.compute import SLICE as SLICE
 from featx.model.compute import Passes, dtype_of
 from featx.model.layers import Taps, resolve_layers
+from featx.model.reads import tensors_read
 from featx.model.trace import Pool
 
 REVISION = 1  # increase it whenever the pass gives different values, so that no run resumes with older rows
@@ -50,7 +51,7 @@ class FeatureExtractor(LightningModule):
         pool: How to reduce a layer with several values per channel or token: none keeps them all, C,H,W row-major;
             avg or max keeps one per channel, over all positions or tokens; cls keeps the first token.
         checkpoint_key: Where the weights are in the file, for example model.ema; null: under one of the usual keys.
-        strict: Whether the file must contain the whole network; false: load what fits, the rest stays random.
+        strict: Whether the file must contain all that the layers need; false: load what fits, the rest stays random.
         mean: Mean of the three channels, on the scale 0..1; auto: as the weights were trained.
         std: Standard deviation of the three channels, on the same scale; auto: as the weights were trained.
         channels_last: Use this memory layout, faster for convolutions; auto: if a trial gives the same rows with it.
@@ -211,7 +212,9 @@ class FeatureExtractor(LightningModule):
         self.weights_notes = []
         note("network", f"{self.title}, weights: {self.weights_used}")
         if self._state is not None:
-            self.weights_notes = fit(network, self._state, self.weights, self.title, self.strict, networks.guess_arch)
+            self.weights_notes = fit(
+                network, self._state, self.weights, self.title, self.strict, networks.guess_arch, self._tensors_read
+            )
             self._state = None
         elif weights.random:
             log.warning("RANDOM WEIGHTS (seed %d): these features say nothing about what the images show", SEED)
@@ -238,6 +241,10 @@ class FeatureExtractor(LightningModule):
         options = {"mean": self.mean, "std": self.std}
         given: dict[str, Any] = {name: tuple(value) for name, value in options.items() if value != "auto"}
         return replace(preset, **given, source=f"{preset.source}, with your {' and '.join(given)}") if given else preset
+
+    def _tensors_read(self, network: nn.Module) -> set[str] | None:
+        side = self.preprocessing.crop or self.preprocessing.resize or 224
+        return tensors_read(network, self.layers, self.pool, torch.zeros(2, 3, side, side, dtype=dtype_of(network)))
 
     def _random_tensors(self, network: nn.Module) -> list[str]:
         """Report the random tensors of a network: those that differ when it is built with another seed."""

@@ -1,0 +1,64 @@
+"""Find out which of a network's tensors a pass reads until its layers are computed."""
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from featx.model.layers import Taps
+from featx.model.trace import Pool
+
+
+class _Reads(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Notes each tensor that torch's operations receive; a module's call alone does not show which it reads.
+
+    nn.MultiheadAttention, for example, reads the weight of its out_proj without calling it.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.seen: set[int] = set()
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Keep ``__torch_dispatch__`` unwrapped: the wrapper imports torch._dynamo, which takes 1.9 s."""
+        return False
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Run one of torch's operations."""
+        self.seen |= {id(value) for value in tree_leaves((args, kwargs)) if isinstance(value, Tensor)}
+        return func(*args, **(kwargs or {}))
+
+
+def tensors_read(network: nn.Module, layers: Mapping[str, str], pool: Pool, images: Tensor) -> set[str] | None:
+    """Return the names of the tensors in a state dict that a pass reads until its layers are computed.
+
+    Names that are neither parameters nor buffers are among them. The network itself is not run, but a copy.
+
+    Args:
+        network: The network.
+        layers: Each layer with the path of its module.
+        pool: How to reduce the layers.
+        images: The network's input, ``(2, 3, H, W)``.
+
+    Returns:
+        The names, or None if the network or a layer fails, which the first pass of a run reports.
+    """
+    try:
+        network = copy.deepcopy(network).eval()
+        taps, reads = Taps(network, layers, pool), _Reads()
+        with torch.inference_mode():
+            taps.find(images)
+            with reads:
+                taps.take(images)
+    except Exception:  # of any type
+        return None
+    tensors: dict[str, Tensor] = dict(network.named_buffers(remove_duplicate=False))
+    tensors |= network.named_parameters(remove_duplicate=False)
+    return {name for name in network.state_dict() if name not in tensors or id(tensors[name]) in reads.seen}
