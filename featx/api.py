@@ -34,7 +34,7 @@ from featx.results import load, stack
 from featx.run import prepare, set_up
 from featx.writer.callback import FeatureWriter
 from featx.writer.folder import file_name, read_errors
-from featx.writer.formats import Floats
+from featx.writer.formats import Floats, row_name
 
 Source = str | os.PathLike[str] | Iterable[str | os.PathLike[str]] | Iterable[Image.Image]
 LIBRARIES = r"(lightning|torch|torchvision|torchmetrics|timm|jsonargparse)\b"  # they warn about each other
@@ -179,7 +179,7 @@ def _in_memory(
         data.check()
         set_up(made.model, data)
         _predict(trainer, made.model, datamodule=data)
-    names = rows.names if made.writer.names == "relative" else [os.path.basename(name) for name in rows.names]
+    names = [row_name(name, made.writer.names) for name in rows.names]
     return names, {layer: stack(rows.chunks[layer]) for layer in made.model.layers}, rows.faults
 
 

@@ -5,7 +5,6 @@ import shlex
 import sys
 import textwrap
 from argparse import Namespace
-from collections.abc import Iterator
 from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
@@ -19,7 +18,8 @@ from featx.errors import BadValueError, MissingPathError, UserError, count
 from featx.model.build import is_function
 from featx.model.extractor import FeatureExtractor
 from featx.results import Finished, find
-from featx.writer import formats, journal
+from featx.writer import journal
+from featx.writer.formats import FORMATS, FileFormat, row_name
 from featx.writer.records import Json
 
 OWN = "featx.FeatureExtractor"
@@ -88,9 +88,12 @@ def check_file(path: Path) -> Json:
         known = textwrap.shorten(", ".join(record["files"]), 200, placeholder=" …")
         raise Mismatch(f"{file.record_path.name} does not list it; it lists {known}")
     names, widths = [], set[int]()
-    for name, columns in _names_and_widths(path, record):
-        names.append(name)
-        widths.add(columns)
+    try:
+        for name, columns in _format(path).names_and_columns(path, record["identity"]["header"]):
+            names.append(name)
+            widths.add(columns)
+    except BadValueError as err:
+        raise Mismatch(str(err)) from err
     if len(names) != record["rows"]:
         raise Mismatch(f"{count(len(names), 'row')}, expected {record['rows']:,}")
     if names and widths != {record["columns"]}:
@@ -108,22 +111,13 @@ def check_file(path: Path) -> Json:
     return record
 
 
-def _names_and_widths(path: Path, record: Json) -> Iterator[tuple[bytes, int]]:
-    if path.suffix == ".csv":  # counted without reading the values
-        with path.open("rb") as file:
-            yield from formats.read_csv_names(file, record["identity"]["header"])
-        return
-    try:
-        for names, values in results.read(path):
-            yield from ((os.fsencode(name), values.shape[1]) for name in names)
-    except BadValueError as err:
-        raise Mismatch(str(err)) from err
+def _format(path: Path) -> type[FileFormat]:
+    return FORMATS[path.suffix[1:]]
 
 
 def _name(file: Finished, image: str) -> bytes:
-    """Return an image's name as it is in the file; Parquet takes UTF-8 only."""
-    name = os.fsencode(image if file.record["identity"]["names"] == "relative" else os.path.basename(image))
-    return name.decode(errors="backslashreplace").encode() if file.path.suffix == ".parquet" else name
+    """Return the name of an image's row in the file."""
+    return _format(file.path).as_stored(os.fsencode(row_name(image, file.record["identity"]["names"])))
 
 
 def check_rows(path: Path, options: Namespace) -> str:

@@ -26,8 +26,8 @@ START_OVER = "Use another --writer.out_dir, or start over with --writer.overwrit
 
 
 def file_name(layer: str, suffix: str = "") -> str:
-    """Return the name of a layer's file; a slash in the layer's name becomes ``%2F``."""
-    return layer.replace("/", "%2F") + (f".{suffix}" if suffix else "")
+    """Return the name of a layer's file, or of its folder of shards."""
+    return records.file_stem(layer) + (f".{suffix}" if suffix else "")
 
 
 class Shard(NamedTuple):

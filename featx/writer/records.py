@@ -127,9 +127,14 @@ def _load(path: Path) -> Any:
     return json.loads(path.read_bytes().decode("utf-8", "surrogateescape"))
 
 
+def file_stem(layer: str) -> str:
+    """Return a layer's name as it is in the names of its files: a slash becomes ``%2F``."""
+    return layer.replace("/", "%2F")
+
+
 def is_result_name(layer: str, name: str) -> bool:
     """Return whether a record of the layer may list this file, for example ``fc7.csv`` or ``fc7/00000.csv``."""
-    stem, kinds = layer.replace("/", "%2F"), "|".join(map(re.escape, SUFFIXES))
+    stem, kinds = file_stem(layer), "|".join(map(re.escape, SUFFIXES))
     allowed = rf"{re.escape(stem)}(/[0-9]{{5,}})?\.({kinds})"
     return stem not in ("", ".", "..") and re.fullmatch(allowed, name) is not None
 

@@ -3,7 +3,7 @@
 from typing import Literal
 
 from featx.writer.formats.base import REVISION, FileFormat, Floats, Rows, row_name
-from featx.writer.formats.csv import Csv, csv_row, is_plain, read_csv_names
+from featx.writer.formats.csv import Csv, csv_row, is_plain
 from featx.writer.formats.npy import Npy
 from featx.writer.formats.parquet import Parquet
 
@@ -14,5 +14,5 @@ SUFFIXES = [suffix for kind in FORMATS.values() for suffix in kind.suffixes]  # 
 
 __all__ = [
     "FORMATS", "PARTS", "REVISION", "SUFFIXES", "FileFormat", "Floats", "Format", "Rows", "csv_row", "is_plain",
-    "read_csv_names", "row_name",
+    "row_name",
 ]  # fmt: skip

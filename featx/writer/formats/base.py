@@ -74,3 +74,14 @@ class FileFormat(ABC):
     @abstractmethod
     def read(path: Path, mmap: bool) -> Iterator[Rows]:
         """Yield names and values in order, some rows at a time; raise BadValueError or MissingPathError."""
+
+    @classmethod
+    def names_and_columns(cls, path: Path, header: bool) -> Iterator[tuple[bytes, int]]:
+        """Yield each row's name and its number of values; raise what ``read`` raises."""
+        for names, values in cls.read(path, True):
+            yield from ((os.fsencode(name), values.shape[1]) for name in names)
+
+    @staticmethod
+    def as_stored(name: bytes) -> bytes:
+        """Return a name as the format stores it."""
+        return name

@@ -44,6 +44,13 @@ class Csv(FileFormat):
                     raise BadValueError(f"{path}: row {number}: {count(len(values), 'value')}, expected {columns:,}.")
                 yield [os.fsdecode(name)], values[None]
 
+    @classmethod
+    def names_and_columns(cls, path: Path, header: bool) -> Iterator[tuple[bytes, int]]:
+        """Yield each row's name and its number of values, without parsing the values."""
+        with path.open("rb") as file:
+            for name, values in csv_lines(file, header):
+                yield name, values.count(b",") + 1
+
 
 def _json_parser() -> Callable[[bytes], Any]:
     """Return a parser for a list of numbers: simdjson, which creates no Python objects, or else orjson."""
@@ -80,12 +87,6 @@ def csv_row(name: bytes, values: Floats) -> bytes:
 def is_plain(name: bytes) -> bool:
     """Return whether a name needs no quotes in CSV; DEMUD and other simple readers do not understand quotes."""
     return not name.startswith(b"#") and not any(mark in name for mark in (b",", b'"', b"\n", b"\r"))
-
-
-def read_csv_names(file: BinaryIO, header: bool) -> Iterator[tuple[bytes, int]]:
-    """Yield each row's name and its number of values, without parsing the values."""
-    for name, values in csv_lines(file, header):
-        yield name, values.count(b",") + 1
 
 
 def csv_lines(file: BinaryIO, header: bool) -> Iterator[tuple[bytes, bytes]]:

@@ -58,7 +58,7 @@ class Parquet(Npy):
         sink = pa.PythonFile(_Sink(file, path), "w")
         with disk.reporting(path), parquet.ParquetWriter(sink, schema, **options) as writer:
             for start in range(0, len(array), group):
-                names = [os.fsencode(name).decode(errors="backslashreplace") for name in islice(remaining, group)]
+                names = [self.as_stored(os.fsencode(name)).decode() for name in islice(remaining, group)]
                 flat = pa.array(np.array(array[start : start + group]).reshape(-1))
                 columns = [
                     pa.array([row_name(name, self.identity["names"]) for name in names]),
@@ -70,6 +70,11 @@ class Parquet(Npy):
         disk.sync(file, path)
         disk.close(file, path)
         return {"parquet": path}
+
+    @staticmethod
+    def as_stored(name: bytes) -> bytes:
+        """Return a name with all bytes that are not UTF-8 escaped, since Parquet takes UTF-8 only."""
+        return name.decode(errors="backslashreplace").encode()
 
     @staticmethod
     def read(path: Path, mmap: bool) -> Iterator[Rows]:
