@@ -35,7 +35,10 @@ async function main() {
     page.thumbnails[row]
       ? el("img", { src: `data:image/webp;base64,${page.thumbnails[row]}`, alt: "" })
       : el("div", { className: "none", textContent: "no thumbnail" });
-  const named = (row) => el("span", { dir: "auto", textContent: page.names[row] });
+  const named = (row) => { // a narrow card breaks the name after a slash first
+    const parts = page.names[row].split(/(?<=\/)/);
+    return el("span", { dir: "auto" }, ...parts.flatMap((part, at) => (at ? [el("wbr"), part] : [part])));
+  };
 
   function card(row, distance) {
     const apart = distance === undefined ? null : el("b", { textContent: digits(distance) });
@@ -136,7 +139,7 @@ async function main() {
     tip.hidden = row < 0;
     if (row < 0) return;
     const shown = [row, ...nearest(row)].find((at) => page.thumbnails[at]) ?? row;
-    const other = el("div", { className: "faint" }, "no thumbnail; shown is one near it, ", named(shown));
+    const other = el("div", { className: "faint" }, "no thumbnail; this is one near it: ", named(shown));
     tip.replaceChildren(picture(shown), named(row), shown === row ? "" : other);
     const box = $("map").getBoundingClientRect(), [left, top] = place(row);
     const right = box.left + left + tip.offsetWidth + 16 > document.documentElement.clientWidth;

@@ -92,7 +92,7 @@ def flatten(values: Floats, kind: str) -> tuple[Floats, Floats, str]:
     from sklearn.manifold import TSNE
 
     model = TSNE(init="pca", perplexity=min(30, (len(values) - 1) / 3), random_state=0)
-    words = "t-SNE: neighbours stand together, the distances between groups mean little"
+    words = "t-SNE: neighbours are close together; distances between groups mean little"
     return model.fit_transform(parts), parts, words
 
 
