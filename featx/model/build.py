@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib import import_module
 from importlib.metadata import packages_distributions, version
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from torchvision import models
 
 from featx.data.preprocess import Preprocessing
 from featx.errors import BadValueError, MissingPathError, UserError, did_you_mean, first_line
-from featx.model.download import check_server, fetch
+from featx.model.download import check_server, digest, digest_in, fetch
 from featx.process.shared import LOCK, Shared
 
 SEED = 0
@@ -54,7 +55,7 @@ class _Torchvision:
         named = {"auto": best, "DEFAULT": best, **self._entries.__members__}
         return {name: Weights(str(entry), entry=entry) for name, entry in named.items()}
 
-    def preset(self, weights: Weights, state: State | None = None) -> Preprocessing:
+    def preset(self, weights: Weights, state: State | None = None, network: nn.Module | None = None) -> Preprocessing:
         size = _image_size(state)
         recipe = self._recipe(weights, size)
         preset = Preprocessing.of_weights(recipe)
@@ -78,9 +79,18 @@ class _Torchvision:
         return network
 
     def _recipe(self, weights: Weights, size: int | None) -> Any:
+        if weights.file and (published := self._published_as(Path(weights.file))):
+            return published
         first = self._entries.__members__.get("IMAGENET1K_V1", self._entries.DEFAULT)
         of_size = (entry for entry in (first, *self._entries) if entry.transforms().crop_size == [size])
         return weights.entry or next(of_size, first)
+
+    def _published_as(self, file: Path) -> Any:
+        """Return the entry of the weights that a file contains, whatever its name, or None."""
+        size = file.stat().st_size / 2**20
+        near = [entry for entry in self._entries if abs(entry.meta["_file_size"] - size) < 0.01]
+        found = digest(file) if near else ""
+        return next((entry for entry in near if found.startswith(digest_in(entry.url) or "none")), None)
 
 
 def _image_size(state: State | None) -> int | None:
@@ -118,7 +128,7 @@ class _Timm:
         found = Weights(f"timm/{self._cfg.architecture}.{self._cfg.tag}", entry=self._cfg)
         return {"auto": found, "DEFAULT": found} if self._cfg.has_weights else {}
 
-    def preset(self, weights: Weights, state: State | None = None) -> Preprocessing:
+    def preset(self, weights: Weights, state: State | None = None, network: nn.Module | None = None) -> Preprocessing:
         data = self._timm.data.resolve_data_config(pretrained_cfg=self._cfg.to_dict())
         return Preprocessing.of_timm(weights.name if weights.entry else self._arch, data)
 
@@ -155,8 +165,8 @@ class _Function:
     def published(self) -> dict[str, Weights]:
         return {"auto": Weights(f"as {self._arch}() made them")}
 
-    def preset(self, weights: Weights, state: State | None = None) -> Preprocessing:
-        return Preprocessing.usual()
+    def preset(self, weights: Weights, state: State | None = None, network: nn.Module | None = None) -> Preprocessing:
+        return preset_of(network)
 
     def build(self, weights: Weights, state: State | None = None) -> nn.Module:
         arch = self._arch
@@ -174,6 +184,15 @@ class _Function:
                 f"--model.arch {arch}: {arch}() returned a {type(network).__name__}. Expected an nn.Module."
             )
         return network
+
+
+def preset_of(network: nn.Module | None) -> Preprocessing:
+    """Return the preprocessing that a network carries, as those of timm do, or the usual one for ImageNet."""
+    cfg = getattr(network, "pretrained_cfg", None)
+    if not isinstance(cfg, dict) or "input_size" not in cfg:
+        return Preprocessing.usual()
+    data = import_module("timm.data").resolve_data_config(pretrained_cfg=cfg)
+    return Preprocessing.of_timm(f"timm/{cfg.get('architecture', type(network).__name__)}", data)
 
 
 def import_function(arch: str) -> Callable[[], Any]:
@@ -208,10 +227,10 @@ def import_function(arch: str) -> Callable[[], Any]:
 def named(arch: str) -> _Torchvision | _Timm | _Function:
     """Return a network's description; raise UserError if there is none with this name.
 
-    ``published()`` returns its published weights by their names in ``--model.weights``. ``preset(weights, state)``
-    returns their preprocessing; for a file or random weights, that of the first recipe. ``build(weights, state)``
-    returns the network with published weights, or ready for a file's ``state``; it raises UserError if weights cannot
-    be downloaded, or a function cannot be imported or fails.
+    ``published()`` returns its published weights by their names in ``--model.weights``. ``preset(weights, state,
+    network)`` returns their preprocessing; for random weights and files that are not published, that of the first
+    recipe. ``build(weights, state)`` returns the network with published weights, or ready for a file's ``state``; it
+    raises UserError if weights cannot be downloaded, or a function cannot be imported or fails.
     """
     if arch.startswith("timm/"):
         return _Timm(arch)

@@ -5,7 +5,7 @@ import logging
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -192,6 +192,40 @@ def fit(
     own.update(loaded)  # a new dict would lack the modules' versions, which some of torchvision's check
     network.load_state_dict(own)
     return notes
+
+
+class Normalizer(NamedTuple):
+    """The mean and std by which images are normalized, on the scale 0..1, and their names in a file."""
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    names: str
+
+
+def normalizer(own: Iterable[str], state: State, file: str) -> Normalizer | None:
+    """Return the normalizer that a checkpoint contains beside the network, as those of robust models do, or None.
+
+    That of https://github.com/MadryLab/robustness is ``normalizer.new_mean`` and ``normalizer.new_std``; others are
+    buffers ``mean`` and ``std``.
+
+    Raises:
+        BadValueError: It contains several with different values.
+    """
+    found: dict[tuple[Any, Any], str] = {}
+    for name, mean in state.items():
+        std = state.get(re.sub("mean$", "std", name))
+        if not re.search(r"(^|\.)(new_)?mean$", name) or std is None or mean.numel() != 3 or std.numel() != 3:
+            continue
+        values = [tuple(each.flatten().tolist()) for each in (mean, std)]
+        inside = any(name.endswith(known) for known in own)  # the network itself normalizes
+        if not inside and all(0 <= a <= 1 and 0 < b <= 1 for a, b in zip(*values, strict=True)):
+            found.setdefault((values[0], values[1]), f"{name} and {name.removesuffix('mean').split('.')[-1]}std")
+    if len(found) > 1:
+        raise BadValueError(
+            f"--model.weights {file}: it contains several normalizers, {first_few(list(found.values()))}.\n"
+            "Choose one with --model.mean and --model.std."
+        )
+    return next((Normalizer(mean, std, names) for (mean, std), names in found.items()), None)
 
 
 def _match_names(own: Mapping[str, Tensor], state: State, file: str) -> tuple[State, list[str]]:

@@ -74,13 +74,21 @@ def _checked(path: Path) -> Path:
 
 def _wrong_digest(path: Path, name: str) -> str:
     """Return how a file's digest differs from the one in a name, or nothing."""
-    if not (expected := torch.hub.HASH_REGEX.search(name)):
+    if not (expected := digest_in(name)) or (found := digest(path)).startswith(expected):
         return ""
+    return f"its SHA-256 begins with {found[:8]}, expected {expected}"
+
+
+def digest_in(name: str) -> str:
+    """Return the first digits of a file's SHA-256 in its name, or nothing."""
+    found = torch.hub.HASH_REGEX.search(name)
+    return found.group(1) if found else ""
+
+
+def digest(path: Path) -> str:
+    """Return the SHA-256 of a file."""
     with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    if digest.startswith(expected.group(1)):
-        return ""
-    return f"its SHA-256 begins with {digest[:8]}, expected {expected.group(1)}"
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def check_server(url: str) -> None:

@@ -15,7 +15,7 @@ from featx.data.preprocess import Preprocessing
 from featx.errors import BadValueError, UserError, count, log, note
 from featx.model import build as networks
 from featx.model.build import SEED, Weights
-from featx.model.checkpoint import digest, first_few, fit, read_checkpoint
+from featx.model.checkpoint import digest, first_few, fit, normalizer, read_checkpoint
 from featx.model.compute import SLICE as SLICE
 from featx.model.compute import Passes, dtype_of
 from featx.model.layers import Taps, resolve_layers
@@ -39,7 +39,8 @@ class FeatureExtractor(LightningModule):
 
     and give its weights with ``--model.weights FILE``, or load them there. Two class attributes are optional:
     ``layer_aliases`` names layers, for example ``{"embedding": "backbone.fc"}``, and ``preset`` is the preprocessing,
-    for example ``Preprocessing.of_weights(ResNet50_Weights.IMAGENET1K_V2)``; the default is the usual for ImageNet.
+    for example ``Preprocessing.of_weights(ResNet50_Weights.IMAGENET1K_V2)``; the default is that of a network of timm,
+    else the usual for ImageNet.
 
     Args:
         layer: fc6, fc7 or fc8 of AlexNet and networks built like it, before the ReLU; penultimate, the input of
@@ -206,7 +207,7 @@ class FeatureExtractor(LightningModule):
                 "name.\nExpected a file, or auto for the weights that build_network() returns."
             )
         self.layers = resolve_layers(network, self.layer_list, self.title, self.layer_aliases)
-        self.preprocessing = self._choose_preprocessing(weights)
+        self.preprocessing = self._choose_preprocessing(weights, network)
         as_built = self.own_network and not weights.file
         self.weights_used = f"as {self.title}.build_network() made them" if as_built else weights.name
         self.weights_notes = []
@@ -234,12 +235,15 @@ class FeatureExtractor(LightningModule):
             raise BadValueError(f"--model {self.title}: build_network() returned {network!r}. Expected an nn.Module.")
         return network
 
-    def _choose_preprocessing(self, weights: Weights) -> Preprocessing:
-        preset = self.preset or Preprocessing.usual()
+    def _choose_preprocessing(self, weights: Weights, network: nn.Module) -> Preprocessing:
+        preset = self.preset or networks.preset_of(network)
         if self._named_network_built and not self.preset:
-            preset = networks.named(self.arch).preset(weights, self._state)
+            preset = networks.named(self.arch).preset(weights, self._state, network)
         options = {"mean": self.mean, "std": self.std}
         given: dict[str, Any] = {name: tuple(value) for name, value in options.items() if value != "auto"}
+        if len(given) < 2 and (own := normalizer(network.state_dict(), self._state or {}, self.weights)):
+            preset = replace(preset, mean=own.mean, std=own.std, source=f"{preset.source}, with the file's {own.names}")
+            log.info("weights: using the mean and std in %s, %s", self.weights, own.names)
         return replace(preset, **given, source=f"{preset.source}, with your {' and '.join(given)}") if given else preset
 
     def _tensors_read(self, network: nn.Module) -> set[str] | None:

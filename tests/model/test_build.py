@@ -1,6 +1,9 @@
 """Networks by name: torchvision's, timm's and any function's, with the preprocessing of their weights."""
 
+import dataclasses
+import hashlib
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,9 +13,11 @@ import torch
 from conftest import make_image
 from torchvision import models
 
+from featx import FeatureExtractor, Preprocessing
 from featx.errors import BadValueError, MissingPathError, UserError
 from featx.model.build import Weights, build_empty, choose_weights, import_function, named, seeded
 from featx.model.checkpoint import digest, fit
+from featx.model.download import digest_in
 
 RANDOM = Weights("random", random=True)
 
@@ -33,6 +38,44 @@ def test_weights_are_an_entry_a_file_or_random(tmp_path):
 def test_a_file_gets_the_preprocessing_of_the_first_recipe(tmp_path):
     assert named("resnet50").preset(choose_weights("resnet50", "random")).resize == 256
     assert named("resnet50").preset(choose_weights("resnet50", "DEFAULT")).resize == 232
+
+
+def test_a_published_file_gets_the_preprocessing_of_its_weights_whatever_its_name(tmp_path, monkeypatch):
+    path = tmp_path / "mine.pth"
+    path.write_bytes(bytes(3 << 20))
+    digits = hashlib.sha256(path.read_bytes()).hexdigest()[:8]
+    entry = models.ResNet50_Weights.IMAGENET1K_V2
+    url = f"https://download.pytorch.org/models/resnet50-{digits}.pth"
+    published = dataclasses.replace(entry.value, url=url, meta=entry.meta | {"_file_size": 3.0})
+    monkeypatch.setattr(entry, "_value_", published)
+    preset = named("resnet50").preset(choose_weights("resnet50", str(path)))
+    assert (preset.resize, preset.source) == (232, "ResNet50_Weights.IMAGENET1K_V2")
+    path.write_bytes(bytes((3 << 20) - 1) + b"1")
+    assert named("resnet50").preset(choose_weights("resnet50", str(path))).resize == 256
+
+
+def test_torchvision_states_what_recognizes_its_files():
+    entries = [entry for arch in models.list_models(module=models) for entry in models.get_model_weights(arch)]
+    assert len(entries) > 100 and all(entry.meta["_file_size"] > 1 for entry in entries)
+    assert all(len(digest_in(entry.url)) >= 8 for entry in entries)
+
+
+def test_a_timm_network_of_a_function_or_subclass_gets_its_own_preprocessing():
+    class Mine(FeatureExtractor):
+        def build_network(self):
+            return timm.create_model("test_vit.r160_in1k")
+
+    class Own(Mine):
+        preset = Preprocessing.usual()
+
+    expected = named("timm/test_vit.r160_in1k").preset(RANDOM)
+    for model in (FeatureExtractor("norm", arch="timm.models.test_vit"), Mine("norm")):
+        model.configure_model()
+        assert replace(model.preprocessing, source="") == replace(expected, source="")
+        assert model.preprocessing.source == "timm/test_vit" and expected.mean == (0.5, 0.5, 0.5)
+    own = Own("norm")
+    own.configure_model()
+    assert own.preprocessing == Preprocessing.usual()
 
 
 def test_an_unknown_arch_is_reported_with_the_nearest():

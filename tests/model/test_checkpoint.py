@@ -16,7 +16,7 @@ from featx import FeatureExtractor
 from featx.errors import BadValueError, UserError
 from featx.model import build
 from featx.model.build import build_empty
-from featx.model.checkpoint import digest, fit, read_checkpoint
+from featx.model.checkpoint import digest, fit, normalizer, read_checkpoint
 
 
 def trained(arch="resnet18", **options):
@@ -157,6 +157,36 @@ def test_every_form_of_file_and_half_precision_are_read(tmp_path, resnet, form, 
     else:
         torch.save(state, tmp_path / "w", _use_new_zipfile_serialization=form == "zip")
     assert_same(load(tmp_path / "w").network, {k: v.float() for k, v in state.items()})
+
+
+def test_the_normalizer_of_a_robust_network_is_used(tmp_path, resnet, caplog):
+    caplog.set_level("INFO", "featx")
+    mean, std = torch.tensor([0.4914, 0.4822, 0.4465]), torch.tensor([0.2023, 0.1994, 0.2010])
+    own = {"module.normalizer.new_mean": mean.view(3, 1, 1), "module.normalizer.new_std": std.view(3, 1, 1)}
+    attacker = under("module.attacker.model.", resnet.state_dict()) | {
+        name.replace("normalizer", "attacker.normalize"): value for name, value in own.items()
+    }
+    torch.save({"model": own | under("module.model.", resnet.state_dict()) | attacker}, tmp_path / "w.pth")
+    model = load(tmp_path / "w.pth")
+    assert_same(model.network, resnet.state_dict())
+    images = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
+    theirs = (images / 255 - mean.view(3, 1, 1)) / std.view(3, 1, 1)
+    with torch.no_grad():
+        assert torch.equal(model(images)["fc"], resnet(theirs))
+    assert "with the file's module.normalizer.new_mean and new_std" in model.preprocessing.source
+    assert "using the mean and std in" in caplog.text
+    mixed = load(tmp_path / "w.pth", std=[0.5, 0.5, 0.5]).preprocessing
+    assert mixed.mean == tuple(mean.tolist()) and mixed.std == (0.5, 0.5, 0.5)
+
+
+def test_a_normalizer_of_the_network_itself_or_on_another_scale_is_left_alone():
+    three = torch.full((3,), 0.5)
+    assert normalizer(["mean", "std"], {"model.mean": three, "model.std": three}, "f") is None
+    assert normalizer(["w"], {"norm.mean": three * 255, "norm.std": three}, "f") is None
+    assert normalizer(["w"], {"bn.running_mean": three, "bn.running_std": three}, "f") is None
+    assert normalizer(["w"], {"mean": three, "std": three}, "f") == ((0.5,) * 3, (0.5,) * 3, "mean and std")
+    with pytest.raises(BadValueError, match=r"several normalizers, a.mean and std; b.mean and std"):
+        normalizer(["w"], {"a.mean": three, "a.std": three, "b.mean": three / 2, "b.std": three}, "f")
 
 
 def test_data_parallel_features_of_pytorchs_imagenet_example_are_read(tmp_path):
