@@ -5,6 +5,8 @@ import os
 import shlex
 import sys
 import traceback
+from importlib.metadata import version
+from types import ModuleType
 from typing import Any, NoReturn
 
 from featx import __version__
@@ -134,8 +136,23 @@ def _run(argv: list[str]) -> int:
             raise UserError(f"{command}: expected a command before it{':' if line else '.'}{line or near}")
         if command not in MODULES:
             raise UserError(f"{command}: no such command.{did_you_mean(command, MODULES)} featx --help lists them.")
-        module = import_fast(f"featx.commands.{MODULES[command]}")
+        module = _import(MODULES[command])
         return int(getattr(module, command)(rest))
     except UserError as err:
         log.error("%s", err)
         return err.exit_status
+
+
+def _import(command: str) -> ModuleType:
+    """Import a command; a torchvision that was built for another torch is a mistake in the installation."""
+    from featx.errors import UserError
+
+    try:
+        return import_fast(f"featx.commands.{command}")
+    except RuntimeError as err:  # https://github.com/pytorch/vision/issues/9174
+        if "torchvision::" not in str(err):
+            raise
+        raise UserError(
+            f"torch {version('torch')} and torchvision {version('torchvision')} do not fit together: {err}\n"
+            "Install both from the same place: pip install --force-reinstall torch torchvision"
+        ) from err

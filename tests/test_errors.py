@@ -30,3 +30,13 @@ def test_a_message_names_the_parameter_in_python_and_the_option_on_the_command_l
         ImageFolderDataModule(str(tmp_path), interpolation="box", decoder="turbo")
     assert main(["predict", "--data.dir", str(tmp_path), "--data.batch_size", "0"]) == 2
     assert "--data.batch_size 0: expected a whole number of at least 1." in capsys.readouterr().err
+
+
+def test_a_torchvision_for_another_torch_is_reported_with_what_to_install(monkeypatch, capsys):
+    def fail(name):
+        raise RuntimeError("operator torchvision::nms does not exist")
+
+    monkeypatch.setattr("featx.cli.import_fast", fail)
+    assert main(["predict"]) == 2
+    words = capsys.readouterr().err
+    assert "do not fit together: operator torchvision::nms does not exist\nInstall both from the same place" in words
