@@ -110,11 +110,15 @@ def first_line(err: BaseException) -> str:
 
 
 def rank() -> int:
-    """Return this process's rank as its launcher set it, 0 for a single process."""
-    for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID"):
-        if os.environ.get(name, "").isdigit():
-            return int(os.environ[name])
-    return 0
+    """Return this process's rank as its launcher set it, 0 for a single process.
+
+    Lightning's own launcher sets no rank in the first process of each machine; there it is the machine's, NODE_RANK.
+    """
+    names = ("RANK", "LOCAL_RANK", "SLURM_PROCID", "NODE_RANK")
+    known = {name: int(value) for name in names if (value := os.environ.get(name, "")).isdigit()}
+    if known.get("LOCAL_RANK") == 0 and "RANK" not in known:
+        del known["LOCAL_RANK"]
+    return next(iter(known.values()), 0)
 
 
 def note(label: str, text: str) -> None:

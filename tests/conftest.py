@@ -5,7 +5,6 @@ import os
 import socket
 import subprocess
 from collections.abc import Callable
-from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,13 +20,9 @@ from torchvision.datasets import ImageFolder
 from featx.data.module import ImageFolderDataModule
 from featx.data.preprocess import Preprocessing
 from featx.errors import UserError, log
-from featx.model import build
 
 REPO = Path(__file__).parent.parent
 ENV = {**os.environ, "PYTHONWARNINGS": "", "TORCH_HOME": "/nonexistent/torch", "COLUMNS": "80"}
-
-# What is installed stays the same, and to look at all of it is most of what a run of a tiny network takes.
-build.packages_distributions = cache(build.packages_distributions)
 
 
 def make_image(seed: int, size: tuple[int, int], mode: str = "RGB") -> Image.Image:

@@ -7,7 +7,7 @@ import pytest
 
 from featx.cli import main
 from featx.data.module import ImageFolderDataModule
-from featx.errors import UserError, log
+from featx.errors import UserError, log, rank
 
 
 def test_notes_go_to_what_stderr_is_by_then(monkeypatch):
@@ -40,3 +40,22 @@ def test_a_torchvision_for_another_torch_is_reported_with_what_to_install(monkey
     assert main(["predict"]) == 2
     words = capsys.readouterr().err
     assert "do not fit together: operator torchvision::nms does not exist\nInstall both from the same place" in words
+
+
+@pytest.mark.parametrize(
+    ("variables", "expected"),
+    [
+        ({}, 0),
+        ({"RANK": "3", "LOCAL_RANK": "1", "NODE_RANK": "1"}, 3),  # torchrun
+        ({"SLURM_PROCID": "2", "LOCAL_RANK": "0"}, 2),
+        ({"NODE_RANK": "1"}, 1),  # Lightning's launcher on a second machine
+        ({"NODE_RANK": "1", "LOCAL_RANK": "0"}, 1),
+        ({"NODE_RANK": "0", "LOCAL_RANK": "1"}, 1),
+    ],
+)
+def test_one_process_of_all_machines_has_rank_0(monkeypatch, variables, expected):
+    for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID", "NODE_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert rank() == expected

@@ -5,6 +5,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cache
 from importlib import import_module
 from importlib.metadata import packages_distributions, version
 from pathlib import Path
@@ -357,6 +358,11 @@ class _BuildMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return func.overloadpacket(*args, **kwargs | {"generator": self._generator})
 
 
+@cache
+def _distributions() -> Mapping[str, list[str]]:
+    return packages_distributions()  # takes 0.3 s
+
+
 def packages(network: nn.Module, owner: type, arch: str) -> dict[str, str]:
     """Return the versions of the installed packages that contain a network's code, besides torch and torchvision.
 
@@ -366,5 +372,5 @@ def packages(network: nn.Module, owner: type, arch: str) -> dict[str, str]:
     code |= {owner.__module__.split(".")[0], *([arch.split(".")[0]] if is_function(arch) else [])}
     if not (code := code - {"torch", "torchvision", "featx", "__main__"}):
         return {}
-    installed = packages_distributions()
+    installed = _distributions()
     return {name: version(name) for name in sorted({name for top in code for name in installed.get(top, ())})}
