@@ -22,8 +22,9 @@ from PIL import Image
 
 from featx.commands import options as command_line
 from featx.data.batch import Batch, Fault, Remarks, Sample, add_up, report
-from featx.data.decode import describe, to_rgb
+from featx.data.decode import describe
 from featx.data.module import Collate, ImageFolderDataModule
+from featx.data.pillow import to_rgb
 from featx.data.sources import ImageTree
 from featx.errors import SEE, BadValueError, ImageError, did_you_mean, either
 from featx.model.extractor import FeatureExtractor

@@ -3,31 +3,21 @@
 import io
 import os
 import stat
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
-from PIL import Image, ImageFile, UnidentifiedImageError, features
+from PIL import Image, UnidentifiedImageError, features
 
 from featx.data import gif, heif, jpeg, png, sniff, tiff, unscaled
 from featx.data.batch import Fault
-from featx.data.depth import SIXTEEN_BITS, is_dark, repeat_grey, require_range, to_8_bits
-from featx.data.depth import Pixels as Pixels
-from featx.data.depth import ValueRange as ValueRange
+from featx.data.depth import Pixels, ValueRange, is_dark, repeat_grey, require_range, to_8_bits
+from featx.data.pillow import FORMATS, MOST_PIXELS, STRICT_PIL, convert
 from featx.errors import BadValueError, ImageError
-from featx.process.shared import Shared, ignored
 
 # By kind of file, in Pillow's name for it (PPM16: above 8 bits), the number of its reader, which goes up whenever the
 # reader gives other values than before: a run takes no rows that a reader of another number read.
 READERS = {"BMP": 1, "GIF": 1, "JPEG": 1, "JPEG2000": 2, "PNG": 1, "PPM": 1, "PPM16": 2, "TIFF": 2, "WEBP": 1}
-
-# What Pillow may look for: other formats start programs (EPS starts Ghostscript) or take nearly any bytes as theirs.
-FORMATS = ("JPEG", "PNG", "BMP", "GIF", "PPM", "WEBP", "JPEG2000", "AVIF")
-
-# PIL refuses an image of more as a decompression bomb: twice its MAX_IMAGE_PIXELS, at which it only warns. It reads
-# the header of every image, so that this holds whatever decodes it.
-MOST_PIXELS = 178_956_970
 
 # Whether PIL's values of a JPEG are libjpeg-turbo's, as everywhere but in odd builds: there PIL decodes once more.
 PIL_HAS_TURBO = features.check_feature("libjpeg_turbo")
@@ -38,20 +28,6 @@ REASONS = (
     (MemoryError, "not enough memory to decode it"),
     (UnidentifiedImageError, "not an image that PIL can read"),
 )
-
-
-@contextmanager
-def _strict_pil() -> Iterator[None]:
-    before = ImageFile.LOAD_TRUNCATED_IMAGES, Image.MAX_IMAGE_PIXELS
-    ImageFile.LOAD_TRUNCATED_IMAGES, Image.MAX_IMAGE_PIXELS = False, MOST_PIXELS // 2
-    try:
-        with ignored(r"PIL\.|featx\.", Warning):  # remarks on palettes and broken EXIF change no pixel
-            yield
-    finally:
-        ImageFile.LOAD_TRUNCATED_IMAGES, Image.MAX_IMAGE_PIXELS = before
-
-
-STRICT_PIL = Shared(_strict_pil)  # whatever else the process sets
 
 
 class Decoded(NamedTuple):
@@ -174,6 +150,11 @@ def _decode(file: BinaryIO, value_range: ValueRange | None, strict: bool) -> Dec
             return unscaled_values or _by_pillow(image, value_range, kind)
 
 
+def _by_pillow(image: Image.Image, value_range: ValueRange | None, kind: str) -> Decoded:
+    pixels, dark = convert(image, value_range)
+    return Decoded(pixels, None, kind, dark)
+
+
 def _decode_png(data: bytes, value_range: ValueRange | None) -> Decoded:
     parsed = png.parse(data)
     with Image.open(io.BytesIO(parsed.data), formats=("PNG",)) as image:
@@ -223,50 +204,6 @@ def _from_values(
         return Decoded(to_8_bits(values[..., :3], white, value_range, colour=True), None, kind)
     grey = repeat_grey(to_8_bits(values, white, value_range))
     return Decoded(grey, None, kind, is_dark(values, white, value_range))
-
-
-def _by_pillow(image: Image.Image, value_range: ValueRange | None, kind: str) -> Decoded:
-    pixels, dark = _convert(image, value_range)
-    return Decoded(pixels, None, kind, dark)
-
-
-def to_rgb(image: Image.Image, value_range: ValueRange | None = None) -> Pixels:
-    """Return one of Pillow's images as 8-bit RGB, ``(H, W, 3) uint8``, as ``read_image`` does a file's."""
-    return _convert(image, value_range)[0]
-
-
-def check_image(path: str, value_range: ValueRange | None = None) -> None:
-    """Raise BadValueError if the file's header says that it needs a ``value_range``, and for no other fault."""
-    try:
-        if stat.S_ISREG(os.stat(path).st_mode):
-            with open(path, "rb") as file, STRICT_PIL:
-                if file.read(4).startswith(tiff.MAGIC):
-                    tiff.check(file, value_range)
-                else:
-                    with Image.open(file, formats=FORMATS) as image:
-                        _check_depth(image, value_range)
-    except BadValueError as err:
-        raise BadValueError(f"{path}: {err}") from err
-    except Exception:
-        return  # read_image will say it, in its place
-
-
-def _is_deep(image: Image.Image) -> bool:
-    return image.mode.startswith("I") or image.mode == "F"
-
-
-def _check_depth(image: Image.Image, value_range: ValueRange | None) -> None:
-    if image.mode == "F" or (image.mode == "I" and image.format != "PPM"):  # a PGM above 8 bits is mode I, too
-        require_range(value_range, np.dtype("f4" if image.mode == "F" else "i4"), 32, f"mode {image.mode}")
-
-
-def _convert(image: Image.Image, value_range: ValueRange | None) -> tuple[Pixels, bool]:
-    _check_depth(image, value_range)
-    if not _is_deep(image):
-        return np.array(image if image.mode == "RGB" else image.convert("RGB")), False
-    values = np.asarray(image)  # (H, W)
-    white = SIXTEEN_BITS if image.mode.startswith("I;16") or image.format == "PPM" else None
-    return repeat_grey(to_8_bits(values, white, value_range)), is_dark(values, white, value_range)
 
 
 def describe(err: Exception, path: str, name: str) -> Fault:

@@ -13,10 +13,10 @@ def check(data: bytes) -> None:
         OSError: The file is truncated.
         RuntimeError: The data are damaged.
     """
-    imagecodecs.gif_decode(_first_picture(data))
+    imagecodecs.gif_decode(first_picture(data))
 
 
-def _first_picture(data: bytes) -> bytes:
+def first_picture(data: bytes) -> bytes:
     """Return a GIF as far as its first picture, and no more: others may be damaged."""
     at = 13 + _size_of_palette(data, 10)
     while at < len(data):

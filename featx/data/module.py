@@ -23,7 +23,8 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from featx.data import preprocess
 from featx.data.batch import Batch, Fault, Remark, Sample, add_up
-from featx.data.decode import READERS, ValueRange, describe, read_or_fault
+from featx.data.decode import READERS, describe, read_or_fault
+from featx.data.depth import ValueRange
 from featx.data.preprocess import Decoder, Interpolation, Preprocessing
 from featx.data.selection import Selection
 from featx.data.sources import ImageTree, check_folder, check_list, is_lost

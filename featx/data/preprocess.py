@@ -11,7 +11,8 @@ from torchvision.models import AlexNet_Weights
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as v2
 
-from featx.data.decode import MOST_PIXELS, STRICT_PIL, Pixels
+from featx.data.depth import Pixels
+from featx.data.pillow import MOST_PIXELS, STRICT_PIL
 from featx.errors import BadValueError, ImageError
 
 REVISION = 1  # increase it whenever the steps below give other pixels: no run then uses earlier rows

@@ -19,7 +19,7 @@ import tifffile
 from numpy.typing import NDArray
 from PIL import Image
 
-from featx.data import jpeg
+from featx.data import jpeg, ycbcr
 from featx.data.depth import Pixels, ValueRange, is_dark, repeat_grey, require_range, to_8_bits
 from featx.errors import ImageError
 
@@ -62,12 +62,6 @@ def read(file: BinaryIO, value_range: ValueRange | None, most_pixels: int) -> tu
         if page.photometric == 6 and page.samplesperpixel == 3 and page.compression not in JPEG:
             return _ycbcr(page, file), False
         return _rgb(page, _samples(page, file), value_range)
-
-
-def check(file: BinaryIO, value_range: ValueRange | None) -> None:
-    """Raise what ``read`` raises for the header alone."""
-    with _opened(file) as page:
-        _check(page, value_range)
 
 
 @contextmanager
@@ -244,34 +238,7 @@ def _ycbcr(page: tifffile.TiffPage, file: BinaryIO) -> Pixels:
         values[top : top + part.shape[0], left : left + min(part.shape[1], columns)] = part[:, :columns]
     if page.compression == 1 and (across, down) == (1, 1):  # there Pillow converts itself, else libtiff
         return np.array(Image.fromarray(values, "YCbCr").convert("RGB"))
-    return _by_libtiff(page, values)
-
-
-def _by_libtiff(page: tifffile.TiffPage, values: Pixels) -> Pixels:
-    """Convert YCbCr by the tags' coefficients, with libtiff's very rounding.
-
-    https://gitlab.com/libtiff/libtiff/-/blob/v4.7.0/libtiff/tif_color.c: TIFFYCbCrToRGBInit
-    """
-    red, green, blue = _ratios(page, 529) or (0.299, 0.587, 0.114)
-    y0, y1, b0, b1, r0, r1 = _ratios(page, 532) or (0, 255, 128, 255, 128, 255)
-
-    def fixed(value: float) -> int:
-        return int(min(max(value, 0), 2) * 65536 + 0.5)
-
-    codes = np.arange(256)
-    luma = np.clip((codes - y0) * 255 / (y1 - y0 or 1), -4096, 4096).astype(np.int64)
-    b = np.clip((codes - b0) * 127 / (b1 - b0 or 1), -4096, 4096).astype(np.int64)
-    r = np.clip((codes - r0) * 127 / (r1 - r0 or 1), -4096, 4096).astype(np.int64)
-    y, cb, cr = luma[values[..., 0]], b[values[..., 1]], r[values[..., 2]]
-    to_red, to_blue, half = fixed(2 - 2 * red), fixed(2 - 2 * blue), 1 << 15
-    from_red, from_blue = fixed(red * (2 - 2 * red) / green), fixed(blue * (2 - 2 * blue) / green)
-    channels = (
-        y + ((to_red * cr + half) >> 16),
-        y + ((-from_blue * cb + half - from_red * cr) >> 16),
-        y + ((to_blue * cb + half) >> 16),
-    )
-    colours: Pixels = np.clip(np.stack(channels, axis=-1), 0, 255).astype(np.uint8)
-    return colours
+    return ycbcr.to_rgb(values, _ratios(page, 529), _ratios(page, 532))
 
 
 def _ratios(page: tifffile.TiffPage, tag: int) -> list[float] | None:

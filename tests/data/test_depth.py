@@ -8,7 +8,8 @@ import pytest
 from conftest import make_image
 from PIL import Image
 
-from featx.data.decode import read_image, read_or_fault, to_rgb
+from featx.data.decode import read_image, read_or_fault
+from featx.data.pillow import to_rgb
 from featx.errors import BadValueError
 
 COLOUR = np.asarray(make_image(4, (30, 20))).astype(np.uint16)

@@ -12,6 +12,7 @@ import pytest
 import tifffile
 from conftest import make_image
 
+from featx.data import gif
 from featx.data.decode import read_or_fault
 
 SIZE = (40, 30)
@@ -116,7 +117,7 @@ DECODERS = {
     "WEBP": lambda data: as_rgb(imagecodecs.webp_decode(data)),
     "BMP": lambda data: as_rgb(imagecodecs.bmp_decode(data)),
     "PPM": by_numpy,
-    "GIF": lambda data: as_rgb(imagecodecs.gif_decode(data, index=0)),
+    "GIF": lambda data: as_rgb(imagecodecs.gif_decode(gif.first_picture(data))),
 }
 
 

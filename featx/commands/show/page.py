@@ -24,7 +24,8 @@ from tqdm import tqdm
 from featx import results
 from featx.commands.options import PlainParser
 from featx.commands.show.points import NEAREST, Floats, choose, find_twins, flatten, nearest, usual_distance
-from featx.data.decode import ValueRange, read_or_fault
+from featx.data.decode import read_or_fault
+from featx.data.depth import ValueRange
 from featx.errors import BadValueError, MissingPathError, UserError, count, log, size_in_words
 from featx.results import Finished, find
 from featx.writer import disk

@@ -1,0 +1,52 @@
+"""What Pillow may open, and its images as 8-bit RGB."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+from PIL import Image, ImageFile
+
+from featx.data.depth import SIXTEEN_BITS, Pixels, ValueRange, is_dark, repeat_grey, require_range, to_8_bits
+from featx.process.shared import Shared, ignored
+
+# What Pillow may look for: other formats start programs (EPS starts Ghostscript) or take nearly any bytes as theirs.
+FORMATS = ("JPEG", "PNG", "BMP", "GIF", "PPM", "WEBP", "JPEG2000", "AVIF")
+
+# PIL refuses an image of more as a decompression bomb: twice its MAX_IMAGE_PIXELS, at which it only warns. It reads
+# the header of every image, so that this holds whatever decodes it.
+MOST_PIXELS = 178_956_970
+
+
+@contextmanager
+def _strict_pil() -> Iterator[None]:
+    before = ImageFile.LOAD_TRUNCATED_IMAGES, Image.MAX_IMAGE_PIXELS
+    ImageFile.LOAD_TRUNCATED_IMAGES, Image.MAX_IMAGE_PIXELS = False, MOST_PIXELS // 2
+    try:
+        with ignored(r"PIL\.|featx\.", Warning):  # remarks on palettes and broken EXIF change no pixel
+            yield
+    finally:
+        ImageFile.LOAD_TRUNCATED_IMAGES, Image.MAX_IMAGE_PIXELS = before
+
+
+STRICT_PIL = Shared(_strict_pil)  # whatever else the process sets
+
+
+def to_rgb(image: Image.Image, value_range: ValueRange | None = None) -> Pixels:
+    """Return one of Pillow's images as 8-bit RGB, ``(H, W, 3) uint8``, as ``decode.read_image`` does a file's."""
+    return convert(image, value_range)[0]
+
+
+def convert(image: Image.Image, value_range: ValueRange | None) -> tuple[Pixels, bool]:
+    """Return an image as 8-bit RGB, and whether it is nearly black, as a 12-bit camera's 16-bit file is.
+
+    Raises:
+        BadValueError: The values need a ``value_range``.
+    """
+    if not image.mode.startswith(("I", "F")):
+        return np.array(image if image.mode == "RGB" else image.convert("RGB")), False
+    values = np.asarray(image)  # (H, W)
+    is_16_bit = image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM")
+    if not is_16_bit:
+        require_range(value_range, values.dtype, 32, f"mode {image.mode}")
+    white = SIXTEEN_BITS if is_16_bit else None
+    return repeat_grey(to_8_bits(values, white, value_range)), is_dark(values, white, value_range)
