@@ -9,12 +9,15 @@ import simplejpeg
 
 from featx.data.depth import Pixels
 
-# What the strict decoder says of a JPEG that is not damaged but beyond it, or odd in a header that changes no pixel.
+# What the strict decoder says of a JPEG that is not damaged but beyond it, such as 4:1:0, or Cb and Cr sampled apart.
 # Pillow alone judges these.
-BEYOND = (
-    "tjDecompressHeader3(): Could not determine subsampling level",  # such as 4:1:0, or Cb and Cr sampled apart
+BEYOND = "tjDecompressHeader3(): Could not determine subsampling level"
+# Its warnings of what changes no pixel, where nothing else is wrong.
+ODDITIES = (
+    "extraneous bytes before marker",
+    "Invalid SOS parameters for sequential JPEG",
     "Unknown Adobe color transform code",
-    "Warning: unknown JFIF revision number",
+    "unknown JFIF revision number",
 )
 MAGIC = b"\xff\xd8\xff"
 SOI, EOI, SOS = b"\xff\xd8", 0xD9, 0xDA
@@ -50,9 +53,9 @@ def decode(data: bytes, space: str, first_scan: int = 0) -> Pixels | None:
     try:
         pixels = _decode(data, space)
     except ValueError as err:
-        if "extraneous bytes before marker" not in str(err):
+        if not any(oddity in str(err) for oddity in ODDITIES):
             raise
-        pixels = _decode(_without_stray_bytes(data), space)
+        pixels = _decode(_without_oddities(data), space)
     channels = pixels.shape[2] if pixels is not None else 0
     if not _is_one_scan(data, first_scan, channels) and _lacks_scans(data):
         raise ValueError("truncated: the last scans of the JPEG are not in the file")
@@ -83,7 +86,7 @@ def segments(data: bytes) -> Iterator[_Segment]:
         if marker == 0:  # a stray byte
             continue
         length = 0 if marker in ALONE else int.from_bytes(data[at : at + 2], "big")
-        yield _Segment(marker, start, at + 2, at + length)
+        yield _Segment(marker, start, at + 2 * (length > 0), at + length)
         if marker == EOI:
             return
         at += length
@@ -92,15 +95,25 @@ def segments(data: bytes) -> Iterator[_Segment]:
             at = found.start() if found else len(data)
 
 
-def _without_stray_bytes(data: bytes) -> bytes:
-    """Leave out bytes between segments, and zeros between the end of a scan and the next marker.
+def _without_oddities(data: bytes) -> bytes:
+    """Leave out bytes between segments and zeros after the end of a scan, and put right what libjpeg does not use.
 
-    Some cameras write them. Where zeros overwrote the end of a scan, the decoder then finds the scan too short; other
-    bytes there may be what a damaged scan did not use, and stay.
+    Some cameras write such zeros. Where zeros overwrote the end of a scan, the decoder then finds the scan too short;
+    other bytes there may be what a damaged scan did not use, and stay.
     """
-    kept = [SOI]
+    kept, progressive, channels = [SOI], False, 3
+    for segment in segments(data):
+        if segment.marker in FRAMES and segment.content + 5 < len(data):
+            progressive, channels = segment.marker in PROGRESSIVE, data[segment.content + 5]
     for segment, following in pairwise(segments(data)):
-        kept.append(data[segment.start : segment.end])
+        content = data[segment.content : segment.end]
+        if content.startswith(b"JFIF\0"):
+            content = b"JFIF\0\1" + content[6:]
+        elif content.startswith(b"Adobe") and len(content) == 12 and content[11] > 0:
+            content = content[:11] + bytes([1 if channels == 3 else 2])  # YCbCr or YCCK, as libjpeg then takes it
+        elif segment.marker == SOS and not progressive:
+            content = content[:-3] + b"\0\x3f\0"
+        kept += [data[segment.start : segment.content], content]
         if segment.marker == SOS:
             scan = data[segment.end : following.start].rstrip(b"\0")
             kept += [scan, b"\0" * scan.endswith(b"\xff")]  # written as FF 00

@@ -104,6 +104,8 @@ def _check(page: tifffile.TiffPage, value_range: ValueRange | None) -> None:
     if page.dtype is None or page.dtype.kind == "c" or not isinstance(bits, int):
         raise ImageError(f"a {colour} TIFF of {bits}-bit values in sample format {page.sampleformat}")
     kind = {"f": "float ", "i": "signed "}.get(page.dtype.kind, "")
+    if not page.imagewidth or not page.imagelength:
+        raise tifffile.TiffFileError("no width or height")
     if page.imagedepth > 1:
         raise ImageError(f"a volume of {page.imagedepth} slices in one TIFF page")
     if channels < needed:

@@ -83,6 +83,26 @@ def test_other_bytes_that_a_scan_did_not_use_are_damage(tmp_path):
     assert read(tmp_path, padded(whole("baseline"), b"1234" * 9, "before the end")).fault.reason == "damaged"
 
 
+def oddities():
+    usual, grey, inks = whole("baseline"), whole("grey"), whole("CMYK")
+    yield "JFIF 2", usual.replace(b"JFIF\0\1", b"JFIF\0\2")
+    for data in (usual, grey):
+        yield "SOS", data.replace(b"\0\x3f\0", b"\1\x05\x21", 1)
+    for transform in (1, 2, 3, 99):
+        adobe = b"\xff\xee\0\x0eAdobe\0\x64\0\0\0\0" + bytes([transform])
+        yield f"Adobe {transform}", usual[:2] + adobe + usual[20:]
+        yield f"CMYK {transform}", inks.replace(inks[6:18], inks[6:17] + bytes([transform]))
+
+
+@pytest.mark.parametrize(("kind", "data"), list(oddities()))
+def test_an_odd_header_is_passed_over_and_damage_after_it_is_not(tmp_path, kind, data):
+    found = read(tmp_path, data)
+    assert found.fault is None and np.array_equal(found.pixels, by_pil(data))
+    half = len(data) * 2 // 3
+    assert read(tmp_path, data[:half] + b"\xff\xd9").pixels is None
+    assert read(tmp_path, data[:half] + bytes(200) + data[half + 200 :]).pixels is None
+
+
 @pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
 def test_a_progressive_jpeg_without_its_last_scans_is_truncated(tmp_path, mode):
     data = encode(make_image(5, (70, 50), mode), progressive=True, quality=90)
