@@ -89,6 +89,12 @@ def as_list(value: str) -> str:
     return f"'[{','.join(words)}]'" if words[1:] else ""
 
 
+def first_few(names: list[str], most: int = 3) -> str:
+    """Return names as ``a; b; c and 4 more``."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return "; ".join(names[:most]) + more
+
+
 def count(number: int, noun: str) -> str:
     """Return a number with its noun, as ``1 image`` or ``1,200 images``."""
     plural = noun[:-1] + "ies" if noun.endswith("y") else noun + ("es" if noun.endswith(("ss", "ch")) else "s")

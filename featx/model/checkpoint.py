@@ -3,31 +3,19 @@
 import hashlib
 import logging
 import re
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from featx.errors import BadValueError, count, did_you_mean, log
+from featx.errors import BadValueError, count, did_you_mean, first_few, log
 from featx.model import files
+from featx.model.names import COUNTERS, PREFIXES, WRAPPERS, State, explained, fits, match_names, numbered, under, unwrap
 from featx.model.unpickle import Unknown
 
-State = dict[str, Tensor]
-
 PLAIN = ("state_dict", "model_state_dict", "model", "network", "net")  # usual keys of the weights; the first wins
-PREFIXES = {"network", "model", "backbone"}  # attributes that contain the network, in Lightning modules and others
-WRAPPERS = {"module", "_orig_mod"}  # added to names by DataParallel, DDP, AveragedModel and torch.compile
-COUNTERS = ("num_batches_tracked", "total_ops", "total_params")  # BatchNorm's and thop's; no output depends on them
 MOST_MODULES = 100_000  # in a network that was saved whole; a few bytes can contain the same one without end
-RENAMED = (
-    # https://github.com/pytorch/vision/blob/main/torchvision/models/densenet.py: names before 2017
-    (re.compile(r"(denselayer\d+\.(?:norm|relu|conv))\.([12]\.)"), r"\1\2"),
-    # https://github.com/pytorch/vision/blob/main/torchvision/models/vision_transformer.py: MLPBlock, version 1
-    (re.compile(r"(encoder_layer_\d+\.mlp)\.linear_1\."), r"\1.0."),
-    (re.compile(r"(encoder_layer_\d+\.mlp)\.linear_2\."), r"\1.3."),
-)
 
 
 def read_checkpoint(file: str, key: str | None = None) -> State:
@@ -44,16 +32,16 @@ def read_checkpoint(file: str, key: str | None = None) -> State:
         UserError: The file cannot be read, or is not a checkpoint.
     """
     content = files.load(file)
-    found = _state_dicts(content)
     if key is not None:
-        return _state_at(key, found, file)
+        return _state_at(key, _state_dicts(content), _state_dicts(content, few=True), file)
+    found = _state_dicts(content)
     order = {tuple(PLAIN.index(word) for word in path.split(".")): path for path in found if _is_plain(path)}
     if not order and "" not in found:
         keys = first_few([*map(str, content)], 5) if isinstance(content, dict) else type(content).__name__
         known = f" State dicts: {first_few(list(found), 5)}; choose one with --model.checkpoint_key." if found else ""
         raise BadValueError(
             f"--model.weights {file}: no state dict at its top level or under {', '.join(PLAIN)}.\n"
-            f"It contains {keys or 'nothing'}.{known}\n"
+            f"It contains {keys or 'nothing'}.{known}\n{explained(found)}"
             "Expected a dict of names and tensors, as torch.save(network.state_dict(), FILE) writes it."
         )
     chosen = order[min(order)] if order else ""
@@ -63,8 +51,11 @@ def read_checkpoint(file: str, key: str | None = None) -> State:
     return found[chosen]
 
 
-def _state_dicts(content: Any) -> dict[str, State]:
-    """Return every state dict (mapping of mostly tensors) in a checkpoint by dotted key; "" is the top level."""
+def _state_dicts(content: Any, few: bool = False) -> dict[str, State]:
+    """Return every state dict in a checkpoint by dotted key; "" is the top level.
+
+    A state dict is a mapping of mostly tensors or, if ``few``, of any number of them.
+    """
     found: dict[str, State] = {}
     seen: dict[int, State | None] = {}  # a few bytes of a file can contain the same dict in itself without end
     waiting = [("", content)]
@@ -78,9 +69,11 @@ def _state_dicts(content: Any) -> dict[str, State]:
             if _is_module(value):
                 state = _module_state(value)
             else:
-                inner = [(f"{path}.{name}" if path else str(name), each) for name, each in items.items()]
+                inner = [(f"{path}.{name}" if path else str(name), each) for name, each in items.items()
+                         if _is_name(name) or isinstance(value, list)]  # fmt: skip
                 waiting += reversed(inner)
-            seen[id(value)] = state if 2 * len(state) > len(items) or _is_module(value) else None
+            enough = state if few else 2 * len(state) > len(items) or _is_module(value)
+            seen[id(value)] = state if enough else None
         if (known := seen.get(id(value))) is not None:
             found[path] = known
     return found
@@ -115,16 +108,20 @@ def _is_plain(path: str) -> bool:
     return all(word in PLAIN for word in path.split("."))
 
 
-def _state_at(key: str, found: dict[str, State], file: str) -> State:
+def _state_at(key: str, found: dict[str, State], any_tensors: dict[str, State], file: str) -> State:
     """Return the state dict at a key, or the part of a state dict whose names begin with it."""
-    below = [path for path in found if path == key or (path.startswith(key + ".") and _is_plain(path[len(key) + 1 :]))]
-    if below:
-        return found[min(below, key=len)]
+    below = [path for path in found if path == key or path.startswith(f"{key}.")]
+    plain = [path for path in below if path == key or _is_plain(path[len(key) + 1 :])]
+    if plain or len(below) == 1:
+        return found[min(plain or below, key=len)]
+    if key in any_tensors:
+        return any_tensors[key]
     for path, state in found.items():
         prefix = (key.removeprefix(f"{path}.") if path else key) + "."
-        if part := _under(prefix, {_unwrap(name, WRAPPERS): value for name, value in state.items()}):
-            return part
-    first = {_unwrap(name, WRAPPERS).split(".")[0] for state in found.values() for name in state if "." in name}
+        for names in (state, {unwrap(name, WRAPPERS): value for name, value in state.items()}):
+            if part := under(prefix, names):
+                return part
+    first = {unwrap(name, WRAPPERS).split(".")[0] for state in found.values() for name in state if "." in name}
     keys = [*filter(None, found), *sorted(first)]
     raise BadValueError(
         f"--model.checkpoint_key {key}: {file} has no state dict there.{did_you_mean(key, keys)}\n"
@@ -162,12 +159,12 @@ def fit(
     Raises:
         BadValueError: The state dict does not fit.
     """
-    state, outside = _match_names(network.state_dict(), state, file)
+    state, outside = match_names(network, state, file)
     notes = _fit_classes(network, state, title)
     own = network.state_dict()
     computed = {name for name, buffer in network.named_buffers() if not buffer.is_floating_point()}  # index tables
     needed = [name for name in own if name not in computed and not name.endswith(COUNTERS)]
-    loaded = {name: state[name] for name in own if name in state and _fits(state[name], own[name])}
+    loaded = {name: state[name] for name in own if name in state and fits(state[name], own[name])}
     others = [name for name in state if name not in own and not name.endswith(COUNTERS)]
     misfits = [name for name in own if name in state and name not in loaded]
     used = set(own)
@@ -180,7 +177,7 @@ def fit(
                                      for name in misfits if name in used],
     }  # fmt: skip
     if (strict and any(problems.values())) or not any(name in loaded for name in needed):
-        raise _mismatch(file, title, problems, strict, guess_arch(_shapes(state)))
+        raise _mismatch(file, title, problems, strict, guess_arch(_shapes(state)), numbered(state))
     if others := outside + others:
         log.info("weights: ignored in %s, not part of the network: %s", file, first_few(others))
     if kept := [name for name in needed if name not in loaded]:
@@ -228,45 +225,6 @@ def normalizer(own: Iterable[str], state: State, file: str) -> Normalizer | None
     return next((Normalizer(mean, std, names) for (mean, std), names in found.items()), None)
 
 
-def _match_names(own: Mapping[str, Tensor], state: State, file: str) -> tuple[State, list[str]]:
-    """Give the tensors the network's names: without wrappers, new for old, and without the prefix that fits best.
-
-    Returns:
-        The tensors with the prefix, and the names without it.
-    """
-    wrappers = WRAPPERS - {word for name in own for word in name.split(".")}
-    names = {name: _unwrap(name, wrappers) for name in state}
-    for pattern, new in RENAMED:
-        names = {name: pattern.sub(new, short) for name, short in names.items()}
-    if len(set(names.values())) == len(names):
-        state = {names[name]: value for name, value in state.items()}
-    found = Counter(
-        name[: dot.end()] for name in state for dot in re.finditer(r"^|\.", name) if name[dot.end() :] in own
-    )
-    rank = {prefix: (2 * number >= len(own), set(prefix.split(".")) <= PREFIXES | {""}, number)
-            for prefix, number in found.items()}  # fmt: skip
-    best = sorted((prefix for prefix in found if rank[prefix] == max(rank.values())), key=len)
-    if not best:
-        return state, []
-    if len(best) > 1 and rank[best[0]][0]:
-        raise BadValueError(
-            f"--model.weights {file}: {len(best)} networks in it fit, with the prefixes "
-            f"{first_few([prefix.rstrip('.') or 'none' for prefix in best])}.\n"
-            f"Choose one: --model.checkpoint_key {best[-1].rstrip('.')}"
-        )
-    if prefix := best[0]:
-        log.info("weights: using names that begin with %s", prefix)
-    return _under(prefix, state), [name for name in state if not name.startswith(prefix)]
-
-
-def _under(prefix: str, state: State) -> State:
-    return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
-
-
-def _unwrap(name: str, wrappers: set[str]) -> str:
-    return ".".join(word for word in name.split(".") if word not in wrappers)
-
-
 def _fit_classes(network: nn.Module, state: State, title: str) -> list[str]:
     """Give the last Linear (or else 1x1 Conv2d) and auxiliary classifiers as many outputs as the file has."""
     modules = dict(network.named_modules())
@@ -303,13 +261,13 @@ def _describe(tensor: Tensor) -> str:
     return f"{tuple(tensor.shape)}{'' if tensor.is_floating_point() else f' {tensor.dtype}'.replace('torch.', '')}"
 
 
-def _fits(value: Tensor, own: Tensor) -> bool:
-    return value.shape == own.shape and value.is_floating_point() == own.is_floating_point()
-
-
-def _mismatch(file: str, title: str, problems: dict[str, list[str]], strict: bool, arch: str | None) -> BadValueError:
+def _mismatch(
+    file: str, title: str, problems: dict[str, list[str]], strict: bool, arch: str | None, numbered: str | None
+) -> BadValueError:
     lines = [f"--model.weights {file}: does not fit {title}."]
     lines += [f"  {problem}: {first_few(names)}" for problem, names in problems.items() if names]
+    if numbered and not arch:
+        lines.append(f"The file numbers modules ({numbered}), and not in the order of {title}'s own.")
     lines.append(
         f"It fits {arch}: --model.arch {arch}"
         if arch not in (None, title)
@@ -323,12 +281,6 @@ def _shapes(state: State) -> dict[str, torch.Size]:
     """Return the shapes of tensors that affect an output, by their names without PREFIXES."""
     prefixes = re.compile(rf"^(({'|'.join(PREFIXES)})\.)+")
     return {prefixes.sub("", name): value.shape for name, value in state.items() if not name.endswith(COUNTERS)}
-
-
-def first_few(names: list[str], most: int = 3) -> str:
-    """Return names as ``a; b; c and 4 more``."""
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return "; ".join(names[:most]) + more
 
 
 def digest(network: nn.Module) -> str:

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from featx.data.batch import Batch
 from featx.data.preprocess import Preprocessing
-from featx.errors import BadValueError, UserError, count, log, note
+from featx.errors import BadValueError, UserError, count, first_few, log, note
 from featx.model import build as networks
 from featx.model.build import SEED, Weights
-from featx.model.checkpoint import digest, first_few, fit, normalizer, read_checkpoint
+from featx.model.checkpoint import digest, fit, normalizer, read_checkpoint
 from featx.model.compute import SLICE as SLICE
 from featx.model.compute import Passes, dtype_of
 from featx.model.layers import Taps, resolve_layers

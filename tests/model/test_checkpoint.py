@@ -213,7 +213,16 @@ REFUSED = {
     "weights in int8": (lambda n, s: {**s, "conv1.weight": torch.ones(64, 3, 7, 7, dtype=torch.int8)},
                         r"another shape or type: conv1.weight \(64, 3, 7, 7\) int8, expected"),
     "MoCo, two encoders": (lambda n, s: {"state_dict": under("module.encoder_q.", s) | under("module.encoder_k.", s)},
-                           "2 networks in it fit, .* encoder_q; encoder_k.*\n.*--model.checkpoint_key encoder_k"),
+                           r"2 networks in it fit, .* encoder_q; encoder_k.\n  encoder_q: the encoder that MoCo trains "
+                           r"and.*\n  encoder_k: its .*not evaluate\nChoose .*key encoder_q or --model"),
+    "DINO, student and teacher": (lambda n, s: {"student": s, "teacher": s, "epoch": 1},
+                                  r"State dicts: student; teacher; .*\n  student: .*\n  teacher: .*which DINO"),
+    "VISSL, four levels down": (lambda n, s: {"phase": 1, "classy_state_dict": {"base_model": {"model": {"trunk": s}}}},
+                                r"State dicts: classy_state_dict.base_model.model.trunk; choose one"),
+    "numbered without ReLU and pooling": (
+        lambda n, s: {"state_dict": under("f.", nn.Sequential(n.conv1, n.bn1, n.layer1, n.layer2, n.layer3, n.layer4)
+                                          .state_dict())},
+        r"The file numbers modules \(f.0.weight\), and not in the order of resnet18's own"),
     "a GAN, nothing under a known key": (lambda n, s: {"generator": s, "discriminator": s, "epoch": 1},
                                          "State dicts: generator; discriminator; choose one with --model.check"),
     "only an EMA": (lambda n, s: {"state_dict_ema": s, "epoch": 1}, "State dicts: state_dict_ema; choose one"),
@@ -221,6 +230,41 @@ REFUSED = {
     "nothing": (lambda n, s: {}, r"no state dict.*\n.*contains nothing"),
     "a list": (lambda n, s: [1, 2], r"no state dict.*\n.*contains list"),
 }  # fmt: skip
+
+
+@pytest.mark.parametrize("prefix", ["backbone.", "0.", ""])
+def test_modules_that_are_numbered_in_their_order_are_found(tmp_path, resnet, caplog, prefix):
+    caplog.set_level("INFO", "featx")
+    state = resnet.state_dict()
+    body = nn.Sequential(*list(resnet.children())[:-1]).state_dict()
+    head = {"1.2.weight": torch.ones(9, 512), "projection_head.0.weight": torch.ones(9, 512)} if prefix else {}
+    torch.save({"state_dict": under(prefix, body) | head}, tmp_path / "w.ckpt")
+    assert_same(load(tmp_path / "w.ckpt", layer="avgpool").network, without(state, "fc.weight", "fc.bias"))
+    assert "w.ckpt numbers the modules of ResNet in their order" in caplog.text
+    with pytest.raises(BadValueError, match=r"missing from the file: fc.weight; fc.bias\n"):
+        load(tmp_path / "w.ckpt")
+    torch.save({"state_dict": under("online.", body) | under("momentum.", other(body))}, tmp_path / "w.ckpt")
+    with pytest.raises(BadValueError, match="2 networks in it fit, with the prefixes online; momentum"):
+        load(tmp_path / "w.ckpt", layer="avgpool")
+    found = load(tmp_path / "w.ckpt", layer="avgpool", checkpoint_key="online").network
+    assert_same(found, without(state, "fc.weight", "fc.bias"))
+
+
+def test_a_prefix_that_fits_a_few_names_only_is_not_used(tmp_path, resnet):
+    swapped = nn.Sequential(*[nn.Sequential(module) for module in list(resnet.children())[:-1]]).state_dict()
+    torch.save({"state_dict": under("backbone.", swapped)}, tmp_path / "w.pth")
+    for strict in (True, False):
+        with pytest.raises(BadValueError, match=r"does not fit resnet18(?s:.*)The file numbers modules"):
+            load(tmp_path / "w.pth", strict=strict)
+
+
+@pytest.mark.parametrize("key", ["a.b.c", "a.b", "a", "a.b.c.module.trunk", "list.1", "few", "a.b.c.trunk"])
+def test_any_dotted_key_is_found(tmp_path, resnet, key):
+    state = resnet.state_dict()
+    few = {**state, **{f"option{number}": number for number in range(200)}}
+    content = {"a": {"b": {"c": under("module.trunk.", state)}}, "list": [{"x": torch.ones(1)}, state], "few": few}
+    torch.save(content, tmp_path / "w.pth")
+    assert_same(load(tmp_path / "w.pth", checkpoint_key=key).network, state)
 
 
 @pytest.mark.parametrize("what", REFUSED)
