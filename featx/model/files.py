@@ -1,10 +1,13 @@
 """Read what is in a file of weights, whatever its form; nothing in it is run."""
 
 import io
+import json
 import mmap
 import os
+import re
 import struct
 import zipfile
+from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
@@ -13,9 +16,10 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from featx.errors import BadValueError, UserError, first_line
+from featx.errors import BadValueError, MissingPathError, UserError, first_line
 from featx.model.unpickle import Unpickler
 
+ZIP = b"PK\x03\x04"
 MAGIC, PROTOCOL = 0x1950A86A20F9469CFC6C, 1001  # of torch.save before the zip format of 1.6
 
 
@@ -26,13 +30,13 @@ def load(file: str) -> Any:
         UserError: The file cannot be read, is damaged, or is not a checkpoint.
     """
     try:
+        if file.endswith(".index.json"):
+            return _read_shards(Path(file))
         with open(file, "rb") as opened:
-            head = opened.read(9)
-        if file.endswith(".safetensors") or head[8:] == b"{":  # a length, then JSON
-            return safetensors.torch.load_file(file)
-        if head[:4] == b"PK\x03\x04":
-            return _read_zip(file)
-        return _read_legacy(file)
+            head = opened.read(512)
+        if form := _other_form(file, head):
+            raise BadValueError(f"--model.weights {file}: this is {form}")
+        return _read(file, head)
     except UserError:
         raise
     except OSError as err:
@@ -43,6 +47,65 @@ def load(file: str) -> Any:
             f"({type(err).__name__}: {first_line(err)[:100]}).\nExpected a file from "
             "torch.save(network.state_dict(), FILE), a checkpoint with that inside, or safetensors."
         ) from err
+
+
+def _read(file: str, head: bytes) -> Any:
+    if file.endswith(".safetensors") or head[8:9] == b"{":  # a length, then JSON
+        return safetensors.torch.load_file(file)
+    return _read_zip(file) if head[:4] == ZIP else _read_legacy(file)
+
+
+def _other_form(file: str, head: bytes) -> str:
+    """Return what a file is and what to do, if its form is known and is not a checkpoint's, else nothing."""
+    names = []
+    if head[:4] == ZIP:
+        with zipfile.ZipFile(file) as archive:
+            names = archive.namelist()
+    ends = {name.partition("/")[2] for name in names}
+    if "constants.pkl" in ends:
+        return (
+            "a TorchScript program, and loading it runs its code.\nIf you trust it, write a state dict: "
+            "torch.save(torch.jit.load(FILE).state_dict(), NEW_FILE)"
+        )
+    if {"archive_format", "models/model.json"} & ends or "serialized_exported_program.json" in names:
+        return (
+            "a program of torch.export.\nExpected the weights of a network: "
+            "torch.save(torch.export.load(FILE).state_dict, NEW_FILE)"
+        )
+    if names and all(name.endswith(".npy") for name in names):
+        return (
+            "a file of numpy arrays.\nExpected tensors: "
+            "torch.save({name: torch.from_numpy(array) for name, array in numpy.load(FILE).items()}, NEW_FILE)"
+        )
+    if file.endswith(".onnx") or re.match(rb"\x08[\x03-\x1f]\x12.?(pytorch|onnx)", head, re.DOTALL):
+        return "an ONNX model.\nExpected the PyTorch checkpoint that it was exported from."
+    if head[257:262] == b"ustar":
+        return (
+            "a tar archive. PyTorch wrote such files before 0.1.10.\nIf you trust it, write a new file: "
+            "torch.save(torch.load(FILE, weights_only=False), NEW_FILE)"
+        )
+    if shard := re.fullmatch(r"(.+)-\d{5}-of-\d{5}(\.\w+)", os.path.basename(file)):
+        index = f"{''.join(shard.groups())}.index.json"
+        return f"one of several files with the weights.\nExpected the index next to them, {index}."
+    return ""
+
+
+def _read_shards(index: Path) -> Any:
+    """Read weights in several files by the index that says which has what."""
+    homes = json.loads(index.read_bytes())["weight_map"]
+    shards: dict[str, Any] = {}
+    for home in sorted(set(homes.values())):
+        if os.path.basename(home) != home:
+            raise UnpicklingError(f"{home!r} is not a file's name")
+        if not (shard := index.parent / home).is_file():
+            raise MissingPathError(
+                f"--model.weights {index}: {home} is not next to it. Expected all files that it lists."
+            )
+        with shard.open("rb") as opened:
+            shards[home] = _read(str(shard), opened.read(9))
+    if lost := [name for name, home in homes.items() if name not in shards[home]]:
+        raise UnpicklingError(f"{homes[lost[0]]} does not contain {lost[0]}")
+    return {name: shards[home][name] for name, home in homes.items()}
 
 
 class Budget:
@@ -77,11 +140,6 @@ def _read_zip(path: str) -> Any:
                     known[key] = torch.frombuffer(bytearray(found), dtype=torch.uint8)
             return known[key]
 
-        if any(name.endswith("/constants.pkl") for name in archive.namelist()):
-            raise BadValueError(
-                f"--model.weights {path}: this is a TorchScript program, and loading it runs its code.\nIf you trust "
-                "it, write a state dict: torch.save(torch.jit.load(FILE).state_dict(), NEW_FILE)"
-            )
         roots = [name.removesuffix("data.pkl") for name in archive.namelist() if name.split("/")[-1] == "data.pkl"]
         if len(roots) != 1:
             raise UnpicklingError("a zip file without one data.pkl")
