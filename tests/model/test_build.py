@@ -133,14 +133,14 @@ def test_the_file_decides_whether_inception_has_its_auxiliary_head(aux):
 @pytest.mark.parametrize(
     ("size", "source"), [(224, "SWAG_LINEAR_V1"), (518, "SWAG_E2E_V1"), (448, "at the 448 pixels")]
 )
-def test_the_file_decides_the_image_size_of_a_vit(size, source):
+def test_the_file_decides_the_image_size_of_a_vit(size, source, tmp_path):
+    file = Weights("f", file=tmp_path / "f")
+    file.file.touch()
     with torch.device("meta"):
         state = models.vit_h_14(image_size=size).state_dict()
-        network = named("vit_h_14").build(
-            Weights("f", file="f"), {"module." + name: value for name, value in state.items()}
-        )
+        network = named("vit_h_14").build(file, {"module." + name: value for name, value in state.items()})
     assert network.image_size == size and network.encoder.pos_embedding.shape == state["encoder.pos_embedding"].shape
-    preset = named("vit_h_14").preset(Weights("f", file="f"), state)
+    preset = named("vit_h_14").preset(file, state)
     assert preset.crop == size and source in preset.source
 
 
@@ -192,7 +192,7 @@ def test_without_timm_the_message_says_how_to_install_it(monkeypatch):
     ("arch", "words"),
     [
         ("timm/resnt18", r"timm has no network with this name. Did you mean timm/resne?t?\d+"),
-        ("timm/vit_base_patch16_sapiens2.fb", "takes images of 768 x 1024 pixels, crop mode"),
+        ("timm/vit_base_patch16_sapiens2.fb", "takes images of 768 x 1024 pixels in crop mode squash"),
         ("antialiased_cnns.alexnt", "antialiased_cnns.alexnt is neither in .* Did you mean alexnet"),
         ("antialiased_cnn.alexnet", "antialiased_cnn is neither in this folder nor installed"),
         ("nets.wrong", "calling nets.wrong.. failed: ZeroDivisionError: division by zero"),
