@@ -19,7 +19,7 @@ from featx.errors import BadValueError, ImageError
 # reader gives other values than before: a run takes no rows that a reader of another number read.
 READERS = {"BMP": 1, "GIF": 1, "JPEG": 1, "JPEG2000": 2, "PNG": 1, "PPM": 1, "PPM16": 2, "TIFF": 2, "WEBP": 1}
 
-# Whether PIL's values of a JPEG are libjpeg-turbo's, as everywhere but in odd builds: there PIL decodes once more.
+# Whether Pillow has libjpeg-turbo's values of a JPEG, as in all but odd builds: there Pillow decodes it once more.
 PIL_HAS_TURBO = features.check_feature("libjpeg_turbo")
 
 REASONS = (
@@ -53,12 +53,12 @@ def read_or_fault(root: str, name: str, value_range: ValueRange | None = None, s
         root: The data folder.
         name: Path of the image below it.
         value_range: The values of images above 8 bits that become black and white.
-        strict: Give no image for a file whose data is damaged; else give what PIL makes of it, and the fault beside.
+        strict: Whether a file with damaged data gives no image; else what Pillow makes of it is given with the fault.
     """
     path = os.path.join(root, name)
     try:
         return _read(path, value_range, strict=True)
-    except Exception as err:  # PIL raises OSError, SyntaxError, struct.error, MemoryError ... for broken files
+    except Exception as err:  # decoders raise OSError, SyntaxError, struct.error, MemoryError ... for broken files
         fault = describe(err, path, name)
     if not strict:
         with suppress(Exception):  # the fault says it already
@@ -67,28 +67,27 @@ def read_or_fault(root: str, name: str, value_range: ValueRange | None = None, s
 
 
 def read_image(path: str, value_range: ValueRange | None = None, strict: bool = True) -> Pixels:
-    """Decode an image to 8-bit RGB, as ``Image.open(path).convert("RGB")`` does, but without its clipping above 8 bits.
+    """Decode an image to 8-bit RGB, with Pillow's values wherever it reads the file rightly.
 
-    EXIF rotation is not applied; of an animation the first frame is taken. Grey values of 16 bits are scaled to
-    0..255 from 0..65535, those of 32 bits (integer or float) from ``value_range``, and rounded; what lies outside
-    of the range becomes black or white.
+    EXIF rotation is not applied; of an animation the first frame is taken. Values above 8 bits are scaled as depth.py
+    says.
 
-    PIL fills up some damaged JPEGs in silence. Strictly, a JPEG is decoded by libjpeg-turbo with its warnings as
-    errors, to the same values as by PIL, and a PNG's checksums are looked at. What no decoder can see is damage that
-    leaves a valid file: a JPEG has no checksum, and of zeros in its midst a few hundred bytes can go unseen.
+    Pillow fills up some damaged files without an error. Strictly, a JPEG is decoded by libjpeg-turbo with its warnings
+    as errors, to the same values, a PNG's checksums and the length of its data are checked, and giflib decodes a GIF,
+    too. Damage that leaves a valid file cannot be found; docs/images.md says how much of it there is.
 
     Args:
         path: The file.
         value_range: The values of images above 8 bits that become black and white.
-        strict: Whether damaged data that PIL passes is an error.
+        strict: Whether damaged data that Pillow passes is an error.
 
     Returns:
         ``(H, W, 3) uint8``.
 
     Raises:
-        BadValueError: The values need a ``value_range``, or one that was given cannot be applied.
-        ImageError: What PIL has no error for.
-        Exception: Whatever PIL raises.
+        BadValueError: The values need a ``value_range``.
+        ImageError: The file is whole and of a kind that is not read, or not an image.
+        Exception: Whatever the decoders raise for a damaged one.
     """
     pixels = _read(path, value_range, strict).pixels
     assert pixels is not None

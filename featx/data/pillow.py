@@ -12,8 +12,8 @@ from featx.process.shared import Shared, ignored
 # What Pillow may look for: other formats start programs (EPS starts Ghostscript) or take nearly any bytes as theirs.
 FORMATS = ("JPEG", "PNG", "BMP", "GIF", "PPM", "WEBP", "JPEG2000", "AVIF")
 
-# PIL refuses an image of more as a decompression bomb: twice its MAX_IMAGE_PIXELS, at which it only warns. It reads
-# the header of every image, so that this holds whatever decodes it.
+# Pillow refuses an image of more as a decompression bomb: twice its MAX_IMAGE_PIXELS, at which it only warns. It reads
+# the header of every image but a TIFF, so that this holds whatever decodes it.
 MOST_PIXELS = 178_956_970
 
 

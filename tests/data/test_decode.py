@@ -77,7 +77,7 @@ def jpegs():
     inks = encode(make_image(7, (33, 18), "CMYK"))
     yield "YCCK", inks.replace(inks[6:18], inks[6:17] + b"\2")
     yield "sampled 4x2", SAMPLED_4X2
-    yield "something behind the end", usual + b"comment" * 9
+    yield "something after the end", usual + b"comment" * 9
 
 
 def test_jpegs_of_every_kind_are_what_pil_makes_of_them_to_the_bit(tmp_path):
@@ -162,7 +162,7 @@ def test_values_that_are_not_finite_are_an_error(tmp_path):
         read_image(path, (0, 1))
 
 
-def test_where_pil_has_another_libjpeg_its_values_are_taken_and_damage_is_found_still(tmp_path, monkeypatch):
+def test_where_pil_has_another_libjpeg_its_values_are_taken_and_damage_is_still_found(tmp_path, monkeypatch):
     monkeypatch.setattr("featx.data.decode.PIL_HAS_TURBO", False)
     decode = simplejpeg.decode_jpeg
     monkeypatch.setattr(simplejpeg, "decode_jpeg", lambda *args: decode(*args) ^ 1)
@@ -201,9 +201,7 @@ FORMATS = {
 
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("strict", [True, False])
-def test_half_a_file_is_no_image_in_any_format_even_where_pil_was_told_to_fill_it_up(
-    tmp_path, format, strict, monkeypatch
-):
+def test_half_a_file_is_no_image_in_any_format_even_where_pil_would_fill_it_up(tmp_path, format, strict, monkeypatch):
     monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)
     data = encode(make_image(3, (130, 120)), format.split()[0], **FORMATS[format])
     for share in (0.02, 0.3, 0.5, 0.8):
@@ -217,7 +215,7 @@ def damaged_jpegs():
     for name, how in {"baseline": {}, "progressive": {"progressive": True}, "CMYK": {}, "L": {}}.items():
         data = encode(image.convert(name) if name in ("CMYK", "L") else image, quality=95, **how)
         half = len(data) // 2
-        yield f"{name}, an end marker behind the half", data[:half] + b"\xff\xd9"
+        yield f"{name}, an end marker after the half", data[:half] + b"\xff\xd9"
         yield f"{name}, zeros in the middle", data[:half] + bytes(400) + data[half + 400 :]
         yield f"{name}, a piece missing", data[:half] + data[half + 300 :]
 
@@ -287,7 +285,7 @@ def test_a_decompression_bomb_is_no_image_whatever_pils_limit_was_set_to(tmp_pat
     assert fault.exception.startswith("DecompressionBombError: ")
 
 
-def test_what_is_wrong_is_told_in_words_without_the_machines_paths(tmp_path):
+def test_faults_are_reported_in_words_without_the_machines_paths(tmp_path):
     make_image(3, (300, 200)).save(tmp_path / "whole.png")
     (tmp_path / "half.png").write_bytes((tmp_path / "whole.png").read_bytes()[:2000])
     (tmp_path / "empty.jpg").touch()
