@@ -14,6 +14,7 @@ from torch import Tensor
 
 from featx.errors import BadValueError, count, log
 from featx.model.build import SEED
+from featx.model.embedding import find_penultimate
 from featx.model.extractor import SLICE, FeatureExtractor
 from featx.model.layers import find_aliases, to_rows
 from featx.model.trace import PENULTIMATE, Shape, Trace, watched
@@ -102,7 +103,7 @@ def _report_unlisted(model: FeatureExtractor, trace: Trace) -> str | None:
     if notes:
         log.info("not listed: %s", "; ".join(notes))
     try:
-        return trace.penultimate()
+        return find_penultimate(trace).path
     except BadValueError as err:
         log.info("no %s: %s", PENULTIMATE, err)
         return None

@@ -43,9 +43,9 @@ class FeatureExtractor(LightningModule):
     else the usual for ImageNet.
 
     Args:
-        layer: fc6, fc7 or fc8 of AlexNet and networks built like it, before the ReLU; penultimate, the input of
-            the Linear that gives the output; or the path of any module (featx layers lists them). A list such as
-            '[fc6,fc7]' takes several in one pass.
+        layer: fc6, fc7 or fc8 of AlexNet and networks built like it, before the ReLU; embedding, the vector that the
+            network's makers call an image's features; penultimate, the input of the Linear that gives the output; or
+            the path of any module (featx layers lists them). A list such as '[fc6,fc7]' takes several in one pass.
         arch: Name of a torchvision classification network, timm/NAME, or package.module.name of a function that
             returns a network.
         weights: auto: the best published for the arch; DEFAULT or a name such as IMAGENET1K_V1; a file; random.

@@ -10,7 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from featx.errors import BadValueError, UserError, as_list, did_you_mean
-from featx.model.trace import PENULTIMATE, SEE_LAYERS, Pool, Shape, Trace, check_pool
+from featx.model.embedding import Source, find_embedding, find_penultimate
+from featx.model.trace import EMBEDDING, PENULTIMATE, SEE_LAYERS, Pool, Shape, Trace, check_pool, watch_head
+
+FINDERS = {PENULTIMATE: find_penultimate, EMBEDDING: find_embedding}
 
 
 def find_aliases(network: nn.Module) -> dict[str, str]:
@@ -32,7 +35,7 @@ def find_aliases(network: nn.Module) -> dict[str, str]:
 def resolve_layers(
     network: nn.Module, layers: list[str], title: str, aliases: Mapping[str, str] | None = None
 ) -> dict[str, str]:
-    """Return the module path of each layer; for ``penultimate``, which only a pass can find, its name.
+    """Return the module path of each layer; for ``penultimate`` and ``embedding``, which a pass finds, their names.
 
     ``aliases`` win over those of ``find_aliases``; ``title`` is the network's name in messages.
 
@@ -46,11 +49,11 @@ def resolve_layers(
         if layer in found:
             raise BadValueError(f"--model.layer: {layer} is named twice. Expected each layer once.")
         path = known.get(layer, layer)
-        if path not in paths and path != PENULTIMATE:
+        if path not in paths and path not in FINDERS:
             if as_list(layer):
                 raise BadValueError(f"--model.layer {layer}: expected a layer, or a list in quotes, {as_list(layer)}.")
             alias = f", an alias of {path}" if path != layer else ""
-            names = [*known, PENULTIMATE]
+            names = [*known, *FINDERS]
             last = f", such as {paths[-1]}" if paths else ""
             raise BadValueError(
                 f"--model.layer {layer}{alias}: {title} has no such layer.{did_you_mean(path, [*names, *paths])}\n"
@@ -78,7 +81,7 @@ class _Reached(BaseException):
 
 
 class Found(NamedTuple):
-    """A layer's module, or ``input of`` a module, and its shape per image before pooling."""
+    """A layer's module, or where else it is found, and its shape per image before pooling."""
 
     module: str
     shape: Shape
@@ -93,7 +96,7 @@ class Taps:
 
     Args:
         network: The network.
-        layers: Each layer with the path of its module, or ``penultimate``.
+        layers: Each layer with the path of its module, or ``penultimate`` or ``embedding``.
         pool: How to reduce outputs with more dimensions than (B, D). none: flatten them, row-major; avg or max: one
             value per channel, over all positions or tokens; cls: the first token.
 
@@ -142,42 +145,53 @@ class Taps:
 
     def _hook(self, images: Tensor) -> dict[str, Found]:
         trace = Trace(self.network, images)
-        found: dict[str, Found] = {}
-        hooks: list[Callable[[], Any]] = []
+        sources: dict[str, Source] = {}
         for layer, path in self.layers.items():
             try:
-                if path == PENULTIMATE:
-                    path = trace.penultimate()
-                    module, shape = trace.calls[path].module, trace.calls[path].received or ()
-                    check_pool(layer, shape, None, self.pool)
-                    take = partial(self._take_input, layer)
-                    hooks.append(partial(module.register_forward_pre_hook, take, with_kwargs=True))
-                    path = f"input of {path}"
-                else:
-                    module = self.network.get_submodule(path)
-                    traced = trace.path_of(module) or path
-                    shape = trace.shape(traced, self.pool)
-                    take = partial(self._take, layer, path, trace.channel_axis(traced))
-                    hooks.append(partial(module.register_forward_hook, take))
+                sources[layer] = self._find(layer, path, trace)
             except BadValueError as err:
                 raise BadValueError(f"--model.layer {layer}: {err}\n{SEE_LAYERS}") from err
-            found[layer] = Found(path, shape[1:])
-        for hook in hooks:
-            hook()
-        return found
+        for layer, source in sources.items():
+            module = self.network.get_submodule(source.path)
+            if source.of == "output":
+                module.register_forward_hook(partial(self._take, layer, source))
+            elif source.of == "input":
+                module.register_forward_pre_hook(partial(self._take_input, layer, source), with_kwargs=True)
+            else:
+                watch_head(module, partial(self._take_pre_logits, layer, source))
+        return {layer: Found(source.name, source.shape[1:]) for layer, source in sources.items()}
 
-    def _take_input(self, layer: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._take(layer, "its Linear", None, module, args, next(iter((*args, *kwargs.values()))))
+    def _find(self, layer: str, path: str, trace: Trace) -> Source:
+        modules = dict(self.network.named_modules(remove_duplicate=False))
+        if path in FINDERS and path not in modules:
+            source = FINDERS[path](trace)
+            check_pool(layer, source.shape, source.axis, self.pool)
+            return source
+        traced = trace.path_of(modules[path]) or path
+        return Source(path, "output", trace.shape(traced, self.pool), self.pool, trace.channel_axis(traced))
 
-    def _take(self, layer: str, path: str, axis: int | None, module: nn.Module, inputs: Any, output: Tensor) -> None:
+    def _take_input(
+        self, layer: str, source: Source, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        self._take(layer, source, module, args, next(iter((*args, *kwargs.values()))))
+
+    def _take_pre_logits(self, layer: str, source: Source, pre_logits: Callable[[], Tensor]) -> None:
+        rows = getattr(self._pass, "rows", None)
+        if rows is not None:
+            self._pass.rows = None  # the network calls these modules again afterwards
+            values = pre_logits()
+            self._pass.rows = rows
+            self._take(layer, source, self.network, (), values)
+
+    def _take(self, layer: str, source: Source, module: nn.Module, inputs: Any, output: Tensor) -> None:
         rows: dict[str, Tensor] | None = getattr(self._pass, "rows", None)
         if rows is None:
             return
         if layer in rows or len(output) != self._pass.images:
             raise UserError(
-                f"--model.layer {layer}: the network calls {path} differently for these images than for the first one. "
-                "Expected a module that it calls once, for all images."
+                f"--model.layer {layer}: the network calls {source.name} differently for these images than for the "
+                "first one. Expected a module that it calls once, for all images."
             )
-        rows[layer] = to_rows(output, self.pool, axis)
+        rows[layer] = to_rows(output, source.pool, source.axis)
         if len(rows) == len(self.layers):
             raise _Reached

@@ -1,10 +1,11 @@
 """Trace one whole pass: how often, in which order and with which shapes each module is called."""
 
+import inspect
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, Literal
 
 import torch
@@ -15,7 +16,7 @@ from featx.errors import BadValueError
 Pool = Literal["none", "avg", "max", "cls"]
 Shape = tuple[int, ...]
 
-PENULTIMATE = "penultimate"
+PENULTIMATE, EMBEDDING = "penultimate", "embedding"  # layers that only a pass can find
 SEE_LAYERS = "featx layers lists the layers of a network."
 
 _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -46,23 +47,37 @@ class Trace:
 
     Attributes:
         calls: Each module's calls by its path, in the order in which its last call ended.
-        outputs: The tensors that the network returns.
+        output: What the network returns.
+        outputs: The tensors in it.
+        vectors: The values ``(B, D)`` that each Linear and each Identity returned, before any change in place.
+        norm: The path and the values of the LayerNorm that was called last, or None.
+        pre_logits: Computes the input of the classifier, if the network has timm's ``forward_head``; else None.
     """
 
     def __init__(self, network: nn.Module, images: Tensor) -> None:
         self.images = len(images)
+        self.network = network
         self.calls: dict[str, Call] = {}
-        self._vectors: dict[str, Tensor] = {}  # what each Linear returned, (B, D); later modules may change it in place
-        with watched(network, self._note):
-            self.outputs = list(_tensors(network(images)))
+        self.vectors: dict[str, Tensor] = {}
+        self.norm: tuple[str, Tensor] | None = None
+        self.pre_logits: Callable[[], Any] | None = None
+        unwatch = watch_head(network, partial(setattr, self, "pre_logits"))
+        try:
+            with watched(network, self._note):
+                self.output = network(images)
+        finally:
+            unwatch()
+        self.outputs = list(_tensors(self.output))
 
     def _note(self, path: str, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
         times = self.calls.pop(path).times + 1 if path in self.calls else 1
         received = next((tuple(value.shape) for value in inputs if isinstance(value, Tensor)), None)
         returned = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
         self.calls[path] = Call(module, times, received, returned)
-        if isinstance(module, nn.Linear) and isinstance(output, Tensor) and output.ndim == 2:
-            self._vectors[path] = output.clone()
+        if isinstance(module, nn.Linear | nn.Identity) and isinstance(output, Tensor) and output.ndim == 2:
+            self.vectors[path] = output.clone()
+        if isinstance(module, nn.LayerNorm) and isinstance(output, Tensor):
+            self.norm = path, output
 
     def path_of(self, module: nn.Module) -> str | None:
         """Return the first path of a module that was called, or None."""
@@ -119,28 +134,25 @@ class Trace:
                     shapes[axis].add(shape)
         return shapes
 
-    def penultimate(self) -> str:
-        """Return the path of the one Linear that gives the network's output; its input is the penultimate layer.
-
-        Raises:
-            BadValueError: There is none, there are several, or its input is not one vector per image.
-        """
+    def head(self) -> str:
+        """Return the path of the one Linear that gives the network's output; raise BadValueError if there is none."""
+        linears = {path: values for path, values in self.vectors.items()
+                   if isinstance(self.calls[path].module, nn.Linear)}  # fmt: skip
         fitting, heads = dict[str, None](), dict[str, None]()
         for output in self.outputs:
-            of_shape = [path for path, values in self._vectors.items() if values.shape == output.shape]
-            heads |= dict.fromkeys(giving := [path for path in of_shape if same(self._vectors[path], output)])
+            of_shape = [path for path, values in linears.items() if values.shape == output.shape]
+            heads |= dict.fromkeys(giving := [path for path in of_shape if same(linears[path], output)])
             fitting |= dict.fromkeys(giving if len(giving) == 1 else of_shape)
         if len(fitting) > 1:
-            reason = f"{len(fitting)} Linears have the shape of the network's output: {', '.join(fitting)}"
-        elif not heads:
-            reason = "the network's output is not that of a Linear"
-        elif (times := self.calls[path := next(iter(heads))].times) > 1:
-            reason = f"the network calls the Linear {path} {times} times per pass"
-        elif (received := self.calls[path].received or ())[:1] != (self.images,):
-            reason = f"the Linear {path} receives the shape {received} for {self.images} images"
-        else:
-            return path
-        raise BadValueError(f"{reason}.\nUse the path of a layer.")
+            raise BadValueError(f"{len(fitting)} Linears have the shape of the network's output: {', '.join(fitting)}")
+        if not heads:
+            raise BadValueError("the network's output is not that of a Linear")
+        call = self.calls[path := next(iter(heads))]
+        if call.times > 1:
+            raise BadValueError(f"the network calls the Linear {path} {call.times} times per pass")
+        if (call.received or ())[:1] != (self.images,):
+            raise BadValueError(f"the Linear {path} receives the shape {call.received} for {self.images} images")
+        return path
 
     def gives_rows(self, path: str, pool: Pool) -> bool:
         """Return whether a module's output has one row per image."""
@@ -203,9 +215,29 @@ def first_difference(network: nn.Module, run: Callable[[Callable[[Tensor], Any]]
     return next((f"The first output that differs is that of {one[0]}." for one, other in pairs if one != other), "")
 
 
+def watch_head(network: nn.Module, see: Callable[[Callable[[], Any]], Any]) -> Callable[[], None]:
+    """Call ``see(pre_logits)`` before each call of ``network.forward_head`` as timm's networks have it.
+
+    ``pre_logits()`` computes what the classifier gets in that call. Return what ends the watch.
+
+    https://huggingface.co/docs/timm/feature_extraction
+    """
+    head: Any = getattr(network, "forward_head", None)
+    if not callable(head) or "pre_logits" not in inspect.signature(head).parameters:
+        return lambda: None
+    own = vars(network).get("forward_head")
+
+    def watched_head(*args: Any, **kwargs: Any) -> Any:
+        see(lambda: head(*args, **kwargs | {"pre_logits": True}))
+        return head(*args, **kwargs)
+
+    vars(network)["forward_head"] = watched_head
+    return lambda: vars(network).update(forward_head=own) if own else vars(network).pop("forward_head")
+
+
 def same(one: Tensor, other: Tensor) -> bool:
-    """Return whether two tensors of one shape have the same values; NaN counts as one."""
-    return torch.allclose(one.float(), other.float(), rtol=0, atol=0, equal_nan=True)
+    """Return whether two tensors have the same shape and values; NaN counts as one."""
+    return one.shape == other.shape and torch.allclose(one.float(), other.float(), rtol=0, atol=0, equal_nan=True)
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:
