@@ -1,6 +1,5 @@
 """``featx.extract``: features from Python in one line, in memory or to files, with the command line's options."""
 
-import inspect
 import logging
 import multiprocessing
 import os
@@ -91,15 +90,16 @@ def extract(
     if out_dir is not None and not dir:
         raise BadValueError(f"out_dir={str(out_dir)!r}: expected a folder as source. Select its images with files=.")
     owners = {"model": model, "data": ImageFolderDataModule, "writer": FeatureWriter}
-    groups = _sort_in(options, owners, out_dir is not None)
-    groups["model"]["layer"], groups["data"]["dir"] = layer, dir
-    if out_dir is not None:
-        groups["writer"]["out_dir"] = os.fspath(out_dir)
-    trainer_options = groups.pop("trainer")
     with QUIET, on_one_core():
         parser = command_line.Parser(default_env=False)  # which checks types and choices
         for group, owner in owners.items():
             parser.add_class_arguments(owner, group)
+        known = {group: list(vars(parser.get_defaults()[group])) for group in owners}  # with a subclass's **options
+        groups = _sort_in(options, known, out_dir is not None)
+        groups["model"]["layer"], groups["data"]["dir"] = layer, dir
+        if out_dir is not None:
+            groups["writer"]["out_dir"] = os.fspath(out_dir)
+        trainer_options = groups.pop("trainer")
         made = parser.instantiate_classes(parser.parse_object(groups))
         if out_dir is not None:
             names, features, faults = _to_files(made, trainer_options)
@@ -115,17 +115,17 @@ def extract(
     return (names, values, faults) if errors == "return" else (names, values)
 
 
-def _sort_in(options: dict[str, Any], owners: dict[str, type], files: bool) -> dict[str, dict[str, Any]]:
-    """Return keywords by the command line's groups."""
+def _sort_in(options: dict[str, Any], names: dict[str, list[str]], files: bool) -> dict[str, dict[str, Any]]:
+    """Return keywords by the command line's groups; ``names`` are those of the options of each."""
     homes = [("trainer", name) for name in command_line.TRAINER]
-    homes += [(group, name) for group, owner in owners.items() for name in inspect.signature(owner).parameters]
+    homes += [(group, name) for group, of_group in names.items() for name in of_group]
     often = Counter(name for _, name in homes)
     known = {
         f"{group}_{name}" if often[name] > 1 else name: (group, name)
         for group, name in homes
         if name not in NOT_HERE and (files or group != "writer" or name == "names")
     }
-    groups: dict[str, dict[str, Any]] = {group: {} for group in ("trainer", *owners)}
+    groups: dict[str, dict[str, Any]] = {group: {} for group in ("trainer", *names)}
     for word, value in options.items():
         if word not in known:
             near = [whole for whole, (_, name) in known.items() if name == word]

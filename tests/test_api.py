@@ -278,6 +278,28 @@ def test_nothing_of_the_process_is_left_changed(photos, broken, expected, alexne
         torch.set_default_dtype(torch.float32)
 
 
+class Scaled(Tiny):
+    """Has a parameter of its own, and passes the others on."""
+
+    def __init__(self, layer="2", factor: float = 2.0, **options):
+        super().__init__(layer, **options)
+        self.factor = factor
+
+    def build_network(self):
+        network = super().build_network()
+        network[2].factor = self.factor
+        return network
+
+
+def test_a_subclass_takes_its_own_parameters_and_those_that_it_passes_on(photos):
+    one, other = (extract(photos, model=Scaled, factor=factor, pool="avg")[1] for factor in (1.0, 3.0))
+    assert np.allclose(other, one * 3, rtol=1e-6)
+    with pytest.raises(ValueError, match=r"factr=1: no such option. Did you mean factor"):
+        extract(photos, model=Scaled, factr=1)
+    with pytest.raises(ValueError, match="factor"):
+        extract(photos, model=Scaled, factor="much")
+
+
 def test_eight_threads_get_the_rows_of_one_and_a_strangers_network_is_built_as_ever(photos, tmp_path):
     torch.save(random_network("squeezenet1_1").state_dict(), tmp_path / "w.pth")
     options = {"arch": "squeezenet1_1", "weights": tmp_path / "w.pth"}

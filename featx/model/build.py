@@ -187,6 +187,21 @@ class _Function:
         return network
 
 
+def check_program(network: nn.Module, layers: list[str], title: str) -> None:
+    """Raise BadValueError if layers are inside a TorchScript or exported program, which calls no modules."""
+    for path, module in network.named_modules():
+        graph = module.graph.nodes if isinstance(module, torch.fx.GraphModule) else ()
+        exported = any(isinstance(node.target, torch._ops.OpOverload) for node in graph)
+        if (exported or isinstance(module, torch.jit.ScriptModule)) and (
+            not path or any(layer.startswith(f"{path}.") for layer in layers)
+        ):
+            kind = "a program of torch.export" if exported else "a TorchScript program"
+            raise BadValueError(
+                f"--model.layer {', '.join(layers)}: {f'{path} of ' if path else ''}{title} is {kind}, which does not\n"
+                "call its modules, so that their outputs cannot be taken. Expected the network that it was made from."
+            )
+
+
 def preset_of(network: nn.Module | None) -> Preprocessing:
     """Return the preprocessing that a network carries, as those of timm do, or the usual one for ImageNet."""
     cfg = getattr(network, "pretrained_cfg", None)

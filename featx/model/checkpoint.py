@@ -161,7 +161,8 @@ def fit(
     """
     state, outside = match_names(network, state, file)
     notes = _fit_classes(network, state, title)
-    own = network.state_dict()
+    whole = network.state_dict()
+    own = {name: value for name, value in whole.items() if isinstance(value, Tensor)}  # some modules add other values
     computed = {name for name, buffer in network.named_buffers() if not buffer.is_floating_point()}  # index tables
     needed = [name for name in own if name not in computed and not name.endswith(COUNTERS)]
     loaded = {name: state[name] for name in own if name in state and fits(state[name], own[name])}
@@ -186,8 +187,8 @@ def fit(
         log.log(logging.INFO if strict else logging.WARNING, "weights: %s", notes[-1])
     if bad := [name for name, value in loaded.items() if value.is_floating_point() and not value.isfinite().all()]:
         log.warning("weights: %s contains values that are not finite: %s", file, first_few(bad))
-    own.update(loaded)  # a new dict would lack the modules' versions, which some of torchvision's check
-    network.load_state_dict(own)
+    whole.update(loaded)  # a new dict would lack the modules' versions, which some of torchvision's check
+    network.load_state_dict(whole)
     return notes
 
 
@@ -286,7 +287,30 @@ def _shapes(state: State) -> dict[str, torch.Size]:
 def digest(network: nn.Module) -> str:
     """Return the SHA-256 of the name, dtype, shape and bytes of each tensor of a network."""
     sha256 = hashlib.sha256()
-    for name, tensor in network.state_dict().items():
-        sha256.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        sha256.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    for name, value in network.state_dict().items():
+        _add(sha256, name, value)
     return sha256.hexdigest()
+
+
+def same(one: Any, other: Any) -> bool:
+    """Return whether two values of state dicts are equal: tensors, a quantized module's, or any extra state."""
+    if isinstance(one, Tensor) and isinstance(other, Tensor):
+        return torch.equal(one, other)
+    digests = [hashlib.sha256(), hashlib.sha256()]
+    for sha256, value in zip(digests, (one, other), strict=True):
+        _add(sha256, "", value)
+    return digests[0].digest() == digests[1].digest()
+
+
+def _add(sha256: Any, name: str, value: Any) -> None:
+    if isinstance(value, Tensor) and value.is_quantized:
+        _add(sha256, name, [str(value.qscheme()), value.int_repr(), value.dequantize()])
+    elif isinstance(value, Tensor):
+        sha256.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
+        sha256.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    elif isinstance(value, Mapping | list | tuple):
+        for key, each in value.items() if isinstance(value, Mapping) else enumerate(value):
+            _add(sha256, f"{name}.{key}", each)
+    else:  # of other objects, the memory address in their repr would differ from run to run
+        plain = isinstance(value, str | bytes | int | float | torch.dtype | None)
+        sha256.update(f"{name} {value if plain else type(value).__name__}\n".encode())

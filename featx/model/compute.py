@@ -1,8 +1,10 @@
 """Compute the rows of batches: in slices on the cores of a CPU or on a GPU, in the memory layout that suits."""
 
 import math
+import os
 import textwrap
 import time
+import traceback
 from collections import UserDict, defaultdict, deque
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -29,6 +31,7 @@ from featx.process.shared import LOCK, Shared, one_core
 # of AlexNet takes 3 to 5% less time, but its memory sometimes grows by tens of MiB.
 SLICE = 16
 SLICES_PER_CORE = 2  # running or waiting, so that all cores have work until the next batch arrives
+FEATX, TORCH = (os.path.dirname(path) + os.sep for path in (os.path.dirname(__file__), torch.__file__))
 SAME = 1e-5  # relative difference (L2): the memory layout may change last bits only
 
 T = TypeVar("T")
@@ -219,16 +222,23 @@ class Passes:
                 return network(pixels)
             except (torch.OutOfMemoryError, UserError):
                 raise
-            except (RuntimeError, AssertionError, ValueError) as err:  # torchvision's networks raise all three
+            except Exception as err:  # a network may raise anything
                 if type(err).__module__.startswith(("torch._dynamo", "torch._inductor")):
                     raise UserError(
                         f"--model.compile true: torch.compile fails for {self._title} on this machine: "
                         f"{textwrap.shorten(first_line(err), 300)}\nIt needs a C++ compiler, and images of few shapes. "
                         "--model.compile false turns it off."
                     ) from err
+                frames = traceback.extract_tb(err.__traceback__)
+                if frames[-1].filename.startswith(FEATX):
+                    raise
+                place = next((f"  {each.filename}:{each.lineno}, in {each.name}\n" for each in reversed(frames)
+                              if not each.filename.startswith((FEATX, TORCH))), "")  # fmt: skip
                 raise UserError(
-                    f"{self._title} failed on images of the shape {tuple(images.shape[1:])}: "
-                    f"{str(err).splitlines()[0]}\nIf it needs another shape, set --data.resize and --data.crop."
+                    f"{self._title} failed on images of the shape {tuple(images.shape[1:])}: {type(err).__name__}: "
+                    f"{textwrap.shorten(first_line(err), 300)}\n{place}If it needs another shape, set --data.resize "
+                    "and --data.crop.\nIf it needs other inputs than one tensor (B, 3, H, W), return the part of it "
+                    "that takes images\nin build_network() of a subclass."
                 ) from err
 
     def rows(self, batch: Batch) -> Mapping[str, Tensor]:

@@ -15,7 +15,7 @@ from featx.data.preprocess import Preprocessing
 from featx.errors import BadValueError, UserError, count, first_few, log, note
 from featx.model import build as networks
 from featx.model.build import SEED, Weights
-from featx.model.checkpoint import digest, fit, normalizer, read_checkpoint
+from featx.model.checkpoint import digest, fit, normalizer, read_checkpoint, same
 from featx.model.compute import SLICE as SLICE
 from featx.model.compute import Passes, dtype_of
 from featx.model.layers import Taps, resolve_layers
@@ -206,6 +206,7 @@ class FeatureExtractor(LightningModule):
                 f"--model.weights {self.weights}: {self.title} builds its own network, which has no weights with this "
                 "name.\nExpected a file, or auto for the weights that build_network() returns."
             )
+        networks.check_program(network, self.layer_list, self.title)
         self.layers = resolve_layers(network, self.layer_list, self.title, self.layer_aliases)
         self.preprocessing = self._choose_preprocessing(weights, network)
         as_built = self.own_network and not weights.file
@@ -232,7 +233,8 @@ class FeatureExtractor(LightningModule):
         with networks.seeded(seed, None if self.own_network else self.arch):
             network = self.build_network()
         if not isinstance(network, nn.Module):
-            raise BadValueError(f"--model {self.title}: build_network() returned {network!r}. Expected an nn.Module.")
+            kind = type(network).__name__ if network is not None else None
+            raise BadValueError(f"--model {self.title}: build_network() returned {kind}. Expected an nn.Module.")
         return network
 
     def _choose_preprocessing(self, weights: Weights, network: nn.Module) -> Preprocessing:
@@ -253,7 +255,7 @@ class FeatureExtractor(LightningModule):
     def _random_tensors(self, network: nn.Module) -> list[str]:
         """Report the random tensors of a network: those that differ when it is built with another seed."""
         again = self._build(SEED + 1).state_dict()
-        names = [name for name, value in network.state_dict().items() if not torch.equal(value, again[name])]
+        names = [name for name, value in network.state_dict().items() if not same(value, again[name])]
         if not names:
             return []
         note = f"{len(names)} of {count(len(again), 'tensor')} are random numbers (seed {SEED}): {first_few(names)}"

@@ -98,7 +98,7 @@ def _fits_by_number(network: nn.Module, state: State) -> dict[str, dict[str, str
             found.setdefault(name[: number.start()], {})[name] = f"{module}.{name[number.end() :]}"
     return {
         prefix: names for prefix, names in found.items()
-        if 2 * len(names) >= len(own) and all(new in own and fits(state[name], own[new])
+        if 2 * len(names) >= len(own) and all(isinstance(own.get(new), Tensor) and fits(state[name], own[new])
                                               for name, new in names.items() if not name.endswith(COUNTERS))
     }  # fmt: skip
 

@@ -1,5 +1,6 @@
 """Activations against plain torch, with any number of threads, layout, precision and custom network."""
 
+import re
 from functools import partial
 from typing import ClassVar
 
@@ -21,6 +22,7 @@ from featx import FeatureExtractor, ImageFolderDataModule, Preprocessing
 from featx.commands.options import Parser
 from featx.commands.predict import FeatxCLI
 from featx.errors import BadValueError, UserError
+from featx.model.layers import Taps
 
 
 def extract(photos, model, batch_size=16, **options):
@@ -481,3 +483,119 @@ def test_rows_of_nan_are_not_random(three_photos):
 
     model = tried(NotANumber("3"), three_photos)
     assert "stochastic" not in model.identity("3", "32-true")
+
+
+class Tiny(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+        self.fc = nn.Linear(4, 2)
+
+    def forward(self, images):
+        return self.fc(self.conv(images).mean((2, 3)))
+
+
+def of(make):
+    """Return a FeatureExtractor whose network ``make`` returns."""
+
+    class Mine(FeatureExtractor):
+        def build_network(self):
+            return make()
+
+    return Mine
+
+
+def raising(error):
+    class Raising(Tiny):
+        def forward(self, images, *, tokens=None):
+            raise error
+
+    return Raising
+
+
+@pytest.mark.parametrize(
+    "error",
+    [KeyError("pixel_values"), TypeError("no ids"), AttributeError("gone"), RuntimeError(), StopIteration("end")],
+)
+def test_whatever_a_network_raises_is_reported_with_its_type_words_and_place(error):
+    model = of(raising(error))("fc")
+    model.configure_model()
+    words = str(error) or "RuntimeError"
+    with pytest.raises(UserError, match=r"Mine failed on images of the shape \(3, 8, 8\): ") as caught:
+        model(torch.zeros(1, 3, 8, 8, dtype=torch.uint8))
+    lines = str(caught.value).splitlines()
+    assert len(lines) == 5 and lines[0].endswith(f": {type(error).__name__}: {words}")
+    assert re.fullmatch(rf"  {re.escape(__file__)}:\d+, in forward", lines[1])
+    assert "--data.crop" in lines[2] and "build_network" in lines[4]
+
+
+def test_an_error_in_featx_itself_stays_a_traceback(monkeypatch):
+    monkeypatch.setattr("featx.model.layers.Taps.find", Taps.take)  # before the layers are found
+    model = of(Tiny)("fc")
+    model.configure_model()
+    monkeypatch.setattr(model._taps, "_found", None)
+    with pytest.raises(AttributeError, match="items"):
+        model(torch.zeros(1, 3, 8, 8, dtype=torch.uint8))
+
+
+class Half(Tiny):
+    """Its body is a TorchScript program."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = torch.jit.trace(nn.Sequential(self.conv, nn.ReLU()).eval(), torch.zeros(1, 3, 8, 8))
+
+    def forward(self, images):
+        return self.fc(self.body(images).mean((2, 3)))
+
+
+@pytest.mark.filterwarnings("ignore:.*deprecated:FutureWarning")
+def test_layers_in_a_program_are_refused_by_what_it_is():
+    images = torch.zeros(2, 3, 8, 8)
+    script = torch.jit.trace(Tiny().eval(), images)
+    exported = torch.export.export(Tiny().eval(), (images,)).module()
+    for make, layer, words in (
+        (lambda: script, "fc", "fc: Mine is a TorchScript program, which does not"),
+        (lambda: exported, "fc", "fc: Mine is a program of torch.export, which does not"),
+        (Half, "body.1", "body.1: body of Mine is a TorchScript program"),
+    ):
+        with pytest.raises(BadValueError, match=rf"--model.layer {words}(?s:.*)Expected the network that it was made"):
+            of(make)(layer).configure_model()
+    for make, layer in ((Half, "body"), (Half, "fc"), (lambda: torch.fx.symbolic_trace(Tiny()), "conv")):
+        model = of(make)(layer)
+        model.configure_model()
+        assert len(model(images.byte())[layer]) == 2
+
+
+class ExtraState(Tiny):
+    version = 1
+
+    def get_extra_state(self):
+        return {"version": self.version, "scale": torch.ones(2), "names": ["a"], "object": object()}
+
+    def set_extra_state(self, state):
+        assert state["version"] == self.version
+
+
+@pytest.mark.filterwarnings("ignore:.*quantized tensor creation functions:UserWarning")
+def test_quantized_networks_and_extra_state_give_rows_and_a_digest(tmp_path):
+    def quantized(outputs=2):
+        network = Tiny().eval()
+        network.fc = nn.Linear(4, outputs)
+        return torch.ao.quantization.quantize_dynamic(network, {nn.Linear})
+
+    images, digests = torch.zeros(2, 3, 8, 8, dtype=torch.uint8), set()
+    for make in (quantized, ExtraState, partial(quantized, 3)):
+        models = [of(make)("fc"), of(make)("fc")]
+        for model in models:
+            model.configure_model()
+            assert len(model(images)["fc"]) == 2 and "are random numbers" in model.weights_notes[0]
+        assert models[0].weights_digest == models[1].weights_digest
+        digests.add(models[0].weights_digest)
+    assert len(digests) == 3
+    torch.save(Tiny().state_dict(), tmp_path / "w.pth")
+    model = of(ExtraState)("fc", weights=str(tmp_path / "w.pth"))
+    model.configure_model()
+    before = model.weights_digest
+    ExtraState.version, model._digest = 2, None
+    assert model.weights_digest != before
