@@ -214,7 +214,8 @@ def test_signed_wide_and_float_values_need_a_value_range(tmp_path, dtype, low, h
         stored = np.repeat(values[:, None], 3, 1).reshape(16, 16, 3) if photometric == "rgb" else values.reshape(16, 16)
         path = tmp_path / f"{photometric}.tif"
         path.write_bytes(write(stored, photometric=photometric, compression="deflate"))
-        what = "RGB TIFF" if photometric == "rgb" else "grey TIFF"
+        kind = {"f": "float ", "i": "signed ", "u": ""}[values.dtype.kind]
+        what = f"{kind}{'RGB' if photometric == 'rgb' else 'grey'} TIFF"
         with pytest.raises(BadValueError, match=rf"{words} \({what}\).*\n--data.value_range says"):
             read_image(str(path))
         expected = np.arange(256).reshape(16, 16)
