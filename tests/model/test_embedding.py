@@ -9,6 +9,7 @@ from torchvision import models
 
 from featx.errors import BadValueError, UserError
 from featx.model.layers import Taps, resolve_layers
+from featx.process.shared import on_one_core
 
 EMBEDDING = {"embedding": "embedding"}
 # The smallest of each of timm's families: first those that take a second, then others.
@@ -36,6 +37,12 @@ mobilenet_v3_small regnet_y_400mf resnet18 shufflenet_v2_x0_5 squeezenet1_1 swin
 """
 
 
+@pytest.fixture(autouse=True)
+def one_core():
+    with on_one_core():
+        yield
+
+
 def embedded(network: nn.Module, images: torch.Tensor, **layers: str) -> dict[str, torch.Tensor]:
     with torch.inference_mode():
         return Taps(network.eval(), EMBEDDING | layers)(images)
@@ -48,7 +55,7 @@ def assert_same(found: torch.Tensor, expected: torch.Tensor) -> None:
 
 def check_timm(name: str) -> None:
     network = timm.create_model(name).eval()
-    images = torch.rand(2, *timm.get_pretrained_cfg(name).input_size)
+    images = torch.rand(1, *timm.get_pretrained_cfg(name).input_size)
     found = embedded(network, images)["embedding"]
     with torch.inference_mode():
         assert_same(found, network.forward_head(network.forward_features(images), pre_logits=True))
@@ -59,7 +66,7 @@ def check_timm(name: str) -> None:
 def check_torchvision(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     network = cheap_network(name, monkeypatch)
     side = SIDES.get(name, OPTIONS.get(name, {}).get("image_size", 32))
-    images = torch.rand(2, 3, side, side)
+    images = torch.rand(1, 3, side, side)
     found = embedded(network, images)["embedding"]
     with torch.inference_mode():
         if name.startswith("squeezenet"):
