@@ -13,7 +13,7 @@ from featx import __version__
 from featx.process.signals import INTERRUPTED, Stopped, leave_at_once, listen
 from featx.process.start import import_fast
 
-MODULES = {name: name for name in ("predict", "layers", "verify", "completion")} | {"show": "show.page"}
+MODULES = {name: name for name in ("predict", "images", "layers", "verify", "completion")} | {"show": "show.page"}
 
 HELP = """\
 usage: featx COMMAND [options]
@@ -22,6 +22,7 @@ Turn a folder of images into CNN features: one exact row per image, in order.
 
 commands:
   predict     write a network's activations for every image
+  images      describe a folder of images: formats, sizes, what cannot be read
   layers      list a network's layers, with their columns and cost
   verify      check a finished file against its record and its images
   show        make a web page that maps a finished file's images
@@ -30,6 +31,7 @@ commands:
 examples:
   featx predict --data.dir photos --model.layer fc7     write features/fc7.csv
   featx predict --help                                  list its options
+  featx images photos                                   look before you compute
   featx layers --model.arch resnet50                    list ResNet-50's layers
   featx --version                                       print the version
 """

@@ -135,7 +135,7 @@ def become(streams: list[int], args: list[str], cwd: str, env: dict[str, str], c
 if __name__ == "__main__":
     from featx.process.start import import_fast
 
-    for command in ("predict", "layers", "verify"):
+    for command in ("predict", "images", "layers", "verify"):
         import_fast(f"featx.commands.{command}")
     assert sys.platform != "linux" or os.listdir("/proc/self/task") == [str(os.getpid())]
     with socket.socket(fileno=0) as requests:

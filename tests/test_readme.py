@@ -349,7 +349,7 @@ def test_every_option_is_in_docs(options, do):
     assert {"--data.dir", "--model.layer", "--writer.out_dir"} < options
     table = (REPO / "docs" / "options.md").read_text()
     assert {option for option in options if f"| `{option}` |" not in table} == set()
-    for command in ("verify", "show", "layers"):
+    for command in ("verify", "show", "layers", "images"):
         own = set(re.findall(r"^  (--[a-z]+)(?![\w.])", do(f"featx {command} --help").stdout, re.MULTILINE))
         assert own and {o for o in own - options if f"| `featx {command} {o}` |" not in table} == set()
 

@@ -36,7 +36,7 @@ def _parser(file: Any) -> argparse.ArgumentParser:
     """Return a parser of the commands and their options, used for completion only."""
     parser = argparse.ArgumentParser("featx")
     commands = parser.add_subparsers()
-    for command in ("predict", "layers"):
+    for command in ("predict", "images", "layers"):
         options = {
             f"{group}.{name}": _choices(hint)
             for group, owner in GROUPS.items()
@@ -49,8 +49,12 @@ def _parser(file: Any) -> argparse.ArgumentParser:
             action: Any = sub.add_argument(f"--{name}", choices=choices or None)
             if name in PATHS:
                 action.complete = file
-        for name in ("print_config", "help_all") if command == "predict" else ("json",):
+        flags = {"predict": ("print_config", "help_all"), "images": ("json", "all"), "layers": ("json",)}
+        for name in flags[command]:
             sub.add_argument(f"--{name}", action="store_true")
+        if command == "images":
+            folder: Any = sub.add_argument("dir", nargs="?")
+            folder.complete = file
     for command, options_of in (("verify", ["--images", "--model", "--model.arch"]), ("show", ["--images", "--map"])):
         sub = commands.add_parser(command, help=command)
         for option in options_of:

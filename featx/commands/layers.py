@@ -3,6 +3,7 @@
 import json
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
+from typing import Any
 
 from jsonargparse import ActionConfigFile  # type: ignore[attr-defined]
 from lightning.pytorch import Trainer
@@ -30,12 +31,7 @@ def layers(argv: list[str]) -> int:
     if "-h" in argv or "--help" in argv:
         _print_help()
         return 0
-    parser = _parser()
-    try:
-        config = parser.parse_args(argv)
-    except BadValueError as err:
-        raise BadValueError(str(err).replace(SEE, "featx layers --help lists the options.")) from err
-    made = parser.instantiate_classes(config)
+    config, made = parse_run("layers", argv)
     model: FeatureExtractor = made.model
     size = _prepare(model, made.data)
     with ThreadPoolExecutor(1, initializer=one_core) as core:  # like predict's slices
@@ -58,17 +54,34 @@ other options of featx predict are accepted and ignored, so you can reuse its
 command lines and configs.""")
 
 
-def _parser() -> options.Parser:
-    """Return a parser of all options of ``featx predict``, so that its command lines and configs work here too."""
-    parser = options.Parser(prog="featx layers", default_env=False)
+def parse_run(command: str, argv: list[str], *flags: str) -> tuple[Any, Any]:
+    """Parse all options of ``featx predict`` for another command, so that command lines and configs work there too.
+
+    Args:
+        command: The command.
+        argv: Its options.
+        flags: Names of its own options without a value, other than json.
+
+    Returns:
+        The options, and what they make: ``model`` and ``data``.
+
+    Raises:
+        BadValueError: A mistake in the options.
+    """
+    parser = options.Parser(prog=f"featx {command}", default_env=False)
     parser.add_argument("-c", "--config", action=ActionConfigFile)
     parser.add_lightning_class_args(FeatureExtractor, "model", subclass_mode=True)
     parser.add_class_arguments(ImageFolderDataModule, "data", skip={"dir"})
     parser.add_argument("--data.dir", type=str, default="")
     parser.add_class_arguments(FeatureWriter, "writer", instantiate=False)
     parser.add_class_arguments(Trainer, "trainer", instantiate=False)
-    parser.add_argument("--json", action="store_true")
-    return parser
+    for flag in ("json", *flags):
+        parser.add_argument(f"--{flag}", action="store_true")
+    try:
+        config = parser.parse_args(argv)
+    except BadValueError as err:
+        raise BadValueError(str(err).replace(SEE, f"featx {command} --help lists the options.")) from err
+    return config, parser.instantiate_classes(config)
 
 
 def _prepare(model: FeatureExtractor, data: ImageFolderDataModule) -> int:

@@ -150,7 +150,7 @@ def check_words(words: Sequence[str], known: dict[str, Any]) -> None:
         name, equals, value = option.partition("=")
         name = "--config" if name == "-c" else name
         values = [value] * bool(equals) + values
-        if name not in known or name in ("--help", "--json", "--print_config"):
+        if name not in known or name in ("--help", "--json", "--all", "--print_config"):
             continue  # the parser handles these
         value = " ".join(values)
         kinds = expected(getattr(known[name], "_typehint", None), value)

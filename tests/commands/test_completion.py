@@ -36,6 +36,7 @@ def complete(script: str, *words: str) -> list[str]:
         (["featx", "pre"], ["predict"]),
         (["featx", "predict", "--writer.f"], ["--writer.format"]),
         (["featx", "predict", "--data.decoder", "t"], ["turbo"]),
+        (["featx", "images", "--data.v"], ["--data.value_range"]),
         (["featx", "show", "--map", ""], ["pca", "tsne"]),
     ],
 )

@@ -1,0 +1,176 @@
+"""``featx images``: its counts, its examples, what cannot be read, and how a run would see it."""
+
+import json
+import os
+import re
+import sys
+
+import numpy as np
+import pytest
+import tifffile
+from conftest import make_image
+from PIL import Image
+
+from featx.cli import main
+
+SIZE = (48, 32)
+
+
+@pytest.fixture
+def images(capsys, monkeypatch, tmp_path):
+    """Run ``featx images ARGS`` in this process, in an empty folder, and return its status, stdout and stderr."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+
+    def run(*args):
+        status = main(["images", *map(str, args)])
+        return status, *capsys.readouterr()
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def mixed(tmp_path_factory):
+    root = tmp_path_factory.mktemp("mixed")
+    exif = Image.Exif()
+    exif[274] = 6
+    for i in range(4):
+        make_image(i, SIZE).save(root / f"{i}.jpg")
+    make_image(5, (64, 32)).save(root / "phone.jpg", exif=exif)
+    make_image(6, SIZE, "RGBA").save(root / "logo.png")
+    make_image(7, (16, 16), "CMYK").save(root / "print.jpg")
+    Image.fromarray(np.arange(48 * 32, dtype=np.uint16).reshape(32, 48) * 40).save(root / "camera.png")
+    make_image(8, SIZE).save(root / "two.webp", save_all=True, append_images=[make_image(9, SIZE)])
+    (root / "notes.txt").write_text("no image")
+    return root
+
+
+@pytest.fixture(scope="module")
+def damaged(tmp_path_factory):
+    root = tmp_path_factory.mktemp("damaged")
+    for i in range(200):
+        make_image(0, SIZE).save(root / f"{i:03}.jpg")
+    (root / "005.jpg").write_bytes((root / "004.jpg").read_bytes()[:-200] + b"\xff\xd9")  # which Pillow fills up
+    (root / "030.jpg").write_bytes(b"")
+    (root / "031.jpg").write_text("<html>404")
+    return root
+
+
+def test_a_mixed_folder_in_aligned_lines_with_examples(images, mixed):
+    status, out, err = images(mixed)
+
+    assert (status, err) == (0, "")
+    lines = out.splitlines()
+    assert len(lines) <= 20
+    assert len({re.match(r"(\w[\w ]*:)? +", line).end() for line in lines}) == 1
+    table = dict(re.findall(r"^([\w ]+): +(.*)$", out, re.MULTILINE))
+    assert table["images"] == f"9 of {mixed}"
+    assert table["left out"] == "1 file with other suffixes (.txt)"
+    assert table["size"] == "7 of 48x32, 1 of 16x16; 3 sizes, from 16x16 (print.jpg) to 64x32 (phone.jpg)"
+    assert table["format"] == "6 JPEG, 2 PNG (camera.png), 1 WEBP (two.webp)"
+    assert table["color"] == "7 RGB, 1 grey (camera.png), 1 CMYK (print.jpg)"
+    assert table["depth"] == "8 8-bit, 1 16-bit grey"
+    assert "1 16-bit grey (camera.png): 0 is black, the highest value white; --data.value_range '[LOW,HIGH]'" in out
+    assert table["orientation"].startswith("1 of value 6 (phone.jpg): not rotated")
+    assert table["transparency"].startswith("1 PNG (logo.png): ignored")
+    assert table["frames"] == "1 WEBP (two.webp): the first is taken"
+    assert table["decoded"] == "9 of 9 images"
+
+
+def test_json_has_the_same_counts(images, mixed):
+    status, out, _ = images(mixed, "--json")
+
+    found = json.loads(out)
+    assert status == 0
+    assert found["dir"] == str(mixed) and found["images"] == 9 and found["decoded"] == 9 and found["classes"] == []
+    assert found["format"] == {
+        "JPEG": {"images": 6, "first": "0.jpg"},
+        "PNG": {"images": 2, "first": "camera.png"},
+        "WEBP": {"images": 1, "first": "two.webp"},
+    }
+    assert found["size"] == {"48x32": 7, "16x16": 1, "64x32": 1}
+    assert found["orientation"]["6"]["first"] == "phone.jpg" and found["unreadable"] == {}
+
+
+def test_the_options_of_a_run_say_how_images_would_be_seen(images, mixed):
+    _, out, _ = images("--json", mixed, "--data.value_range", "[0,4095]", "--data.exclude", "*.webp")
+
+    found = json.loads(out)
+    assert found["images"] == 8 and found["left_out"].startswith("1 image by --data.exclude")
+    assert found["depth"]["16-bit grey"]["seen"] == "black and white are [0.0, 4095.0]"
+
+
+def test_values_without_a_range_of_their_own_are_all_counted_as_unreadable(images, tmp_path):
+    (tmp_path / "dems").mkdir()
+    for i in range(100):
+        tifffile.imwrite(tmp_path / "dems" / f"{i:03}.tif", np.full((8, 8), i, "f4"))
+
+    status, out, _ = images("dems")
+    assert status == 3
+    assert "100 32-bit float grey (000.tif): cannot be read; --data.value_range '[LOW,HIGH]' is needed" in out
+    assert "unreadable:  100 images\n             100 (000.tif): 32-bit float values" in out
+
+    status, out, _ = images("dems", "--data.value_range", "[0,100]")
+    assert status == 0 and "black and white are [0.0, 100.0]" in out and "decoded:  50 of 100 images" in out
+    assert "decoded" in out and "100 of one single color" not in out
+
+
+def test_unreadable_headers_are_always_found_and_damaged_data_by_all(images, damaged):
+    status, out, _ = images(damaged)
+    assert status == 3 and "unreadable:  2 images" in out
+    assert "1 (030.jpg): empty" in out and "1 (031.jpg): a saved web page named .jpg" in out
+    assert "of 200 images; --all decodes all" in out
+
+    status, out, _ = images(damaged, "--all")
+    assert status == 3 and "decoded:     200 of 200 images" in out and "1 (005.jpg): damaged" in out
+
+    status, out, _ = images(damaged, "--all", "--data.strict", "false")
+    assert status == 3 and "1 (005.jpg): damaged (used)" in out
+
+
+def test_the_first_of_each_kind_is_decoded(images, tmp_path):
+    (tmp_path / "photos").mkdir()
+    for i in range(130):
+        make_image(0, SIZE).save(tmp_path / "photos" / f"{i:03}.jpg")
+    bands = np.zeros((7, 8, 8), "u2")
+    for i in (131, 132):  # neither is at a place that is looked at anyway
+        tifffile.imwrite(tmp_path / "photos" / f"{i}.tif", bands, photometric="minisblack", planarconfig="separate")
+
+    status, out, _ = images("photos")
+    assert status == 3 and "1 (131.tif): a TIFF of 7 16-bit channels" in out
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        ((), "images: the folder is missing. Expected featx images DIR."),
+        (("nowhere",), "--data.dir nowhere: no such folder."),
+        ((".",), "--data.dir .: no image in it."),
+        ((".", "other"), "--data.dir . other: 2 values, expected one."),
+        ((".", "--data.crop", "0"), "--data.crop 0: expected a whole number of at least 1"),
+        ((".", "--al"), "--al: no such option. Did you mean --all"),
+        ((".", "--data.crp", "3"), "--data.crp: no such option. Did you mean --data.crop"),
+    ],
+)
+def test_mistakes(images, args, words):
+    status, out, err = images(*args)
+    assert status == 2 and out == "" and words in err and err.count("\n") <= 4
+
+
+def test_the_command_line_and_config_of_a_run_work(images, mixed, tmp_path):
+    (tmp_path / "run.yaml").write_text(f"data:\n  dir: {mixed}\n  batch_size: 7\nmodel:\n  arch: resnet50\n")
+    status, out, _ = images("--config", "run.yaml", "--model.layer", "fc", "--writer.format", "npy")
+    assert status == 0 and out.startswith("images:        9 of ")
+
+
+def test_names_print_in_one_line_each(images, tmp_path):
+    (tmp_path / "photos").mkdir()
+    make_image(0, SIZE, "RGBA").save(os.fsencode(tmp_path) + b"/photos/a\n\x1b[31m\xff.png")
+    status, out, _ = images("photos")
+    assert status == 0 and r"1 PNG (a\n\x1b[31m\udcff.png): ignored" in out
+
+
+def test_help_is_one_screen(images):
+    status, out, _ = images("--help")
+    assert status == 0 and len(out.splitlines()) <= 60 and max(map(len, out.splitlines())) <= 80
+    assert "--json" in out and "--all" in out and "--data.value_range" in out and "--data.batch_size" not in out
