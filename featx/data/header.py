@@ -14,7 +14,7 @@ from typing import Any, BinaryIO, NamedTuple
 from PIL import Image, ImageCms
 
 from featx.data import heif, png, tiff, unscaled
-from featx.data.decode import FORMATS, MOST_PIXELS, STRICT_PIL
+from featx.data.pillow import FORMATS, MOST_PIXELS, STRICT_PIL
 from featx.errors import ImageError
 
 ORIENTATION = 274  # the tag of EXIF and TIFF
