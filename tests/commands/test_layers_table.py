@@ -124,7 +124,7 @@ def test_a_command_line_and_a_config_of_predict_serve_here(layers, tmp_path):
 def test_a_network_without_penultimate_says_so(layers):
     status, table, told = layers("--model.arch", "squeezenet1_1", "--data.crop", "64")
     assert status == 0 and "penultimate" not in table
-    assert "no penultimate: the network's output is not that of a Linear.\nUse the path of a layer." in told
+    assert "no penultimate: the network's output is not that of a Linear.\nUse --model.layer embedding." in told
 
 
 @pytest.mark.parametrize(

@@ -121,7 +121,7 @@ def test_penultimate_of_networks_with_a_bare_head(arch):
 
 def test_a_network_without_penultimate_is_refused():
     with pytest.raises(
-        BadValueError, match=r"layer penultimate: the network's output is not that of a Linear.\nUse the"
+        BadValueError, match=r"layer penultimate: the network's output is not that of a Linear.\nUse --model.layer emb"
     ):
         Taps(random_network("squeezenet1_1"), {"penultimate": "penultimate"})(torch.rand(1, 3, 64, 64))
 

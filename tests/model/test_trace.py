@@ -43,12 +43,12 @@ def test_no_hook_stays():
     assert not network[0]._forward_hooks
 
 
-def test_penultimate_is_of_the_linear_that_gives_the_output():
-    assert traced(Aux(), 6).penultimate() == "head"
+def test_the_head_is_the_linear_that_gives_the_output():
+    assert traced(Aux(), 6).head() == "head"
     same = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4), nn.Dropout())
-    assert traced(same, 4).penultimate() == "4", "others have its shape"
+    assert traced(same, 4).head() == "4", "others have its shape"
     nn.init.constant_(same[4].bias, torch.nan)
-    assert traced(same, 4).penultimate() == "4", "NaN or not"
+    assert traced(same, 4).head() == "4", "NaN or not"
 
 
 @pytest.mark.parametrize(
@@ -65,7 +65,7 @@ def test_penultimate_is_of_the_linear_that_gives_the_output():
 )
 def test_the_head_of_torchvisions(arch, path):
     extra = {"init_weights": False} if arch == "googlenet" else {}
-    assert traced(random_network(arch, **extra), 3, 64, 64).penultimate() == path
+    assert traced(random_network(arch, **extra), 3, 64, 64).head() == path
 
 
 class Heads(nn.Module):
@@ -82,26 +82,24 @@ class Heads(nn.Module):
 @pytest.mark.parametrize(
     ("forward", "words"),
     [
-        (lambda own, x: (own.fc(x) + own.other(x)) / 2, "2 Linears have the shape of the network's output: fc, other."),
-        (lambda own, x: (own.fc(x), own.gate(x)), "2 Linears have the shape of the network's output: fc, gate."),
-        (lambda own, x: {"logits": own.fc(x), "scaled": own.gate(x) / 9}, "2 Linears .* fc, gate."),
-        (lambda own, x: x * own.fc(x).sigmoid(), "the network's output is not that of a Linear."),
-        (lambda own, x: own.fc(x).relu_(), "the network's output is not that of a Linear."),
-        (lambda own, x: x, "the network's output is not that of a Linear."),
-        (lambda own, x: own.fc(own.fc(x)), "the network calls the Linear fc 2 times per pass."),
-        (lambda own, x: own.fc(x.T @ x), r"the Linear fc receives the shape \(6, 6\) for 2 images."),
-        (lambda own, x: own.fc(x[:, None]), "the network's output is not that of a Linear."),
+        (lambda own, x: (own.fc(x) + own.other(x)) / 2, "2 Linears have the shape of the network's output: fc, other"),
+        (lambda own, x: (own.fc(x), own.gate(x)), "2 Linears have the shape of the network's output: fc, gate"),
+        (lambda own, x: {"logits": own.fc(x), "scaled": own.gate(x) / 9}, "2 Linears .* fc, gate"),
+        (lambda own, x: x * own.fc(x).sigmoid(), "the network's output is not that of a Linear"),
+        (lambda own, x: own.fc(x).relu_(), "the network's output is not that of a Linear"),
+        (lambda own, x: x, "the network's output is not that of a Linear"),
+        (lambda own, x: own.fc(own.fc(x)), "the network calls the Linear fc 2 times per pass"),
+        (lambda own, x: own.fc(x.T @ x), r"the Linear fc receives the shape \(6, 6\) for 2 images"),
+        (lambda own, x: own.fc(x[:, None]), "the network's output is not that of a Linear"),
     ],
 )
-def test_penultimate_of_several_heads_or_none_is_refused(forward, words):
-    with pytest.raises(BadValueError, match=f"^{words}\nUse the path of a layer."):
-        traced(Heads(forward), 6).penultimate()
+def test_several_heads_or_none_are_refused(forward, words):
+    with pytest.raises(BadValueError, match=f"^{words}$"):
+        traced(Heads(forward), 6).head()
 
 
-def test_penultimate_of_an_output_in_a_dict_is_found():
-    assert (
-        traced(Heads(lambda own, x: {"logits": own.fc(x), "hidden": [x, own.gate(x)[:, :2]]}), 6).penultimate() == "fc"
-    )
+def test_the_head_of_an_output_in_a_dict_is_found():
+    assert traced(Heads(lambda own, x: {"logits": own.fc(x), "hidden": [x, own.gate(x)[:, :2]]}), 6).head() == "fc"
 
 
 @pytest.mark.parametrize("arch", ["swin_t", "swin_v2_t", "convnext_tiny", "maxvit_t", "resnet18", "efficientnet_b0"])
