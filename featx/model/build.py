@@ -71,7 +71,9 @@ class _Torchvision:
         if weights.entry is not None:
             fetch(weights.entry.url)
         elif self._arch.startswith("vit_"):
-            options["image_size"] = _image_size(state) or self._recipe(weights, None).meta["min_size"][0]
+            size, patch = _image_size(state), int(self._arch[-2:])
+            fits = size is not None and size % patch == 0  # else the file is another network's
+            options["image_size"] = size if fits else self._recipe(weights, None).meta["min_size"][0]
         elif self._arch in TRANSFORM_INPUT:
             # With published weights, GoogLeNet's builder drops its auxiliary heads, and Inception's keeps its own.
             aux = self._arch == "inception_v3" and (state is None or any("AuxLogits." in name for name in state))
@@ -99,9 +101,9 @@ def _image_size(state: State | None) -> int | None:
     state = state or {}
     patches = [value for name, value in state.items() if name.endswith("encoder.pos_embedding")]
     convs = [value for name, value in state.items() if name.endswith("conv_proj.weight")]
-    if not patches or not convs or patches[0].ndim != 3:
+    if not patches or not convs or patches[0].ndim != 3 or convs[0].ndim != 4 or not patches[0].shape[1]:
         return None
-    return math.isqrt(patches[0].shape[1] - 1) * convs[0].shape[-1]  # (1, 1 + patches, D), (D, 3, side, side)
+    return math.isqrt(patches[0].shape[1] - 1) * convs[0].shape[-1] or None  # (1, 1 + patches, D), (D, 3, side, side)
 
 
 class _Timm:

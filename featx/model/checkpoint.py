@@ -37,7 +37,7 @@ def read_checkpoint(file: str, key: str | None = None) -> State:
     found = _state_dicts(content)
     order = {tuple(PLAIN.index(word) for word in path.split(".")): path for path in found if _is_plain(path)}
     if not order and "" not in found:
-        keys = first_few([*map(str, content)], 5) if isinstance(content, dict) else type(content).__name__
+        keys = first_few([*filter(_is_name, content)], 5) if isinstance(content, dict) else type(content).__name__
         known = f" State dicts: {first_few(list(found), 5)}; choose one with --model.checkpoint_key." if found else ""
         raise BadValueError(
             f"--model.weights {file}: no state dict at its top level or under {', '.join(PLAIN)}.\n"
@@ -80,7 +80,7 @@ def _state_dicts(content: Any, few: bool = False) -> dict[str, State]:
 
 
 def _is_name(name: Any) -> bool:
-    return isinstance(name, str) and name.isprintable()
+    return isinstance(name, str) and len(name) < 1000 and name.isprintable()
 
 
 def _is_module(value: Any) -> bool:
@@ -193,11 +193,11 @@ def fit(
 
 
 class Normalizer(NamedTuple):
-    """The mean and std by which images are normalized, on the scale 0..1, and their names in a file."""
+    """The mean and std by which images are normalized, on the scale 0..1, and all their names in a file."""
 
     mean: tuple[float, ...]
     std: tuple[float, ...]
-    names: str
+    names: list[str]
 
 
 def normalizer(own: Iterable[str], state: State, file: str) -> Normalizer | None:
@@ -209,18 +209,20 @@ def normalizer(own: Iterable[str], state: State, file: str) -> Normalizer | None
     Raises:
         BadValueError: It contains several with different values.
     """
-    found: dict[tuple[Any, Any], str] = {}
+    found: dict[tuple[Any, Any], list[str]] = {}
     for name, mean in state.items():
-        std = state.get(re.sub("mean$", "std", name))
+        other = re.sub("mean$", "std", name)
+        std = state.get(other)
         if not re.search(r"(^|\.)(new_)?mean$", name) or std is None or mean.numel() != 3 or std.numel() != 3:
             continue
         values = [tuple(each.flatten().tolist()) for each in (mean, std)]
         inside = any(name.endswith(known) for known in own)  # the network itself normalizes
         if not inside and all(0 <= a <= 1 and 0 < b <= 1 for a, b in zip(*values, strict=True)):
-            found.setdefault((values[0], values[1]), f"{name} and {name.removesuffix('mean').split('.')[-1]}std")
+            found.setdefault((values[0], values[1]), []).extend([name, other])
     if len(found) > 1:
+        several = first_few([names[0] for names in found.values()])
         raise BadValueError(
-            f"--model.weights {file}: it contains several normalizers, {first_few(list(found.values()))}.\n"
+            f"--model.weights {file}: it contains several normalizers, {several}.\n"
             "Choose one with --model.mean and --model.std."
         )
     return next((Normalizer(mean, std, names) for (mean, std), names in found.items()), None)
@@ -231,7 +233,8 @@ def _fit_classes(network: nn.Module, state: State, title: str) -> list[str]:
     modules = dict(network.named_modules())
     ends: dict[str, Any] = {path: module for path, module in modules.items() if isinstance(module, nn.Linear)}
     ends = ends or {p: m for p, m in modules.items() if isinstance(m, nn.Conv2d) and m.kernel_size == (1, 1)}
-    shapes = {path: state[f"{path}.weight"].shape for path in ends if f"{path}.weight" in state}
+    found = {path: state[f"{path}.weight"] for path in ends if f"{path}.weight" in state}
+    shapes = {path: value.shape for path, value in found.items() if value.ndim}
     path = list(ends)[-1] if ends else ""
     if path not in shapes or (new := shapes[path][0]) == (old := len(ends[path].weight)):
         return []

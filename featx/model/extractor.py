@@ -244,8 +244,10 @@ class FeatureExtractor(LightningModule):
         options = {"mean": self.mean, "std": self.std}
         given: dict[str, Any] = {name: tuple(value) for name, value in options.items() if value != "auto"}
         if len(given) < 2 and (own := normalizer(network.state_dict(), self._state or {}, self.weights)):
-            preset = replace(preset, mean=own.mean, std=own.std, source=f"{preset.source}, with the file's {own.names}")
-            log.info("weights: using the mean and std in %s, %s", self.weights, own.names)
+            names = " and ".join(own.names[:2])
+            preset = replace(preset, mean=own.mean, std=own.std, source=f"{preset.source}, with the file's {names}")
+            log.info("weights: using %s of %s to normalize the images", names, self.weights)
+            self._state = {name: value for name, value in (self._state or {}).items() if name not in own.names}
         return replace(preset, **given, source=f"{preset.source}, with your {' and '.join(given)}") if given else preset
 
     def _tensors_read(self, network: nn.Module) -> set[str] | None:

@@ -5,6 +5,7 @@ tensors: https://docs.python.org/3/library/pickle.html. Here the operations that
 each that could call something has its own method, which makes a tensor from checked numbers or an ``Unknown``.
 """
 
+import math
 import pickle
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ DTYPES = {
     "ShortStorage": torch.int16, "CharStorage": torch.int8, "ByteStorage": torch.uint8, "BoolStorage": torch.bool,
     "ComplexDoubleStorage": torch.complex128, "ComplexFloatStorage": torch.complex64, "UntypedStorage": torch.uint8,
 }  # fmt: skip
+MOST_REPEATED = 1 << 24  # values in a tensor that repeats those of its storage by a stride of 0
 NAMED_DTYPES = {str(value): value for value in vars(torch).values() if isinstance(value, torch.dtype)}
 
 
@@ -79,7 +81,7 @@ def _tensor(storage: Any, offset: Any, size: Any, stride: Any, *options: Any) ->
     values = storage.bytes.view(storage.dtype)
     if 0 in size:
         return values.new_empty(size)
-    if last >= len(values):
+    if last >= len(values) or math.prod(size) > max(len(values), MOST_REPEATED):
         raise UnpicklingError(f"a tensor of {size} is larger than its storage of {len(values)} values")
     return values.as_strided(size, stride, offset)
 

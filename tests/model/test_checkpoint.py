@@ -173,8 +173,9 @@ def test_the_normalizer_of_a_robust_network_is_used(tmp_path, resnet, caplog):
     theirs = (images / 255 - mean.view(3, 1, 1)) / std.view(3, 1, 1)
     with torch.no_grad():
         assert torch.equal(model(images)["fc"], resnet(theirs))
-    assert "with the file's module.normalizer.new_mean and new_std" in model.preprocessing.source
-    assert "using the mean and std in" in caplog.text
+    names = "module.normalizer.new_mean and module.normalizer.new_std"
+    assert f"with the file's {names}" in model.preprocessing.source and f"weights: using {names} of" in caplog.text
+    assert "ignored" in caplog.text and "new_" not in caplog.text[caplog.text.index("ignored") :]
     mixed = load(tmp_path / "w.pth", std=[0.5, 0.5, 0.5]).preprocessing
     assert mixed.mean == tuple(mean.tolist()) and mixed.std == (0.5, 0.5, 0.5)
 
@@ -184,8 +185,8 @@ def test_a_normalizer_of_the_network_itself_or_on_another_scale_is_left_alone():
     assert normalizer(["mean", "std"], {"model.mean": three, "model.std": three}, "f") is None
     assert normalizer(["w"], {"norm.mean": three * 255, "norm.std": three}, "f") is None
     assert normalizer(["w"], {"bn.running_mean": three, "bn.running_std": three}, "f") is None
-    assert normalizer(["w"], {"mean": three, "std": three}, "f") == ((0.5,) * 3, (0.5,) * 3, "mean and std")
-    with pytest.raises(BadValueError, match=r"several normalizers, a.mean and std; b.mean and std"):
+    assert normalizer(["w"], {"mean": three, "std": three}, "f") == ((0.5,) * 3, (0.5,) * 3, ["mean", "std"])
+    with pytest.raises(BadValueError, match=r"several normalizers, a.mean; b.mean"):
         normalizer(["w"], {"a.mean": three, "a.std": three, "b.mean": three / 2, "b.std": three}, "f")
 
 
@@ -256,6 +257,18 @@ def test_a_prefix_that_fits_a_few_names_only_is_not_used(tmp_path, resnet):
     for strict in (True, False):
         with pytest.raises(BadValueError, match=r"does not fit resnet18(?s:.*)The file numbers modules"):
             load(tmp_path / "w.pth", strict=strict)
+
+
+@pytest.mark.parametrize("shape", [(), (0,), (1, 0, 3), (1, 9, 1), (2, 3, 20, 20)])
+@pytest.mark.parametrize("arch", ["resnet18", "vit_b_32"])
+def test_tensors_of_odd_shapes_are_refused(tmp_path, monkeypatch, shape, arch):
+    monkeypatch.setattr(build.models, "list_models", lambda module: ["resnet18", "vit_b_32"])
+    state = {name: torch.ones(shape) for name in build_empty(arch).state_dict()}
+    if len(shape) == 4:
+        state["encoder.pos_embedding"] = torch.ones(1, 50, 3)  # 7 x 7 patches of 20 pixels
+    torch.save(state | {1 << 99999: 3, "\x1b[2J": 1}, tmp_path / "w.pth")
+    with pytest.raises(BadValueError, match=f"does not fit {arch}"):
+        load(tmp_path / "w.pth", arch, "fc" if arch == "resnet18" else "heads")
 
 
 @pytest.mark.parametrize("key", ["a.b.c", "a.b", "a", "a.b.c.module.trunk", "list.1", "few", "a.b.c.trunk"])

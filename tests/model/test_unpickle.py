@@ -145,6 +145,7 @@ FLOATS = persistent("storage", name("torch", "FloatStorage"), "0", "cpu", b"K\x0
         REBUILD + b"(" + FLOATS + b"J\xff\xff\xff\xffK\x04\x85K\x01\x85\x89}tR",
         REBUILD + b"(" + FLOATS + b"K\x00K\x04\x85J\xff\xff\xff\xff\x85\x89}tR",
         REBUILD + b"(" + FLOATS + b"K\x00K\x04\x85)\x89}tR",
+        REBUILD + b"(" + FLOATS + b"K\x00J\x00\x00\x00\x10\x85K\x00\x85\x89}tR",  # one value, 268 million times
         REBUILD + b"(" + SYSTEM + b"K\x00K\x04\x85K\x01\x85\x89}tR",
         REBUILD + b"(" + FLOATS + b"K\x00" + RUN + b"K\x01\x85\x89}tR",
         REBUILD + b"]R",
