@@ -211,7 +211,7 @@ def _samples(pictures: Iterator[Image.Image], data: ImageFolderDataModule, model
                 "paths of images."
             )
         try:
-            pixels = preprocessing.to_tensor(to_rgb(picture, data.value_range), data.decoder)
+            pixels = preprocessing.to_tensor(to_rgb(picture, data.view), data.decoder)
         except Exception as err:  # PIL may decode it only now
             fault = describe(err, name, name)
         yield Sample(index, name, pixels, fault)

@@ -4,15 +4,17 @@ import io
 import os
 import stat
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError, features
 
-from featx.data import gif, heif, jpeg, png, sniff, tiff, unscaled
+from featx.data import gif, heif, jpeg, png, rendering, sniff, tiff, unscaled
 from featx.data.batch import Fault
-from featx.data.depth import Pixels, ValueRange, is_dark, repeat_grey, require_range, to_8_bits
-from featx.data.pillow import FORMATS, MOST_PIXELS, STRICT_PIL, convert
+from featx.data.depth import Pixels, is_dark, repeat_grey, require_range, to_8_bits
+from featx.data.pillow import FORMATS, MOST_PIXELS, STRICT_PIL, convert, metadata
+from featx.data.view import PLAIN, View
 from featx.errors import BadValueError, ImageError
 
 # By kind of file, in Pillow's name for it (PPM16: above 8 bits), the number of its reader, which goes up whenever the
@@ -46,31 +48,29 @@ class Decoded(NamedTuple):
     dark: bool = False
 
 
-def read_or_fault(root: str, name: str, value_range: ValueRange | None = None, strict: bool = True) -> Decoded:
+def read_or_fault(root: str, name: str, view: View = PLAIN) -> Decoded:
     """Decode the image ``name`` below ``root``, whatever the file does: what is wrong with it is returned, not raised.
 
     Args:
         root: The data folder.
         name: Path of the image below it.
-        value_range: The values of images above 8 bits that become black and white.
-        strict: Whether a file with damaged data gives no image; else what Pillow makes of it is given with the fault.
+        view: How it is seen.
     """
     path = os.path.join(root, name)
     try:
-        return _read(path, value_range, strict=True)
+        return _read(path, view if view.strict else replace(view, strict=True))
     except Exception as err:  # decoders raise OSError, SyntaxError, struct.error, MemoryError ... for broken files
         fault = describe(err, path, name)
-    if not strict:
+    if not view.strict:
         with suppress(Exception):  # the fault says it already
-            return _read(path, value_range, strict=False)._replace(fault=fault._replace(used=True))
+            return _read(path, view)._replace(fault=fault._replace(used=True))
     return Decoded(None, fault, "")
 
 
-def read_image(path: str, value_range: ValueRange | None = None, strict: bool = True) -> Pixels:
+def read_image(path: str, view: View = PLAIN) -> Pixels:
     """Decode an image to 8-bit RGB, with Pillow's values wherever it reads the file rightly.
 
-    EXIF rotation is not applied; of an animation the first frame is taken. Values above 8 bits are scaled as depth.py
-    says.
+    Of an animation the first frame is taken. Values above 8 bits are scaled as depth.py says.
 
     Pillow fills up some damaged files without an error. Strictly, a JPEG is decoded by libjpeg-turbo with its warnings
     as errors, to the same values, a PNG's checksums and the length of its data are checked, and giflib decodes a GIF,
@@ -78,8 +78,7 @@ def read_image(path: str, value_range: ValueRange | None = None, strict: bool = 
 
     Args:
         path: The file.
-        value_range: The values of images above 8 bits that become black and white.
-        strict: Whether damaged data that Pillow passes is an error.
+        view: How it is seen; strictly, damaged data that Pillow passes is an error.
 
     Returns:
         ``(H, W, 3) uint8``.
@@ -89,120 +88,140 @@ def read_image(path: str, value_range: ValueRange | None = None, strict: bool = 
         ImageError: The file is whole and of a kind that is not read, or not an image.
         Exception: Whatever the decoders raise for a damaged one.
     """
-    pixels = _read(path, value_range, strict).pixels
+    pixels = _read(path, view).pixels
     assert pixels is not None
     return pixels
 
 
-def _read(path: str, value_range: ValueRange | None, strict: bool) -> Decoded:
+def _read(path: str, view: View) -> Decoded:
     found = os.stat(path)
     if not stat.S_ISREG(found.st_mode):  # a pipe would be waited for, and /dev/zero has no end
         raise ImageError("a folder, not a file" if stat.S_ISDIR(found.st_mode) else "a pipe or a device, not a file")
     if found.st_size == 0:
         raise ImageError("empty")
     with open(path, "rb") as file:
-        return decode(file, path, value_range, strict)
+        return decode(file, path, view)
 
 
-def decode(file: BinaryIO, name: str, value_range: ValueRange | None = None, strict: bool = True) -> Decoded:
+def decode(file: BinaryIO, name: str, view: View = PLAIN) -> Decoded:
     """Decode an open file that can be sought, as ``read_image`` does; raise what it raises.
 
     Args:
         file: The file.
         name: Its path, for messages.
-        value_range: The values of images above 8 bits that become black and white.
-        strict: Whether damaged data that Pillow passes is an error.
+        view: How it is seen.
     """
     try:
-        return _decode(file, value_range, strict)
+        return _decode(file, view)
     except UnidentifiedImageError:
         file.seek(0)
         what = sniff.describe(file.read(1 << 18), name)
         if what.startswith("HEIC") and name.lower().endswith(heif.SUFFIXES):
             file.seek(0)
             with STRICT_PIL, heif.open_image(file, MOST_PIXELS) as image:
-                return _by_pillow(image, value_range, "HEIF")
+                return _by_pillow(image, view, "HEIF")
         if what:
             raise ImageError(what) from None
         raise
 
 
-def _decode(file: BinaryIO, value_range: ValueRange | None, strict: bool) -> Decoded:
+def _decode(file: BinaryIO, view: View) -> Decoded:
     head = file.read(len(png.MAGIC))
     file.seek(0)
     if head.startswith(tiff.MAGIC):
-        pixels, dark = tiff.read(file, value_range, MOST_PIXELS)
+        pixels, dark = tiff.read(file, view, MOST_PIXELS)
         return Decoded(pixels, None, "TIFF", dark)
     with STRICT_PIL:
-        if strict and head.startswith(png.MAGIC):
-            return _decode_png(file.read(), value_range)
-        if strict and head.startswith(jpeg.MAGIC):
-            return _decode_jpeg(file.read(), value_range)
-        if strict and head.startswith(gif.MAGIC):
+        if view.strict and head.startswith(png.MAGIC):
+            return _decode_png(file.read(), view)
+        if view.strict and head.startswith(jpeg.MAGIC):
+            return _decode_jpeg(file.read(), view)
+        if view.strict and head.startswith(gif.MAGIC):
             gif.check(file.read())
         with Image.open(file, formats=FORMATS) as image:
             kind = str(image.format).replace("MPO", "JPEG")  # several JPEGs, of which the first is taken
             unscaled_values = None
             if kind in ("PPM", "JPEG2000"):
                 file.seek(0)
-                unscaled_values = _decode_unscaled(file.read(), kind, value_range)
-            return unscaled_values or _by_pillow(image, value_range, kind)
+                unscaled_values = _decode_unscaled(file.read(), image, kind, view)
+            return unscaled_values or _by_pillow(image, view, kind)
 
 
-def _by_pillow(image: Image.Image, value_range: ValueRange | None, kind: str) -> Decoded:
-    pixels, dark = convert(image, value_range)
+def _by_pillow(image: Image.Image, view: View, kind: str, alpha: Pixels | None = None) -> Decoded:
+    pixels, dark = convert(image, view, alpha)
     return Decoded(pixels, None, kind, dark)
 
 
-def _decode_png(data: bytes, value_range: ValueRange | None) -> Decoded:
-    parsed = png.parse(data)
+def _decode_png(data: bytes, view: View) -> Decoded:
+    parsed = png.parse(data, [b"iCCP"] * view.srgb + [b"eXIf"] * view.exif_rotate)
     with Image.open(io.BytesIO(parsed.data), formats=("PNG",)) as image:
-        if parsed.bits == 16 and parsed.colour_type and value_range:  # of which Pillow has only the upper 8 bits
+        image.info["icc_profile"], image.info["exif"] = png.profile(parsed), parsed.extra.get(b"eXIf")
+        needs_all_bits = view.value_range or (view.background is not None and b"tRNS" in parsed.extra)
+        if parsed.bits == 16 and parsed.colour_type and needs_all_bits:  # of which Pillow has only the upper 8 bits
             values = unscaled.read_png(parsed.data)
-            return _from_values(values, parsed.bits, value_range, "PNG")
+            alpha = png.alpha(parsed, values)
+            return _from_values(values, parsed.bits, view, "PNG", image, alpha)
         image.load()
         # Pillow leaves rows black that the data do not reach.
         is_black = not image.crop((0, image.height - 1, *image.size)).tobytes().strip(b"\0")
         if (is_black or parsed.interlaced) and not png.has_all_pixels(parsed):
             raise ValueError("truncated: the data end before the last pixel")
-        return _by_pillow(image, value_range, "PNG")
+        return _by_pillow(image, view, "PNG", png.alpha(parsed, np.asarray(image)) if view.background else None)
 
 
-def _decode_jpeg(data: bytes, value_range: ValueRange | None) -> Decoded:
+def _decode_jpeg(data: bytes, view: View) -> Decoded:
     with Image.open(file := io.BytesIO(data), formats=("JPEG",)) as image:
         cmyk = image.mode == "CMYK"
         pixels = jpeg.decode(data, "CMYK" if cmyk else "RGB", file.tell())  # there Pillow has stopped
         if pixels is None or not PIL_HAS_TURBO:
-            return _by_pillow(image, value_range, "JPEG")
+            return _by_pillow(image, view, "JPEG")
         if cmyk:  # whose conversion to RGB is not Pillow's
             inks = Image.frombytes("CMYK", image.size, pixels.tobytes(), "raw", "CMYK;I")
-            pixels = np.array(inks.convert("RGB"))
+            return Decoded(rendering.render(inks, view, None, *metadata(image, view)), None, "JPEG")
+        if not view.is_plain:
+            colors = Image.fromarray(pixels[..., 0] if image.mode == "L" else pixels)
+            pixels = rendering.render(colors, view, None, *metadata(image, view))
         return Decoded(pixels, None, "JPEG")
 
 
-def _decode_unscaled(data: bytes, kind: str, value_range: ValueRange | None) -> Decoded | None:
+def _decode_unscaled(data: bytes, image: Image.Image, kind: str, view: View) -> Decoded | None:
     """Decode an image above 8 bits whose values Pillow would scale; return None for another."""
     if kind == "PPM":
         found = unscaled.read_pnm(data)
-        if found is None or (found[0].ndim == 3 and value_range is None):  # there Pillow scales rightly
+        if found is None or (found[0].ndim == 3 and view.value_range is None):  # there Pillow scales rightly
             return None
-        return _from_values(found[0], found[1].bit_length(), value_range, "PPM16", found[1])
+        return _from_values(found[0], found[1].bit_length(), view, "PPM16", image, white=found[1])
+    image.info.update(unscaled.jpeg2000_metadata(data))
     read = unscaled.read_jpeg2000(data)
-    return None if read is None else _from_values(read[0], read[1], value_range, kind)
+    if read is None:
+        return None
+    values, bits = read
+    has_alpha = values.ndim == 3 and values.shape[2] in (2, 4) and view.background is not None
+    alpha = to_8_bits(values[..., -1], 2**bits - 1, None) if has_alpha else None
+    return _from_values(values, bits, view, kind, image, alpha)
 
 
 def _from_values(
-    values: Any, bits: int, value_range: ValueRange | None, kind: str, white: int | None = None
+    values: Any,
+    bits: int,
+    view: View,
+    kind: str,
+    image: Image.Image,
+    alpha: Pixels | None = None,
+    white: int | None = None,
 ) -> Decoded:
-    """Turn the values that are in a file, ``(H, W)`` or ``(H, W, C)``, into 8-bit RGB."""
-    require_range(value_range, values.dtype, bits, kind)
+    """Turn the values that are in a file, ``(H, W)`` or ``(H, W, C)``, into 8-bit RGB; ``image`` is Pillow's of it."""
+    require_range(view.value_range, values.dtype, bits, kind)
     white = white or (2**bits - 1 if values.dtype.kind == "u" else None)
     if values.ndim == 3 and values.shape[2] < 3:  # grey and alpha
         values = values[..., 0]
     if values.ndim == 3:
-        return Decoded(to_8_bits(values[..., :3], white, value_range, colour=True), None, kind)
-    grey = repeat_grey(to_8_bits(values, white, value_range))
-    return Decoded(grey, None, kind, is_dark(values, white, value_range))
+        pixels, dark = to_8_bits(values[..., :3], white, view.value_range, colour=True), False
+    else:
+        pixels, dark = to_8_bits(values, white, view.value_range), is_dark(values, white, view.value_range)
+    if not view.is_plain:
+        pixels = rendering.render(Image.fromarray(pixels), view, alpha, *metadata(image, view))
+    return Decoded(pixels if pixels.ndim == 3 else repeat_grey(pixels), None, kind, dark)
 
 
 def describe(err: Exception, path: str, name: str) -> Fault:

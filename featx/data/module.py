@@ -28,6 +28,7 @@ from featx.data.depth import ValueRange
 from featx.data.preprocess import Decoder, Interpolation, Preprocessing
 from featx.data.selection import Selection
 from featx.data.sources import ImageTree, check_folder, check_list, is_lost
+from featx.data.view import View
 from featx.data.workers import Context, choose, send, start
 from featx.errors import BadValueError, ImageError, LostFolderError, UserError, count, log, note
 from featx.process.cores import cores_per_process
@@ -55,6 +56,9 @@ class ImageFolderDataModule(LightningDataModule):
         on_error: For an image that cannot be read: list it and go on, or stop.
         strict: Refuse images with damaged data; false: use what PIL makes of them, and list them.
         decoder: exact: PIL's values to the bit; turbo: resizes faster, up to a few grey levels off.
+        exif_rotate: Rotate images as their Orientation says, in EXIF or in a TIFF's tags.
+        srgb: Convert colors from embedded ICC profiles to sRGB.
+        background: Color behind transparent pixels, as '[255,255,255]'; null: transparency is ignored.
 
     Raises:
         UserError: From ``setup``: no folder, no image, or all images need an option, such as ``value_range``.
@@ -77,6 +81,9 @@ class ImageFolderDataModule(LightningDataModule):
         on_error: Literal["list", "stop"] = "list",
         strict: bool = True,
         decoder: Decoder = "exact",
+        exif_rotate: bool = False,
+        srgb: bool = False,
+        background: tuple[int, int, int] | None = None,
     ) -> None:
         super().__init__()
         for name, value, least in (
@@ -87,8 +94,6 @@ class ImageFolderDataModule(LightningDataModule):
         ):
             if isinstance(value, int) and value < least:
                 raise BadValueError(f"--data.{name} {value}: expected a whole number of at least {least}.")
-        if value_range is not None and not -math.inf < value_range[0] < value_range[1] < math.inf:
-            raise BadValueError(f"--data.value_range {list(value_range)}: expected '[low,high]' with low below high.")
         if decoder != "exact" and interpolation not in ("auto", "bilinear", "bicubic"):
             raise BadValueError(
                 f"--data.interpolation {interpolation}: expected bilinear or bicubic with --data.decoder {decoder}.\n"
@@ -109,6 +114,10 @@ class ImageFolderDataModule(LightningDataModule):
         self.on_error = on_error
         self.strict = strict
         self.decoder = decoder
+        self.exif_rotate = exif_rotate
+        self.srgb = srgb
+        self.background = background
+        self.view = View(value_range, strict, exif_rotate, srgb, background)
         self.images: ImageTree | None = None
         self.batches: Sequence[int] | None = None  # those of this process; None: all
         self.readers = READERS
@@ -173,9 +182,8 @@ class ImageFolderDataModule(LightningDataModule):
         asked = {"exclude": self.selection.exclude, "suffixes": self.selection.more}
         return {name: value for name, value in asked.items() if value} | {
             "preprocessing": json.loads(json.dumps(preprocessing)),
-            "value_range": list(self.value_range) if self.value_range else None,
             "decoder": self.decoder,
-            "strict": self.strict,
+            **json.loads(json.dumps(self.view.identity())),
             "batch_size": self.batch_size,
             "revisions": {"preprocessing": preprocess.REVISION},
             "versions": {"pillow": PIL.__version__, "simplejpeg": version("simplejpeg")},
@@ -262,7 +270,7 @@ class ImageFolderDataModule(LightningDataModule):
         assert self.images is not None
         preprocessing = self.preprocessing(preset)
         root, names = self.images.root, self.images.names[:images]
-        found = (read_or_fault(root, name, self.value_range, self.strict).pixels for name in names)
+        found = (read_or_fault(root, name, self.view).pixels for name in names)
         taken: dict[Decoder, list[float]] = {"exact": [], "turbo": []}
         with on_one_core():
             for pixels in (pixels for pixels in found if pixels is not None):
@@ -278,15 +286,14 @@ class ImageFolderDataModule(LightningDataModule):
 
     def _read_as(self, preprocessing: Preprocessing) -> "_Images":
         assert self.images is not None
-        return _Images(self.images, preprocessing, self.value_range, self.strict, self.decoder)
+        return _Images(self.images, preprocessing, self.view, self.decoder)
 
 
 @dataclass
 class _Images(Dataset[Sample]):
     images: ImageTree
     preprocessing: Preprocessing
-    value_range: ValueRange | None
-    strict: bool
+    view: View
     decoder: Decoder
 
     def __len__(self) -> int:
@@ -302,7 +309,7 @@ class _Images(Dataset[Sample]):
     def read(self, place: int, name: str) -> Sample:
         """Return an image as the network takes it, or its fault."""
         tensor, begin = None, time.thread_time()
-        pixels, fault, kind, dark = read_or_fault(self.images.root, name, self.value_range, self.strict)
+        pixels, fault, kind, dark = read_or_fault(self.images.root, name, self.view)
         decoded = time.thread_time()
         if pixels is not None:
             try:

@@ -21,6 +21,8 @@ from PIL import Image
 
 from featx.data import jpeg, ycbcr
 from featx.data.depth import Pixels, ValueRange, is_dark, repeat_grey, require_range, to_8_bits
+from featx.data.rendering import ORIENTATION, render
+from featx.data.view import View
 from featx.errors import ImageError
 
 # The first bytes of a TIFF and a BigTIFF, little- and big-endian.
@@ -37,14 +39,12 @@ JPEG = (6, 7, 33007, 34892)  # compressions that give YCbCr as RGB
 TAGS = {256, 257, 258, 259, 262, 266, 273, 277, 278, 279, 284, 317, 320, 322, 323, 324, 325, 338, 339, 347, 530, 532}
 
 
-def read(file: BinaryIO, value_range: ValueRange | None, most_pixels: int) -> tuple[Pixels, bool]:
+def read(file: BinaryIO, view: View, most_pixels: int) -> tuple[Pixels, bool]:
     """Decode the first page of a TIFF to 8-bit RGB.
-
-    Orientation is not applied, and extra samples are dropped.
 
     Args:
         file: The file, open.
-        value_range: The values of images above 8 bits that become black and white.
+        view: How it is seen.
         most_pixels: A larger image is refused.
 
     Returns:
@@ -56,12 +56,17 @@ def read(file: BinaryIO, value_range: ValueRange | None, most_pixels: int) -> tu
         Exception: Whatever tifffile raises for a damaged one.
     """
     with _opened(file) as page:
-        _check(page, value_range)
+        _check(page, view.value_range)
         if max(page.imagewidth * page.imagelength, page.tilewidth * page.tilelength) > most_pixels:
             raise Image.DecompressionBombError(f"{page.imagewidth} x {page.imagelength} pixels")
         if page.photometric == 6 and page.samplesperpixel == 3 and page.compression not in JPEG:
-            return _ycbcr(page, file), False
-        return _rgb(page, _samples(page, file), value_range)
+            pixels = _ycbcr(page, file)
+            return pixels if view.is_plain else _render(page, view, Image.fromarray(pixels), None), False
+        return _rgb(page, _samples(page, file), view)
+
+
+def _render(page: tifffile.TiffPage, view: View, image: Image.Image, alpha: Pixels | None) -> Pixels:
+    return render(image, view, alpha, page.tags.valueof(34675), page.tags.valueof(ORIENTATION))
 
 
 @contextmanager
@@ -179,24 +184,40 @@ def _jpeg(page: tifffile.TiffPage, data: bytes, channels: int) -> Pixels | None:
     return jpeg.decode(jpeg.SOI + adobe + tables[2:] + data[2:], space)
 
 
-def _rgb(page: tifffile.TiffPage, samples: NDArray[Any], value_range: ValueRange | None) -> tuple[Pixels, bool]:
+def _rgb(page: tifffile.TiffPage, samples: NDArray[Any], view: View) -> tuple[Pixels, bool]:
     """Turn samples ``(H, W, C)`` of any depth into colours, ``(H, W, 3) uint8``."""
     colour, needed = COLOURS[page.photometric]
     white = 2**page.bitspersample - 1 if samples.dtype.kind in "bu" and page.bitspersample <= 16 else None
+    alpha = _alpha(page, samples, needed, white) if view.background is not None else None
     if colour == "palette":
-        return _palette(page)[samples[..., 0].astype(np.intp)], False
-    dark = colour == "grey" and is_dark(samples[..., 0], white, value_range)
-    values = to_8_bits(samples, white, value_range, colour=needed > 1)
+        pixels = _palette(page)[samples[..., 0].astype(np.intp)]
+        return pixels if view.is_plain else _render(page, view, Image.fromarray(pixels), alpha), False
+    dark = colour == "grey" and is_dark(samples[..., 0], white, view.value_range)
+    values = to_8_bits(samples, white, view.value_range, colour=needed > 1)
     if needed in (1, 3) and samples.shape[2] > needed and page.extrasamples[:1] == (1,):
         values = _unpremultiply(values, needed)
     values = values[..., : min(needed, samples.shape[2])]
-    if values.shape[2] == 1:
-        grey = values[..., 0]
-        return repeat_grey(255 - grey if page.photometric == 0 else grey), dark
-    if colour in ("CMYK", "Lab"):
-        mode = colour.upper()
-        return np.array(Image.frombytes(mode, values.shape[1::-1], values.tobytes(), "raw", mode).convert("RGB")), False
-    return np.ascontiguousarray(values), False
+    if page.photometric == 0:
+        values = 255 - values
+    if values.shape[2] == 1 and view.is_plain:
+        return repeat_grey(values[..., 0]), dark
+    if values.shape[2] in (1, 3) and colour != "Lab":
+        pixels = np.ascontiguousarray(values)
+        return pixels if view.is_plain else _render(
+            page, view, Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels), alpha
+        ), dark
+    mode = colour.upper()
+    image = Image.frombytes(mode, values.shape[1::-1], values.tobytes(), "raw", mode)
+    return _render(page, view, image, alpha), False
+
+
+def _alpha(page: tifffile.TiffPage, samples: NDArray[Any], colors: int, white: int | None) -> Pixels | None:
+    """Return the opacity of pixels, ``(H, W) uint8``, or None: extra samples may be anything, as near infrared."""
+    kinds = [int(kind) for kind in page.extrasamples]
+    channel = next((colors + i for i, kind in enumerate(kinds) if kind in (1, 2)), samples.shape[2])
+    if channel >= samples.shape[2]:
+        return None
+    return to_8_bits(samples[..., channel], white, None if white else (0, 1), colour=colors > 1)
 
 
 def _palette(page: tifffile.TiffPage) -> Pixels:

@@ -57,6 +57,19 @@ def read_jpeg2000(data: bytes) -> tuple[NDArray[Any], int] | None:
     return imagecodecs.jpeg2k_decode(data), (size & 127) + 1
 
 
+def jpeg2000_metadata(data: bytes) -> dict[str | tuple[int, int], bytes]:
+    """Return a JPEG 2000's ICC profile and EXIF, which Pillow does not read, by Pillow's names for them."""
+    found, at = (
+        dict[str | tuple[int, int], bytes](),
+        data.find(b"colr\2", 0, 1 << 16),
+    )  # ISO 15444-1 I.5.3.3: method, precedence, approximation, profile
+    if at >= 4:
+        found["icc_profile"] = data[at + 7 : at - 4 + int.from_bytes(data[at - 4 : at], "big")]
+    if exif := data.partition(b"JpgTiffExif->JP2")[2]:
+        found["exif"] = exif
+    return found
+
+
 def read_png(data: bytes) -> NDArray[np.uint16]:
     """Return the values of a 16-bit PNG, ``(H, W)`` or ``(H, W, C)``; of colours Pillow has only the upper 8 bits."""
     values: NDArray[np.uint16] = imagecodecs.png_decode(data)

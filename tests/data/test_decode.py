@@ -15,6 +15,7 @@ from PIL import Image, ImageFile
 
 from featx.data.batch import Fault
 from featx.data.decode import read_image, read_or_fault
+from featx.data.view import View
 from featx.errors import BadValueError, ImageError
 
 
@@ -27,7 +28,7 @@ def encode(image, format="JPEG", **options):
 def read(folder, data, name="image.jpg", **how):
     """What featx makes of a file with these bytes."""
     (folder / name).write_bytes(data)
-    return read_or_fault(str(folder), name, **how)[:2]
+    return read_or_fault(str(folder), name, View(**how))[:2]
 
 
 def by_pil(data):
@@ -123,14 +124,14 @@ def test_big_endian_16_bits_are_scaled(tmp_path):
 def test_value_range_scales_a_12_bit_camera(tmp_path):
     path = str(tmp_path / "camera.png")
     Image.fromarray(np.array([[0, 4095, 2048, 5000]], np.uint16)).save(path)
-    assert read_image(path, (0, 4095))[0, :, 0].tolist() == [0, 255, 128, 255]
+    assert read_image(path, View((0, 4095)))[0, :, 0].tolist() == [0, 255, 128, 255]
 
 
 @pytest.mark.parametrize(("brightest", "dark"), [(4095, True), (4096, False)])
 def test_16_bit_grey_that_is_nearly_black_is_noticed_unless_a_value_range_says_what_is_white(tmp_path, brightest, dark):
     Image.fromarray(np.array([[0, brightest]], np.uint16)).save(tmp_path / "camera.png")
     assert read_or_fault(str(tmp_path), "camera.png").dark is dark
-    assert not read_or_fault(str(tmp_path), "camera.png", (0, 65535)).dark
+    assert not read_or_fault(str(tmp_path), "camera.png", View((0, 65535))).dark
 
 
 def test_a_file_that_would_start_a_program_is_not_opened(tmp_path):
@@ -143,7 +144,7 @@ def test_a_file_that_would_start_a_program_is_not_opened(tmp_path):
 def test_value_range_leaves_8_bits_alone(tmp_path):
     path = str(tmp_path / "image.png")
     make_image(3, (30, 20)).save(path)
-    assert np.array_equal(read_image(path, (0, 4095)), read_image(path))
+    assert np.array_equal(read_image(path, View((0, 4095))), read_image(path))
 
 
 @pytest.mark.parametrize(("dtype", "kind"), [(np.float32, "float"), (np.int32, "integer")])
@@ -152,14 +153,14 @@ def test_32_bits_need_a_value_range(tmp_path, dtype, kind):
     Image.fromarray(np.array([[0, 1, 2, 4]], dtype)).save(path)
     with pytest.raises(BadValueError, match=f"32-bit {kind} values .*\n--data.value_range says"):
         read_image(path)
-    assert read_image(path, (0, 4))[0, :, 0].tolist() == [0, 64, 128, 255]
+    assert read_image(path, View((0, 4)))[0, :, 0].tolist() == [0, 64, 128, 255]
 
 
 def test_values_that_are_not_finite_are_an_error(tmp_path):
     path = str(tmp_path / "nan.tif")
     Image.fromarray(np.array([[0, np.nan]], np.float32)).save(path)
     with pytest.raises(ImageError, match="nan or infinite"):
-        read_image(path, (0, 1))
+        read_image(path, View((0, 1)))
 
 
 def test_where_pil_has_another_libjpeg_its_values_are_taken_and_damage_is_still_found(tmp_path, monkeypatch):
@@ -309,8 +310,9 @@ def test_faults_are_reported_in_words_without_the_machines_paths(tmp_path):
         "pipe.jpg": ("a pipe or a device, not a file", "ImageError: a pipe or a device, not a file"),
     }
     for name, (reason, exception) in words.items():
-        assert read_or_fault(str(tmp_path), name) == (None, Fault(name, reason, exception), "", False)
-        assert read_or_fault(str(tmp_path), name, strict=False) == (None, Fault(name, reason, exception), "", False)
+        expected = (None, Fault(name, reason, exception), "", False)
+        assert read_or_fault(str(tmp_path), name) == expected
+        assert read_or_fault(str(tmp_path), name, View(strict=False)) == expected
     fault = read_or_fault(str(tmp_path), "float.tif").fault
     assert "32-bit float values" in fault.reason and "--data.value_range" in fault.reason and "\n" not in fault.reason
 

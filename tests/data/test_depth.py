@@ -10,6 +10,7 @@ from PIL import Image
 
 from featx.data.decode import read_image, read_or_fault
 from featx.data.pillow import to_rgb
+from featx.data.view import View
 from featx.errors import BadValueError
 
 COLOUR = np.asarray(make_image(4, (30, 20))).astype(np.uint16)
@@ -19,7 +20,7 @@ BIG_ENDIAN = ">u2"
 
 def read(folder, data, value_range=None):
     (folder / "x.pgm").write_bytes(data)
-    return read_or_fault(str(folder), "x.pgm", value_range)
+    return read_or_fault(str(folder), "x.pgm", View(value_range))
 
 
 def pnm(values, maxval, plain=False):
@@ -101,15 +102,15 @@ def test_a_signed_jpeg_2000_needs_a_value_range(tmp_path):
 
 def test_a_picture_of_pillows_goes_by_its_mode():
     assert np.array_equal(to_rgb(Image.fromarray(GREY * 257))[..., 0], GREY)
-    assert np.array_equal(to_rgb(Image.fromarray(GREY * 16), (0, 4080))[..., 0], GREY)
+    assert np.array_equal(to_rgb(Image.fromarray(GREY * 16), View((0, 4080)))[..., 0], GREY)
     for dtype, words in ((np.int32, "32-bit integer"), (np.float32, "32-bit float")):
         with pytest.raises(BadValueError, match=words):
             to_rgb(Image.fromarray(GREY.astype(dtype)))
-        assert np.array_equal(to_rgb(Image.fromarray(GREY.astype(dtype)), (0, 255))[..., 0], GREY)
+        assert np.array_equal(to_rgb(Image.fromarray(GREY.astype(dtype)), View((0, 255)))[..., 0], GREY)
 
 
 def test_a_portable_float_map_needs_a_value_range(tmp_path):
     Image.fromarray(GREY.astype(np.float32) / 255).save(tmp_path / "x.pfm", "PPM")
     with pytest.raises(BadValueError, match="32-bit float values"):
         read_image(str(tmp_path / "x.pfm"))
-    assert np.array_equal(read_image(str(tmp_path / "x.pfm"), (0, 1))[..., 0], GREY)
+    assert np.array_equal(read_image(str(tmp_path / "x.pfm"), View((0, 1)))[..., 0], GREY)

@@ -7,6 +7,7 @@ from conftest import make_image
 from PIL import Image
 
 from featx.data.decode import read_or_fault
+from featx.data.view import View
 
 
 def encode(*images, **how):
@@ -17,7 +18,7 @@ def encode(*images, **how):
 
 def read(folder, data, strict=True):
     (folder / "x.gif").write_bytes(data)
-    return read_or_fault(str(folder), "x.gif", strict=strict)
+    return read_or_fault(str(folder), "x.gif", View(strict=strict))
 
 
 def pictures(data):

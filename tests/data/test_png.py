@@ -12,6 +12,7 @@ from PIL import Image
 
 from featx.data import png
 from featx.data.decode import read_image, read_or_fault
+from featx.data.view import View
 
 SIZE = (29, 21)
 
@@ -53,7 +54,7 @@ KINDS = [(1, 0), (2, 0), (4, 0), (8, 0), (16, 0), (8, 2), (16, 2), (1, 3), (2, 3
 
 def read(folder, data, value_range=None):
     (folder / "x.png").write_bytes(data)
-    return read_or_fault(str(folder), "x.png", value_range)
+    return read_or_fault(str(folder), "x.png", View(value_range))
 
 
 @pytest.mark.parametrize(("bits", "colour_type"), KINDS)

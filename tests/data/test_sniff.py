@@ -7,6 +7,7 @@ from conftest import make_image
 from PIL import features
 
 from featx.data.decode import read_or_fault
+from featx.data.view import View
 
 GREY = np.asarray(make_image(3, (30, 20), "L")).astype(np.uint16)
 PAGE = b"<!DOCTYPE html>\n<html><head><title>404</title></head><body><svg></svg>"
@@ -51,7 +52,7 @@ def test_what_could_not_be_read_says_what_it_is(tmp_path, name):
     (tmp_path / name).write_bytes(data)
     decoded = read_or_fault(str(tmp_path), name)
     assert decoded.pixels is None and decoded.fault.reason == reason
-    assert read_or_fault(str(tmp_path), name, strict=False)[:2] == decoded[:2]
+    assert read_or_fault(str(tmp_path), name, View(strict=False))[:2] == decoded[:2]
 
 
 def test_what_this_installation_lacks_is_named(tmp_path, monkeypatch):

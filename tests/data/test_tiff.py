@@ -14,6 +14,7 @@ from PIL import Image, ImageCms
 from featx.data import tiff
 from featx.data.decode import read_image, read_or_fault
 from featx.data.pillow import MOST_PIXELS
+from featx.data.view import View
 from featx.errors import BadValueError, ImageError
 
 SIZE = (70, 50)
@@ -50,7 +51,7 @@ def build(strips, **tags):
 
 
 def ours(data, value_range=None):
-    return tiff.read(io.BytesIO(data), value_range, MOST_PIXELS)[0]
+    return tiff.read(io.BytesIO(data), View(value_range), MOST_PIXELS)[0]
 
 
 def by_pil(data):
@@ -189,7 +190,7 @@ def test_packed_bits_have_their_own_white(bits):
 
 
 def read_dark(data):
-    return tiff.read(io.BytesIO(data), None, MOST_PIXELS)[1]
+    return tiff.read(io.BytesIO(data), View(), MOST_PIXELS)[1]
 
 
 def test_a_12_bit_camera_in_16_bits_is_noticed():
@@ -219,7 +220,7 @@ def test_signed_wide_and_float_values_need_a_value_range(tmp_path, dtype, low, h
         with pytest.raises(BadValueError, match=rf"{words} \({what}\).*\n--data.value_range says"):
             read_image(str(path))
         expected = np.arange(256).reshape(16, 16)
-        found = read_image(str(path), (low, high))[..., 1].astype(int)
+        found = read_image(str(path), View((low, high)))[..., 1].astype(int)
         assert np.abs(found - (255 - expected if photometric == "miniswhite" else expected)).max() <= 1
 
 

@@ -9,6 +9,7 @@ import os
 import re
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from importlib.resources import files
 from itertools import chain, compress
@@ -25,7 +26,7 @@ from featx import results
 from featx.commands.options import PlainParser
 from featx.commands.show.points import NEAREST, Floats, choose, find_twins, flatten, nearest, usual_distance
 from featx.data.decode import read_or_fault
-from featx.data.depth import ValueRange
+from featx.data.view import View
 from featx.errors import BadValueError, MissingPathError, UserError, count, log, size_in_words
 from featx.results import Finished, find
 from featx.writer import disk
@@ -131,8 +132,8 @@ def make_page(file: Finished, folder: str, kind: str, script: str) -> bytes:
     wanted = {*page["alone"], *chain.from_iterable(page["twins"])}
     title = f"{file.record['layer']}{'/' + file.path.stem if file.is_shard else ''}: {count(len(names), 'image')}"
     room = (PAGE_BYTES - len(_html(title, page, script))) * 72 // 100  # base64 takes the rest
-    value_range = file.record["identity"]["value_range"]
-    page["thumbnails"], more = _thumbnails(folder, names, value_range, wanted, parts, room)
+    view = replace(View.of(file.record["identity"]), strict=False)
+    page["thumbnails"], more = _thumbnails(folder, names, view, wanted, parts, room)
     notes += more
     for line in notes:
         log.info("%s", line)
@@ -162,12 +163,12 @@ def _some_rows(file: Finished) -> tuple[list[str], Floats]:
 
 
 def _thumbnails(
-    folder: str, names: Sequence[str], value_range: ValueRange | None, wanted: set[int], parts: Floats, room: int
+    folder: str, names: Sequence[str], view: View, wanted: set[int], parts: Floats, room: int
 ) -> tuple[dict[int, str], list[str]]:
     """Return thumbnails in base64 by row, of all images or of those chosen, and notes about them."""
 
     def make(side: int, index: int) -> bytes:
-        pixels, *_ = read_or_fault(folder, names[index], value_range, strict=False)
+        pixels, *_ = read_or_fault(folder, names[index], view)
         if pixels is None:
             return b""
         image, data = Image.fromarray(pixels), io.BytesIO()
