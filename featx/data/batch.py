@@ -64,7 +64,7 @@ class Sample(NamedTuple):
         fault: What is wrong with it, or None.
         seconds: What a core took to decode it, and to resize it.
         kind: Of the file that was decoded.
-        dark: Whether it is 16-bit grey that is nearly black for want of a ``value_range``.
+        remarks: What is remarkable about it, as ``REMARKS`` has it.
     """
 
     place: int
@@ -73,7 +73,7 @@ class Sample(NamedTuple):
     fault: Fault | None
     seconds: Seconds = (0.0, 0.0)
     kind: str = ""
-    dark: bool = False
+    remarks: tuple[str, ...] = ()
 
 
 class Remark(TypedDict):
@@ -85,8 +85,9 @@ class Remark(TypedDict):
 
 Remarks = dict[str, Remark]  # by kind
 REMARKS = {
-    "one_colour": "of one single colour",
-    "dark": "of 16-bit grey, nearly black without --data.value_range",
+    "one_colour": "{} of one single colour",
+    "dark": "{} of 16-bit grey, nearly black without --data.value_range",
+    "nodata": "nodata in {}",
 }
 
 
@@ -128,4 +129,5 @@ def report(remarks: Remarks) -> None:
     """Warn of each kind of remark, in a line."""
     for kind, one in remarks.items():
         more = ", …" if one["images"] > 1 else ""
-        log.warning("%s %s (%s%s)", count(one["images"], "image"), REMARKS.get(kind, kind), one["first"], more)
+        found = REMARKS.get(kind, f"{{}} {kind}").format(count(one["images"], "image"))
+        log.warning("%s (%s%s)", found, one["first"], more)

@@ -5,15 +5,15 @@ import os
 import stat
 from contextlib import suppress
 from dataclasses import replace
-from typing import Any, BinaryIO, NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError, features
 
-from featx.data import gif, heif, jpeg, png, rendering, sniff, tiff, unscaled
+from featx.data import arrays, gif, heif, jpeg, png, rendering, sniff, tiff, unscaled
 from featx.data.batch import Fault
-from featx.data.depth import Pixels, is_dark, repeat_grey, require_range, to_8_bits
-from featx.data.pillow import FORMATS, MOST_PIXELS, STRICT_PIL, convert, metadata
+from featx.data.depth import Pixels, to_8_bits
+from featx.data.pillow import FORMATS, MOST_PIXELS, STRICT_PIL, convert, from_values, metadata, turn_to_page
 from featx.data.view import PLAIN, View
 from featx.errors import BadValueError, ImageError
 
@@ -39,13 +39,13 @@ class Decoded(NamedTuple):
         pixels: The image, ``(H, W, 3) uint8``, or None.
         fault: What is wrong with it, or None.
         kind: Pillow's name of the kind of file, of which there is an image.
-        dark: Whether it is 16-bit grey, read without a ``value_range``, of which no value is above 4095.
+        remarks: What is remarkable about it, as ``batch.REMARKS`` has it.
     """
 
     pixels: Pixels | None
     fault: Fault | None
     kind: str
-    dark: bool = False
+    remarks: tuple[str, ...] = ()
 
 
 def read_or_fault(root: str, name: str, view: View = PLAIN) -> Decoded:
@@ -112,6 +112,13 @@ def decode(file: BinaryIO, name: str, view: View = PLAIN) -> Decoded:
         view: How it is seen.
     """
     try:
+        if name.lower().endswith(arrays.SUFFIX) and file.read(len(arrays.MAGIC)) == arrays.MAGIC:
+            turn_to_page(None, view.page)
+            file.seek(0)
+            values = arrays.read(file, MOST_PIXELS)
+            bits = 1 if values.dtype == bool else 8 * values.dtype.itemsize
+            return _decoded("numpy array", from_values(values, bits, view, "numpy array"))
+        file.seek(0)
         return _decode(file, view)
     except UnidentifiedImageError:
         file.seek(0)
@@ -119,7 +126,8 @@ def decode(file: BinaryIO, name: str, view: View = PLAIN) -> Decoded:
         if what.startswith("HEIC") and name.lower().endswith(heif.SUFFIXES):
             file.seek(0)
             with STRICT_PIL, heif.open_image(file, MOST_PIXELS) as image:
-                return _by_pillow(image, view, "HEIF")
+                turn_to_page(image, view.page)
+                return _decoded("HEIF", convert(image, view))
         if what:
             raise ImageError(what) from None
         raise
@@ -129,8 +137,7 @@ def _decode(file: BinaryIO, view: View) -> Decoded:
     head = file.read(len(png.MAGIC))
     file.seek(0)
     if head.startswith(tiff.MAGIC):
-        pixels, dark = tiff.read(file, view, MOST_PIXELS)
-        return Decoded(pixels, None, "TIFF", dark)
+        return _decoded("TIFF", tiff.read(file, view, MOST_PIXELS))
     with STRICT_PIL:
         if view.strict and head.startswith(png.MAGIC):
             return _decode_png(file.read(), view)
@@ -140,19 +147,21 @@ def _decode(file: BinaryIO, view: View) -> Decoded:
             gif.check(file.read())
         with Image.open(file, formats=FORMATS) as image:
             kind = str(image.format).replace("MPO", "JPEG")  # several JPEGs, of which the first is taken
+            turn_to_page(image, view.page)
             unscaled_values = None
             if kind in ("PPM", "JPEG2000"):
                 file.seek(0)
                 unscaled_values = _decode_unscaled(file.read(), image, kind, view)
-            return unscaled_values or _by_pillow(image, view, kind)
+            return unscaled_values or _decoded(kind, convert(image, view))
 
 
-def _by_pillow(image: Image.Image, view: View, kind: str, alpha: Pixels | None = None) -> Decoded:
-    pixels, dark = convert(image, view, alpha)
-    return Decoded(pixels, None, kind, dark)
+def _decoded(kind: str, found: tuple[Pixels, tuple[str, ...]]) -> Decoded:
+    pixels, remarks = found
+    return Decoded(pixels, None, kind, remarks)
 
 
 def _decode_png(data: bytes, view: View) -> Decoded:
+    turn_to_page(None, view.page)
     parsed = png.parse(data, [b"iCCP"] * view.srgb + [b"eXIf"] * view.exif_rotate)
     with Image.open(io.BytesIO(parsed.data), formats=("PNG",)) as image:
         image.info["icc_profile"], image.info["exif"] = png.profile(parsed), parsed.extra.get(b"eXIf")
@@ -160,21 +169,23 @@ def _decode_png(data: bytes, view: View) -> Decoded:
         if parsed.bits == 16 and parsed.colour_type and needs_all_bits:  # of which Pillow has only the upper 8 bits
             values = unscaled.read_png(parsed.data)
             alpha = png.alpha(parsed, values)
-            return _from_values(values, parsed.bits, view, "PNG", image, alpha)
+            return _decoded("PNG", from_values(values, parsed.bits, view, "PNG", image, alpha))
         image.load()
         # Pillow leaves rows black that the data do not reach.
         is_black = not image.crop((0, image.height - 1, *image.size)).tobytes().strip(b"\0")
         if (is_black or parsed.interlaced) and not png.has_all_pixels(parsed):
             raise ValueError("truncated: the data end before the last pixel")
-        return _by_pillow(image, view, "PNG", png.alpha(parsed, np.asarray(image)) if view.background else None)
+        alpha = png.alpha(parsed, np.asarray(image)) if view.background is not None else None
+        return _decoded("PNG", convert(image, view, alpha))
 
 
 def _decode_jpeg(data: bytes, view: View) -> Decoded:
+    turn_to_page(None, view.page)
     with Image.open(file := io.BytesIO(data), formats=("JPEG",)) as image:
         cmyk = image.mode == "CMYK"
         pixels = jpeg.decode(data, "CMYK" if cmyk else "RGB", file.tell())  # there Pillow has stopped
         if pixels is None or not PIL_HAS_TURBO:
-            return _by_pillow(image, view, "JPEG")
+            return _decoded("JPEG", convert(image, view))
         if cmyk:  # whose conversion to RGB is not Pillow's
             inks = Image.frombytes("CMYK", image.size, pixels.tobytes(), "raw", "CMYK;I")
             return Decoded(rendering.render(inks, view, None, *metadata(image, view)), None, "JPEG")
@@ -190,7 +201,8 @@ def _decode_unscaled(data: bytes, image: Image.Image, kind: str, view: View) -> 
         found = unscaled.read_pnm(data)
         if found is None or (found[0].ndim == 3 and view.value_range is None):  # there Pillow scales rightly
             return None
-        return _from_values(found[0], found[1].bit_length(), view, "PPM16", image, white=found[1])
+        values, white = found
+        return _decoded("PPM16", from_values(values, white.bit_length(), view, "PPM16", image, white=white))
     image.info.update(unscaled.jpeg2000_metadata(data))
     read = unscaled.read_jpeg2000(data)
     if read is None:
@@ -198,30 +210,7 @@ def _decode_unscaled(data: bytes, image: Image.Image, kind: str, view: View) -> 
     values, bits = read
     has_alpha = values.ndim == 3 and values.shape[2] in (2, 4) and view.background is not None
     alpha = to_8_bits(values[..., -1], 2**bits - 1, None) if has_alpha else None
-    return _from_values(values, bits, view, kind, image, alpha)
-
-
-def _from_values(
-    values: Any,
-    bits: int,
-    view: View,
-    kind: str,
-    image: Image.Image,
-    alpha: Pixels | None = None,
-    white: int | None = None,
-) -> Decoded:
-    """Turn the values that are in a file, ``(H, W)`` or ``(H, W, C)``, into 8-bit RGB; ``image`` is Pillow's of it."""
-    require_range(view.value_range, values.dtype, bits, kind)
-    white = white or (2**bits - 1 if values.dtype.kind == "u" else None)
-    if values.ndim == 3 and values.shape[2] < 3:  # grey and alpha
-        values = values[..., 0]
-    if values.ndim == 3:
-        pixels, dark = to_8_bits(values[..., :3], white, view.value_range, colour=True), False
-    else:
-        pixels, dark = to_8_bits(values, white, view.value_range), is_dark(values, white, view.value_range)
-    if not view.is_plain:
-        pixels = rendering.render(Image.fromarray(pixels), view, alpha, *metadata(image, view))
-    return Decoded(pixels if pixels.ndim == 3 else repeat_grey(pixels), None, kind, dark)
+    return _decoded(kind, from_values(values, bits, view, kind, image, alpha))
 
 
 def describe(err: Exception, path: str, name: str) -> Fault:

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from featx.errors import BadValueError, ImageError
+from featx.errors import BadValueError, ImageError, count
 
-ValueRange = tuple[float, float]
+ValueRange = tuple[float, float] | list[tuple[float, float]]  # of all values, or of each band
 Pixels = NDArray[np.uint8]
 
 SIXTEEN_BITS = 65535
@@ -48,7 +48,8 @@ def to_8_bits(values: NDArray[Any], white: int | None, value_range: ValueRange |
         colour: Whether values above 8 bits are colour, of which the upper 8 bits are taken without a ``value_range``.
 
     Raises:
-        ImageError: Values that are not finite.
+        BadValueError: More or fewer ranges than bands.
+        ImageError: Values that are infinite.
     """
     if white == 255:
         return values.astype(np.uint8, copy=False)
@@ -56,13 +57,20 @@ def to_8_bits(values: NDArray[Any], white: int | None, value_range: ValueRange |
         return ((values.astype(np.uint16) * 255 + white // 2) // white).astype(np.uint8)
     if white is not None and value_range is None and colour:
         return (values >> (white.bit_length() - 8)).astype(np.uint8)
+    if isinstance(value_range, list):
+        bands = values.reshape(*values.shape[:2], -1)
+        if len(value_range) != bands.shape[2]:
+            found, given = count(bands.shape[2], "band"), count(len(value_range), "range")
+            raise BadValueError(f"{found}: --data.value_range has {given}, expected one per band")
+        scaled = [to_8_bits(bands[..., i], white, one) for i, one in enumerate(value_range)]
+        return np.stack(scaled, axis=-1).reshape(values.shape)
     assert white is not None or value_range is not None
     low, high = value_range or (0, float(white or 0))
     if values.dtype == np.uint16:  # each value once
         table = _scale(np.arange(SIXTEEN_BITS + 1), low, high)
         return np.take(table, values)
     if not np.isfinite(values).all():
-        raise ImageError("holds values that are nan or infinite")
+        raise ImageError("holds values that are infinite")
     return _scale(values, low, high)
 
 

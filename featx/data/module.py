@@ -59,6 +59,8 @@ class ImageFolderDataModule(LightningDataModule):
         exif_rotate: Rotate images as their Orientation says, in EXIF or in a TIFF's tags.
         srgb: Convert colors from embedded ICC profiles to sRGB.
         background: Color behind transparent pixels, as '[255,255,255]'; null: transparency is ignored.
+        bands: Channels to see as red, green and blue, or one as grey, from 1, as '[4,3,2]'; null: grey and RGB.
+        page: Page of files with several, from 1; null: the first that is not a thumbnail.
 
     Raises:
         UserError: From ``setup``: no folder, no image, or all images need an option, such as ``value_range``.
@@ -84,6 +86,8 @@ class ImageFolderDataModule(LightningDataModule):
         exif_rotate: bool = False,
         srgb: bool = False,
         background: tuple[int, int, int] | None = None,
+        bands: list[int] | None = None,
+        page: int | None = None,
     ) -> None:
         super().__init__()
         for name, value, least in (
@@ -117,7 +121,9 @@ class ImageFolderDataModule(LightningDataModule):
         self.exif_rotate = exif_rotate
         self.srgb = srgb
         self.background = background
-        self.view = View(value_range, strict, exif_rotate, srgb, background)
+        self.bands = bands
+        self.page = page
+        self.view = View(value_range, strict, exif_rotate, srgb, background, bands, page)
         self.images: ImageTree | None = None
         self.batches: Sequence[int] | None = None  # those of this process; None: all
         self.readers = READERS
@@ -309,14 +315,14 @@ class _Images(Dataset[Sample]):
     def read(self, place: int, name: str) -> Sample:
         """Return an image as the network takes it, or its fault."""
         tensor, begin = None, time.thread_time()
-        pixels, fault, kind, dark = read_or_fault(self.images.root, name, self.view)
+        pixels, fault, kind, remarks = read_or_fault(self.images.root, name, self.view)
         decoded = time.thread_time()
         if pixels is not None:
             try:
                 tensor = self.preprocessing.to_tensor(pixels, self.decoder)
             except (ImageError, BadValueError, MemoryError) as err:  # raised in a worker, it would arrive wrapped
                 fault = describe(err, os.path.join(self.images.root, name), name)
-        return Sample(place, name, tensor, fault, (decoded - begin, time.thread_time() - decoded), kind, dark)
+        return Sample(place, name, tensor, fault, (decoded - begin, time.thread_time() - decoded), kind, remarks)
 
 
 def _first_read(samples: Iterable[Sample]) -> Sample | None:
@@ -368,8 +374,8 @@ class Collate:
 
 def _remarkable(sample: Sample) -> Iterator[str]:
     """Yield the kinds of remarks on an image that has a row."""
-    if sample.image is not None and sample.dark:
-        yield "dark"
+    if sample.image is not None:
+        yield from sample.remarks
     if sample.image is not None and Preprocessing.is_one_colour(sample.image):
         yield "one_colour"
 

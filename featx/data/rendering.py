@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageCms
 
+from featx.data.bands import choose
 from featx.data.depth import Pixels
 from featx.data.view import View
 from featx.errors import ImageError
@@ -32,6 +33,9 @@ def render(
     Raises:
         ImageError: The profile cannot be used.
     """
+    if view.bands is not None:
+        stored = image if image.mode in ("L", "LA", "RGB", "RGBA") else image.convert("RGB")
+        image = Image.fromarray(choose(np.asarray(stored), view.bands, "image"))
     pixels: Pixels = np.array(_to_srgb(image, profile) if view.srgb and profile else image.convert("RGB"))
     if view.background is not None and alpha is not None:
         opacity = alpha[..., None].astype(np.uint16)

@@ -10,7 +10,8 @@ import math
 import struct
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import replace
 from typing import Any, BinaryIO
 
 import imagecodecs
@@ -20,10 +21,12 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from featx.data import jpeg, ycbcr
-from featx.data.depth import Pixels, ValueRange, is_dark, repeat_grey, require_range, to_8_bits
+from featx.data.bands import check as check_bands
+from featx.data.bands import to_pixels
+from featx.data.depth import Pixels, repeat_grey, require_range, to_8_bits
 from featx.data.rendering import ORIENTATION, render
 from featx.data.view import View
-from featx.errors import ImageError
+from featx.errors import BadValueError, ImageError, count
 
 # The first bytes of a TIFF and a BigTIFF, little- and big-endian.
 MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
@@ -39,8 +42,8 @@ JPEG = (6, 7, 33007, 34892)  # compressions that give YCbCr as RGB
 TAGS = {256, 257, 258, 259, 262, 266, 273, 277, 278, 279, 284, 317, 320, 322, 323, 324, 325, 338, 339, 347, 530, 532}
 
 
-def read(file: BinaryIO, view: View, most_pixels: int) -> tuple[Pixels, bool]:
-    """Decode the first page of a TIFF to 8-bit RGB.
+def read(file: BinaryIO, view: View, most_pixels: int) -> tuple[Pixels, tuple[str, ...]]:
+    """Decode a page of a TIFF to 8-bit RGB.
 
     Args:
         file: The file, open.
@@ -48,21 +51,23 @@ def read(file: BinaryIO, view: View, most_pixels: int) -> tuple[Pixels, bool]:
         most_pixels: A larger image is refused.
 
     Returns:
-        ``(H, W, 3) uint8``, and whether it is nearly black, as a 12-bit camera's 16-bit file is.
+        ``(H, W, 3) uint8``, and what is remarkable about it.
 
     Raises:
-        BadValueError: The values need a ``value_range``.
+        BadValueError: It needs another option.
         ImageError: It is whole, and of a kind that is not read.
         Exception: Whatever tifffile raises for a damaged one.
     """
-    with _opened(file) as page:
-        _check(page, view.value_range)
+    with _opened(file, view.page) as page:
+        _check(page, view)
         if max(page.imagewidth * page.imagelength, page.tilewidth * page.tilelength) > most_pixels:
             raise Image.DecompressionBombError(f"{page.imagewidth} x {page.imagelength} pixels")
         if page.photometric == 6 and page.samplesperpixel == 3 and page.compression not in JPEG:
             pixels = _ycbcr(page, file)
-            return pixels if view.is_plain else _render(page, view, Image.fromarray(pixels), None), False
-        return _rgb(page, _samples(page, file), view)
+            return pixels if view.is_plain else _render(page, view, Image.fromarray(pixels), None), ()
+        samples, is_sparse = _samples(page, file)
+        pixels, remarks = _rgb(page, samples, view)
+        return pixels, (*remarks, *["nodata"] * (is_sparse and "nodata" not in remarks))
 
 
 def _render(page: tifffile.TiffPage, view: View, image: Image.Image, alpha: Pixels | None) -> Pixels:
@@ -70,8 +75,8 @@ def _render(page: tifffile.TiffPage, view: View, image: Image.Image, alpha: Pixe
 
 
 @contextmanager
-def _opened(file: BinaryIO) -> Iterator[tifffile.TiffPage]:
-    """Open a TIFF's first page; what tifffile remarks in this thread is not logged."""
+def _opened(file: BinaryIO, number: int | None) -> Iterator[tifffile.TiffPage]:
+    """Open a page of a TIFF; what tifffile remarks in this thread is not logged."""
     thread, log = threading.get_ident(), logging.getLogger("tifffile")
 
     def is_of_others(record: logging.LogRecord) -> bool:
@@ -83,8 +88,9 @@ def _opened(file: BinaryIO) -> Iterator[tifffile.TiffPage]:
         with tifffile.TiffFile(file, _multifile=False) as tiff:
             if not tiff.pages:
                 raise tifffile.TiffFileError("truncated: its directory is not in the file")
-            _require_tags(tiff.pages.first, file)
-            yield tiff.pages.first
+            page = _find(tiff.pages, number)
+            _require_tags(page, file)
+            yield page
     finally:
         log.removeFilter(is_of_others)
 
@@ -100,8 +106,21 @@ def _require_tags(page: tifffile.TiffPage, file: BinaryIO) -> None:
             raise tifffile.TiffFileError(f"tag {code} cannot be read")
 
 
-def _check(page: tifffile.TiffPage, value_range: ValueRange | None) -> None:
-    """Raise ImageError for a page of a kind that is not read, BadValueError for one that needs a ``value_range``."""
+def _find(pages: tifffile.TiffPages, number: int | None) -> tifffile.TiffPage:
+    """Return a page by its number, from 1, or the first that is not a thumbnail of another."""
+    if number is not None and number > len(pages):
+        raise BadValueError(f"{count(len(pages), 'page')}: --data.page {number} is not in it")
+    page: Any = pages.first
+    if number is not None:
+        page = pages.get(number - 1)
+    elif page.is_reduced:
+        others: Any = map(pages.get, range(len(pages)))  # not as frames, which lack tags
+        page = next((other for other in others if not other.is_reduced), page)
+    return page  # type: ignore[no-any-return]
+
+
+def _check(page: tifffile.TiffPage, view: View) -> None:
+    """Raise ImageError for a page of a kind that is not read, BadValueError for one that needs another option."""
     bits, channels = page.bitspersample, page.samplesperpixel
     if page.photometric not in COLOURS:
         raise ImageError(f"a TIFF of {OTHERS.get(int(page.photometric), f'photometric {page.photometric:d}')}")
@@ -115,8 +134,8 @@ def _check(page: tifffile.TiffPage, value_range: ValueRange | None) -> None:
         raise ImageError(f"a volume of {page.imagedepth} slices in one TIFF page")
     if channels < needed:
         raise ImageError(f"a {colour} TIFF of {channels} channels: it needs {needed}")
-    if needed == 1 and channels > 2:
-        raise ImageError(f"a TIFF of {channels} {bits}-bit {kind}channels, none of which it says is red, green or blue")
+    if colour in ("grey", "RGB"):
+        check_bands(channels, view.bands, f"{colour} TIFF", (1, 2) if needed == 1 else tuple(range(3, channels + 1)))
     only_8_bits = colour in ("palette", "Lab") or (colour == "YCbCr" and page.compression not in JPEG)
     if only_8_bits and (page.dtype.kind not in "bu" or bits > 8):
         raise ImageError(f"a {bits}-bit {kind}{colour} TIFF")
@@ -127,11 +146,11 @@ def _check(page: tifffile.TiffPage, value_range: ValueRange | None) -> None:
     except KeyError as err:
         name = getattr(page.compression, "name", page.compression)
         raise ImageError(f"a TIFF with compression {name}, which this installation cannot decode") from err
-    require_range(value_range, page.dtype, bits, f"{kind}{colour} TIFF")
+    require_range(view.value_range, page.dtype, bits, f"{kind}{colour} TIFF")
 
 
 def _segments(page: tifffile.TiffPage, file: BinaryIO) -> Iterator[tuple[int, bytes]]:
-    """Yield the number and the data of each strip or tile; a sparse file leaves some out."""
+    """Yield the number and the data of each strip or tile; a sparse file has none for some."""
     count = page.shaped[0]  # planes
     if page.is_tiled:
         count *= math.ceil(page.imagelength / page.tilelength) * math.ceil(page.imagewidth / page.tilewidth)
@@ -142,6 +161,7 @@ def _segments(page: tifffile.TiffPage, file: BinaryIO) -> Iterator[tuple[int, by
     end = file.seek(0, 2)
     for index, offset, size in zip(range(count), page.dataoffsets, page.databytecounts, strict=False):
         if offset == 0 and size == 0:
+            yield index, b""
             continue
         if offset + size > end:
             raise tifffile.TiffFileError(f"truncated: strip or tile {index} ends after the file")
@@ -151,16 +171,34 @@ def _segments(page: tifffile.TiffPage, file: BinaryIO) -> Iterator[tuple[int, by
         yield index, file.read(size)
 
 
-def _samples(page: tifffile.TiffPage, file: BinaryIO) -> NDArray[Any]:
-    """Decode all samples, ``(H, W, C)``."""
+def _nodata(page: tifffile.TiffPage) -> float | None:
+    """Return the value that GDAL's tag says is no data, if values of the page's type can have it."""
+    assert page.dtype is not None
+    with suppress(ValueError, OverflowError):
+        value = float(str(page.tags.valueof(42113)).strip(" \0").replace(",", "."))
+        if page.dtype.kind == "f":
+            return value
+        limits = np.iinfo(page.dtype if page.dtype.kind in "iu" else np.uint8)
+        if value == int(value) and limits.min <= value <= limits.max:
+            return int(value)
+    return None
+
+
+def _samples(page: tifffile.TiffPage, file: BinaryIO) -> tuple[NDArray[Any], bool]:
+    """Decode all samples, ``(H, W, C)``, and say whether the file is sparse."""
+    assert page.dtype is not None
     planes, _, height, width, channels = page.shaped
     samples = np.zeros((planes, height, width, channels), page.dtype)  # which takes memory only as it is filled
-    if page.nodata:
-        samples[:] = page.nodata
+    empty, is_sparse = _nodata(page), False
+    if empty is None:
+        empty = np.nan if page.dtype.kind == "f" else np.iinfo(page.dtype).min if page.dtype.kind == "i" else 0
     tables, header = page.jpegtables, page.jpegheader
     for index, data in _segments(page, file):
         _, (plane, _, top, left, _), (_, rows, columns, _) = page.decode(None, index)
         rows, columns = min(rows, height - top), min(columns, width - left)  # the rest of a tile is padding
+        if not data:
+            samples[plane, top : top + rows, left : left + columns], is_sparse = empty, True
+            continue
         part = _jpeg(page, data, channels)
         if part is None:
             decoded, *_ = page.decode(data, index, jpegtables=tables, jpegheader=header)
@@ -169,7 +207,7 @@ def _samples(page: tifffile.TiffPage, file: BinaryIO) -> NDArray[Any]:
         if part.shape[0] < rows or part.shape[1] < columns:
             raise tifffile.TiffFileError(f"strip or tile {index} holds {part.shape[1]} x {part.shape[0]} pixels")
         samples[plane, top : top + rows, left : left + columns] = part[:rows, :columns]
-    return np.moveaxis(samples[..., 0], 0, -1) if planes > 1 else samples[0]
+    return np.moveaxis(samples[..., 0], 0, -1) if planes > 1 else samples[0], is_sparse
 
 
 def _jpeg(page: tifffile.TiffPage, data: bytes, channels: int) -> Pixels | None:
@@ -184,31 +222,34 @@ def _jpeg(page: tifffile.TiffPage, data: bytes, channels: int) -> Pixels | None:
     return jpeg.decode(jpeg.SOI + adobe + tables[2:] + data[2:], space)
 
 
-def _rgb(page: tifffile.TiffPage, samples: NDArray[Any], view: View) -> tuple[Pixels, bool]:
+def _rgb(page: tifffile.TiffPage, samples: NDArray[Any], view: View) -> tuple[Pixels, tuple[str, ...]]:
     """Turn samples ``(H, W, C)`` of any depth into colours, ``(H, W, 3) uint8``."""
     colour, needed = COLOURS[page.photometric]
     white = 2**page.bitspersample - 1 if samples.dtype.kind in "bu" and page.bitspersample <= 16 else None
-    alpha = _alpha(page, samples, needed, white) if view.background is not None else None
+    premultiplied = needed in (1, 3) and page.extrasamples[:1] == (1,) and view.bands is None
+    alpha = _alpha(page, samples, needed, white) if premultiplied or view.background is not None else None
     if colour == "palette":
         pixels = _palette(page)[samples[..., 0].astype(np.intp)]
-        return pixels if view.is_plain else _render(page, view, Image.fromarray(pixels), alpha), False
-    dark = colour == "grey" and is_dark(samples[..., 0], white, view.value_range)
-    values = to_8_bits(samples, white, view.value_range, colour=needed > 1)
-    if needed in (1, 3) and samples.shape[2] > needed and page.extrasamples[:1] == (1,):
-        values = _unpremultiply(values, needed)
-    values = values[..., : min(needed, samples.shape[2])]
+        return pixels if view.is_plain else _render(page, view, Image.fromarray(pixels), alpha), ()
+    if view.bands is None:
+        samples = samples[..., :needed]
+    if colour not in ("grey", "RGB"):
+        values, mode = to_8_bits(samples[..., :needed], white, view.value_range, colour=True), colour.upper()
+        if needed == 3 and colour != "Lab":  # YCbCr of JPEG, which has been converted
+            mode = "RGB"
+        return _render(page, view, _image(values, mode), alpha), ()
+    pixels, remarks = to_pixels(samples, page.bitspersample, view, f"{colour} TIFF", nodata=_nodata(page))
+    if premultiplied and alpha is not None:
+        pixels = _unpremultiply(pixels, alpha if pixels.ndim == 2 else alpha[..., None])
     if page.photometric == 0:
-        values = 255 - values
-    if values.shape[2] == 1 and view.is_plain:
-        return repeat_grey(values[..., 0]), dark
-    if values.shape[2] in (1, 3) and colour != "Lab":
-        pixels = np.ascontiguousarray(values)
-        return pixels if view.is_plain else _render(
-            page, view, Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels), alpha
-        ), dark
-    mode = colour.upper()
-    image = Image.frombytes(mode, values.shape[1::-1], values.tobytes(), "raw", mode)
-    return _render(page, view, image, alpha), False
+        pixels = 255 - pixels
+    if not view.is_plain:
+        return _render(page, replace(view, bands=None), Image.fromarray(pixels), alpha), remarks
+    return repeat_grey(pixels) if pixels.ndim == 2 else np.ascontiguousarray(pixels), remarks
+
+
+def _image(values: Pixels, mode: str) -> Image.Image:
+    return Image.frombytes(mode, values.shape[1::-1], values.tobytes(), "raw", mode)
 
 
 def _alpha(page: tifffile.TiffPage, samples: NDArray[Any], colors: int, white: int | None) -> Pixels | None:
@@ -228,10 +269,10 @@ def _palette(page: tifffile.TiffPage) -> Pixels:
     return (colours >> 8 if colours.max() > 255 else colours).astype(np.uint8)
 
 
-def _unpremultiply(values: Pixels, alpha: int) -> Pixels:
-    """Divide colours by the alpha that they were multiplied with, in channel ``alpha``, as Pillow does."""
-    opacity = values[..., alpha:][..., :1].astype(np.uint16)
-    colours = values[..., :alpha].astype(np.uint16) * 255 // np.maximum(opacity, 1)
+def _unpremultiply(values: Pixels, alpha: Pixels) -> Pixels:
+    """Divide colours by the alpha that they were multiplied with, as Pillow does."""
+    opacity = alpha.astype(np.uint16)
+    colours = values.astype(np.uint16) * 255 // np.maximum(opacity, 1)
     divided: Pixels = np.where(opacity == 0, 0, np.minimum(colours, 255)).astype(np.uint8)
     return divided
 
@@ -244,6 +285,8 @@ def _ycbcr(page: tifffile.TiffPage, file: BinaryIO) -> Pixels:
     values = np.zeros((height, width, 3), np.uint8)
     decompress = tifffile.TIFF.DECOMPRESSORS[page.compression]
     for index, packed in _segments(page, file):
+        if not packed:
+            continue
         top, left = divmod(index, math.ceil(width / columns))
         top, left = top * rows, left * columns
         high = rows if page.is_tiled else min(rows, height - top)

@@ -152,8 +152,10 @@ def _problem(record: Any, layer: str | None) -> str:
     if layer is not None and record["layer"] != layer:
         return f"layer is {_short(record['layer'])}, expected {_short(layer)}"
     bounds, size = record["identity"]["value_range"] or [0, 1], record["identity"]["shard_rows"]
-    if len(bounds) != 2 or not all(type(bound) in (int, float) for bound in bounds) or not bounds[0] < bounds[1]:
-        return f"identity.value_range is {_short(bounds)}, expected two numbers, the lower first"
+    for pair in bounds if type(bounds[0]) is list else [bounds]:
+        numbers = type(pair) is list and all(type(bound) in (int, float) for bound in pair)
+        if not numbers or len(pair) != 2 or not pair[0] < pair[1]:
+            return f"identity.value_range is {_short(bounds)}, expected two numbers, the lower first"
     for name, about in record["files"].items():
         shard = name.partition("/")[2].partition(".")[0]
         valid = is_result_name(record["layer"], name) and bool(shard) == (size is not None)

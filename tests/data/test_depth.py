@@ -51,7 +51,7 @@ def test_a_pgms_maxval_is_white_and_a_value_range_means_the_values_in_the_file(t
         found = read(tmp_path, data, value_range)
         assert np.array_equal(found.pixels, read(tmp_path, png(values), value_range).pixels)
         assert np.array_equal(found.pixels[..., 1], scaled(values, *value_range))
-    assert not read(tmp_path, data).dark
+    assert not read(tmp_path, data).remarks
 
 
 @pytest.mark.parametrize("plain", [True, False])

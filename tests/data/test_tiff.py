@@ -190,7 +190,7 @@ def test_packed_bits_have_their_own_white(bits):
 
 
 def read_dark(data):
-    return tiff.read(io.BytesIO(data), View(), MOST_PIXELS)[1]
+    return "dark" in tiff.read(io.BytesIO(data), View(), MOST_PIXELS)[1]
 
 
 def test_a_12_bit_camera_in_16_bits_is_noticed():
@@ -287,8 +287,6 @@ def test_damaged_jpeg_in_a_tiff_is_an_error():
 @pytest.mark.parametrize(
     ("data", "words"),
     [
-        (write(np.zeros((7, 50, 70), np.uint16), photometric="minisblack", planarconfig="separate"),
-         "a TIFF of 7 16-bit channels, none of which it says is red, green or blue"),
         (build([bytes(3500)], t262=32803), r"a TIFF of raw camera data \(CFA\)"),
         (build([bytes(3500)], t262=12), "a TIFF of photometric 12"),
         (build([bytes(3500)], t259=34676), "a TIFF with compression SGILOG, which this installation cannot decode"),
