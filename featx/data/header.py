@@ -147,7 +147,7 @@ def _chunks(file: BinaryIO) -> Iterator[tuple[bytes, bytes]]:
 
 
 def _of_tiff(file: BinaryIO) -> Header:
-    with tiff._opened(file) as page:
+    with tiff.opened(file, None) as page:
         color, needed = tiff.COLOURS.get(page.photometric, (f"photometric {page.photometric:d}", 1))
         extra = [int(kind) for kind in page.extrasamples]
         if page.samplesperpixel - needed > len(extra) or not {1, 2}.issuperset(extra):
