@@ -10,10 +10,13 @@ import subprocess
 import sys
 from typing import NamedTuple
 
+import numpy as np
 import pytest
+import tifffile
 import torch
 import yaml
 from conftest import ENV, REPO, make_image, oracle, random_network, read_csv, relative_error
+from products import fits_file, pds_files
 from torchvision import models
 
 PAGES = [REPO / "README.md", *sorted((REPO / "docs").glob("*.md"))]
@@ -105,6 +108,7 @@ def store(tmp_path_factory):
     make_image(51, (260, 240)).save(store / "b" / "c.png")
     for name, text in FILES.items():
         (store / name).write_text(text)
+    make_products(store)
     antialiased_cnns = pytest.importorskip("antialiased_cnns")
     cache = store / "hub" / "checkpoints"  # torch's
     cache.mkdir(parents=True)
@@ -129,6 +133,18 @@ def store(tmp_path_factory):
     yield store
     for path in [*store.glob("*.pth*"), *cache.iterdir()]:  # a gigabyte
         path.unlink()
+
+
+def make_products(store):
+    """What instruments write, in the folders that docs/images.md reads."""
+    for name in ("scenes", "heights", "arrays", "sky", "mission"):
+        (store / name).mkdir()
+    bands = np.stack([np.array(make_image(i, (260, 240), "L")) for i in range(7)], axis=-1)
+    tifffile.imwrite(store / "scenes/a.tif", bands.astype(np.uint16), photometric="minisblack", planarconfig="contig")
+    tifffile.imwrite(store / "heights/a.tif", bands[..., 0].astype(np.float32))
+    np.save(store / "arrays/a.npy", bands / 255)
+    fits_file(store / "sky/a.fits", np.moveaxis(bands.astype(np.int16), -1, 0))
+    pds_files(store / "mission", bands[..., 0].astype(np.int16))
 
 
 @pytest.fixture(scope="module")

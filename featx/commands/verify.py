@@ -43,8 +43,11 @@ def verify(argv: list[str]) -> int:
     parser.add_argument(
         "--model.arch", dest="arch", metavar="FUNCTION", help="the function that built the network, if it is your own"
     )
+    parser.add_argument(
+        "--data.reader", dest="reader", metavar="FUNCTION", help="the function that read the images, if it is your own"
+    )
     options = parser.parse_args(argv)
-    if not options.images and (named := options.model or options.arch):
+    if not options.images and (named := options.model or options.arch or options.reader):
         raise BadValueError(f"{named}: only used to recompute rows. Expected --images DIR with it.")
     wrong = 0
     for path in chain.from_iterable(map(_files, map(Path, options.files))):
@@ -180,7 +183,12 @@ def _rebuild(file: Finished, options: Namespace) -> tuple[Any, Any]:
     """Make the model and the data module that a record describes."""
     recorded = file.record["run"]["options"]
     made_by = OWN if recorded["model_class"] == OWN_BEFORE else recorded["model_class"]
-    _check_trust(file, options, made_by, recorded["model"].get("arch"))
+    known = {
+        "--model": made_by,
+        "--model.arch": recorded["model"].get("arch"),
+        "--data.reader": recorded["data"].get("reader"),
+    }
+    _check_trust(file, options, known)
     groups = {"model": {}, "data": {"pad": True} | recorded["data"] | {"dir": options.images}}
     for name, value in recorded["model"].items():
         if name not in LEFT_OUT:
@@ -205,14 +213,18 @@ def _rebuild(file: Finished, options: Namespace) -> tuple[Any, Any]:
     return made.model, made.data
 
 
-def _check_trust(file: Finished, options: Namespace, made_by: str, arch: Any) -> None:
+def _check_trust(file: Finished, options: Namespace, known: Json) -> None:
     """Raise UserError if making the model would run code that is not featx's and that the user did not name."""
-    named = {"--model": options.model, "--model.arch": options.arch}
-    known = {"--model": made_by, "--model.arch": arch}
+    named = {"--model": options.model, "--model.arch": options.arch, "--data.reader": options.reader}
     for option, word in named.items():
         if word is not None and word != known[option]:
             raise BadValueError(f"{option} {word}: {file.record_path} says {known[option]}.")
-    foreign = {"--model": made_by != OWN, "--model.arch": isinstance(arch, str) and is_function(arch)}
+    arch = known["--model.arch"]
+    foreign = {
+        "--model": known["--model"] != OWN,
+        "--model.arch": isinstance(arch, str) and is_function(arch),
+        "--data.reader": known["--data.reader"] is not None,
+    }
     needed = [option for option in named if foreign[option]]
     if any(named[option] is None for option in needed):
         words = chain.from_iterable((option, known[option]) for option in needed)

@@ -5,15 +5,17 @@ import os
 import stat
 from contextlib import suppress
 from dataclasses import replace
-from typing import BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError, features
 
-from featx.data import arrays, gif, heif, jpeg, png, rendering, sniff, tiff, unscaled
+from featx.data import arrays, gif, heif, jpeg, png, reader, sniff, tiff, unscaled
+from featx.data.bands import to_pixels
 from featx.data.batch import Fault
 from featx.data.depth import Pixels, to_8_bits
-from featx.data.pillow import FORMATS, MOST_PIXELS, STRICT_PIL, convert, from_values, metadata, turn_to_page
+from featx.data.pillow import FORMATS, MOST_PIXELS, STRICT_PIL, convert, turn_to_page
+from featx.data.rendering import metadata, render, render_chosen
 from featx.data.view import PLAIN, View
 from featx.errors import BadValueError, ImageError
 
@@ -70,7 +72,8 @@ def read_or_fault(root: str, name: str, view: View = PLAIN) -> Decoded:
 def read_image(path: str, view: View = PLAIN) -> Pixels:
     """Decode an image to 8-bit RGB, with Pillow's values wherever it reads the file rightly.
 
-    Of an animation the first frame is taken. Values above 8 bits are scaled as depth.py says.
+    Values above 8 bits are scaled as depth.py says, of an animation the first frame is taken, and EXIF rotation and
+    profiles are ignored, unless ``view`` says otherwise.
 
     Pillow fills up some damaged files without an error. Strictly, a JPEG is decoded by libjpeg-turbo with its warnings
     as errors, to the same values, a PNG's checksums and the length of its data are checked, and giflib decodes a GIF,
@@ -84,7 +87,7 @@ def read_image(path: str, view: View = PLAIN) -> Pixels:
         ``(H, W, 3) uint8``.
 
     Raises:
-        BadValueError: The values need a ``value_range``.
+        BadValueError: It needs an option.
         ImageError: The file is whole and of a kind that is not read, or not an image.
         Exception: Whatever the decoders raise for a damaged one.
     """
@@ -99,6 +102,8 @@ def _read(path: str, view: View) -> Decoded:
         raise ImageError("a folder, not a file" if stat.S_ISDIR(found.st_mode) else "a pipe or a device, not a file")
     if found.st_size == 0:
         raise ImageError("empty")
+    if view.reader is not None:
+        return _from_array(reader.read(view.reader, path, view.bands is not None), view, view.reader)
     with open(path, "rb") as file:
         return decode(file, path, view)
 
@@ -115,9 +120,7 @@ def decode(file: BinaryIO, name: str, view: View = PLAIN) -> Decoded:
         if name.lower().endswith(arrays.SUFFIX) and file.read(len(arrays.MAGIC)) == arrays.MAGIC:
             turn_to_page(None, view.page)
             file.seek(0)
-            values = arrays.read(file, MOST_PIXELS)
-            bits = 1 if values.dtype == bool else 8 * values.dtype.itemsize
-            return _decoded("numpy array", from_values(values, bits, view, "numpy array"))
+            return _from_array(arrays.read(file, MOST_PIXELS), view, "numpy array")
         file.seek(0)
         return _decode(file, view)
     except UnidentifiedImageError:
@@ -127,7 +130,7 @@ def decode(file: BinaryIO, name: str, view: View = PLAIN) -> Decoded:
             file.seek(0)
             with STRICT_PIL, heif.open_image(file, MOST_PIXELS) as image:
                 turn_to_page(image, view.page)
-                return _decoded("HEIF", convert(image, view))
+                return _by_pillow(image, view, "HEIF")
         if what:
             raise ImageError(what) from None
         raise
@@ -137,7 +140,8 @@ def _decode(file: BinaryIO, view: View) -> Decoded:
     head = file.read(len(png.MAGIC))
     file.seek(0)
     if head.startswith(tiff.MAGIC):
-        return _decoded("TIFF", tiff.read(file, view, MOST_PIXELS))
+        pixels, remarks = tiff.read(file, view, MOST_PIXELS)
+        return Decoded(pixels, None, "TIFF", remarks)
     with STRICT_PIL:
         if view.strict and head.startswith(png.MAGIC):
             return _decode_png(file.read(), view)
@@ -152,11 +156,11 @@ def _decode(file: BinaryIO, view: View) -> Decoded:
             if kind in ("PPM", "JPEG2000"):
                 file.seek(0)
                 unscaled_values = _decode_unscaled(file.read(), image, kind, view)
-            return unscaled_values or _decoded(kind, convert(image, view))
+            return unscaled_values or _by_pillow(image, view, kind)
 
 
-def _decoded(kind: str, found: tuple[Pixels, tuple[str, ...]]) -> Decoded:
-    pixels, remarks = found
+def _by_pillow(image: Image.Image, view: View, kind: str, alpha: Pixels | None = None) -> Decoded:
+    pixels, remarks = convert(image, view, kind, alpha)
     return Decoded(pixels, None, kind, remarks)
 
 
@@ -169,14 +173,13 @@ def _decode_png(data: bytes, view: View) -> Decoded:
         if parsed.bits == 16 and parsed.colour_type and needs_all_bits:  # of which Pillow has only the upper 8 bits
             values = unscaled.read_png(parsed.data)
             alpha = png.alpha(parsed, values)
-            return _decoded("PNG", from_values(values, parsed.bits, view, "PNG", image, alpha))
+            return _from_values(values, parsed.bits, view, "PNG", image, alpha)
         image.load()
         # Pillow leaves rows black that the data do not reach.
         is_black = not image.crop((0, image.height - 1, *image.size)).tobytes().strip(b"\0")
         if (is_black or parsed.interlaced) and not png.has_all_pixels(parsed):
             raise ValueError("truncated: the data end before the last pixel")
-        alpha = png.alpha(parsed, np.asarray(image)) if view.background is not None else None
-        return _decoded("PNG", convert(image, view, alpha))
+        return _by_pillow(image, view, "PNG", png.alpha(parsed, np.asarray(image)) if view.background else None)
 
 
 def _decode_jpeg(data: bytes, view: View) -> Decoded:
@@ -185,13 +188,13 @@ def _decode_jpeg(data: bytes, view: View) -> Decoded:
         cmyk = image.mode == "CMYK"
         pixels = jpeg.decode(data, "CMYK" if cmyk else "RGB", file.tell())  # there Pillow has stopped
         if pixels is None or not PIL_HAS_TURBO:
-            return _decoded("JPEG", convert(image, view))
+            return _by_pillow(image, view, "JPEG")
         if cmyk:  # whose conversion to RGB is not Pillow's
             inks = Image.frombytes("CMYK", image.size, pixels.tobytes(), "raw", "CMYK;I")
-            return Decoded(rendering.render(inks, view, None, *metadata(image, view)), None, "JPEG")
+            return Decoded(render(inks, view, None, *metadata(image, view)), None, "JPEG")
         if not view.is_plain:
             colors = Image.fromarray(pixels[..., 0] if image.mode == "L" else pixels)
-            pixels = rendering.render(colors, view, None, *metadata(image, view))
+            pixels = render(colors, view, None, *metadata(image, view))
         return Decoded(pixels, None, "JPEG")
 
 
@@ -201,8 +204,7 @@ def _decode_unscaled(data: bytes, image: Image.Image, kind: str, view: View) -> 
         found = unscaled.read_pnm(data)
         if found is None or (found[0].ndim == 3 and view.value_range is None):  # there Pillow scales rightly
             return None
-        values, white = found
-        return _decoded("PPM16", from_values(values, white.bit_length(), view, "PPM16", image, white=white))
+        return _from_values(found[0], found[1].bit_length(), view, "PPM16", image, white=found[1])
     image.info.update(unscaled.jpeg2000_metadata(data))
     read = unscaled.read_jpeg2000(data)
     if read is None:
@@ -210,7 +212,27 @@ def _decode_unscaled(data: bytes, image: Image.Image, kind: str, view: View) -> 
     values, bits = read
     has_alpha = values.ndim == 3 and values.shape[2] in (2, 4) and view.background is not None
     alpha = to_8_bits(values[..., -1], 2**bits - 1, None) if has_alpha else None
-    return _decoded(kind, from_values(values, bits, view, kind, image, alpha))
+    return _from_values(values, bits, view, kind, image, alpha)
+
+
+def _from_values(
+    values: Any,
+    bits: int,
+    view: View,
+    kind: str,
+    image: Image.Image | None = None,
+    alpha: Pixels | None = None,
+    white: int | None = None,
+) -> Decoded:
+    """Turn the values that are in a file, ``(H, W)`` or ``(H, W, C)``, into 8-bit RGB; ``image`` is Pillow's of it."""
+    if image is not None and values.ndim == 3 and view.bands is None and values.shape[2] in (2, 4):
+        values = values[..., :-1]  # without alpha
+    pixels, remarks = to_pixels(values, bits, view, kind, white)
+    return Decoded(render_chosen(pixels, view, alpha, image), None, kind, remarks)
+
+
+def _from_array(values: Any, view: View, kind: str) -> Decoded:
+    return _from_values(values, 1 if values.dtype == bool else 8 * values.dtype.itemsize, view, kind)
 
 
 def describe(err: Exception, path: str, name: str) -> Fault:

@@ -61,6 +61,7 @@ class ImageFolderDataModule(LightningDataModule):
         background: Color behind transparent pixels, as '[255,255,255]'; null: transparency is ignored.
         bands: Channels to see as red, green and blue, or one as grey, from 1, as '[4,3,2]'; null: grey and RGB.
         page: Page of files with several, from 1; null: the first that is not a thumbnail.
+        reader: A function that reads the files, as my_module.read; it takes a path and returns an array.
 
     Raises:
         UserError: From ``setup``: no folder, no image, or all images need an option, such as ``value_range``.
@@ -88,6 +89,7 @@ class ImageFolderDataModule(LightningDataModule):
         background: tuple[int, int, int] | None = None,
         bands: list[int] | None = None,
         page: int | None = None,
+        reader: str | None = None,
     ) -> None:
         super().__init__()
         for name, value, least in (
@@ -110,20 +112,14 @@ class ImageFolderDataModule(LightningDataModule):
         self.crop = crop
         self.interpolation = interpolation
         self.pad = pad
-        self.value_range = value_range
         self.files = files
         self.selection = Selection(suffixes, exclude)
         self.exclude = exclude
         self.suffixes = suffixes
         self.on_error = on_error
-        self.strict = strict
         self.decoder = decoder
-        self.exif_rotate = exif_rotate
-        self.srgb = srgb
-        self.background = background
-        self.bands = bands
-        self.page = page
-        self.view = View(value_range, strict, exif_rotate, srgb, background, bands, page)
+        self.view = View(value_range, strict, exif_rotate, srgb, background, bands, page, reader)
+        vars(self).update(vars(self.view))  # its options, for the record
         self.images: ImageTree | None = None
         self.batches: Sequence[int] | None = None  # those of this process; None: all
         self.readers = READERS
@@ -138,6 +134,7 @@ class ImageFolderDataModule(LightningDataModule):
         check_folder(self.dir)
         if self.files is not None:
             check_list(self.files)
+        self.view.check()
 
     def setup(self, stage: str | None = None) -> None:
         """List the images, once per run, and check that one of the first can be read with these options."""
@@ -207,7 +204,7 @@ class ImageFolderDataModule(LightningDataModule):
         Raises:
             BadValueError: None of these can be read, and some need an option.
         """
-        if (sample := _first_read(samples or self._dataset(preset).in_order())) is not None:
+        if (sample := _first_read(samples or self._read_as(self.preprocessing(preset)).in_order())) is not None:
             return Collate(self.batch_size)([sample])
         preprocessing = self.preprocessing(preset)
         side = max(256, preprocessing.crop or 0)
@@ -228,7 +225,7 @@ class ImageFolderDataModule(LightningDataModule):
         preset: Any = self.trainer.lightning_module.preprocessing
         collate = Collate(self.batch_size)
         return DataLoader(
-            self._dataset(preset),
+            self._read_as(self.preprocessing(preset)),
             batch_size=self.batch_size,
             sampler=_WholeBatches(len(self.images), self.batch_size, self.batches),
             num_workers=workers,
@@ -263,13 +260,13 @@ class ImageFolderDataModule(LightningDataModule):
 
     def read_batch(self, number: int, preset: Preprocessing) -> Batch:
         """Return a batch of the run, read in this process."""
-        images = self._dataset(preset)
+        images = self._read_as(self.preprocessing(preset))
         first = number * self.batch_size
         return Collate(self.batch_size)([images[i] for i in range(first, min(first + self.batch_size, len(images)))])
 
     def fault(self, name: str, preset: Preprocessing) -> Fault | None:
         """Return what is wrong with an image now."""
-        return self._dataset(preset).read(0, name).fault
+        return self._read_as(self.preprocessing(preset)).read(0, name).fault
 
     def turbo_saves(self, preset: Preprocessing, images: int = 16) -> float:
         """Return how many seconds of a core ``--data.decoder turbo`` would save per image, measured on the first."""
@@ -286,9 +283,6 @@ class ImageFolderDataModule(LightningDataModule):
                         preprocessing.to_tensor(pixels, decoder)
                         seconds.append(time.thread_time() - begin)
         return median(taken["exact"]) - median(taken["turbo"]) if taken["exact"] else 0.0
-
-    def _dataset(self, preset: Preprocessing) -> "_Images":
-        return self._read_as(self.preprocessing(preset))
 
     def _read_as(self, preprocessing: Preprocessing) -> "_Images":
         assert self.images is not None

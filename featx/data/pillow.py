@@ -9,9 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageFile
 
-from featx.data import rendering
 from featx.data.bands import to_pixels
-from featx.data.depth import Pixels, repeat_grey
+from featx.data.depth import Pixels
+from featx.data.rendering import GREY, metadata, render, render_chosen
 from featx.data.view import PLAIN, View
 from featx.errors import BadValueError, count
 from featx.process.shared import Shared, ignored
@@ -40,78 +40,46 @@ STRICT_PIL = Shared(_strict_pil)  # whatever else the process sets
 
 def to_rgb(image: Image.Image, view: View = PLAIN) -> Pixels:
     """Return one of Pillow's images as 8-bit RGB, ``(H, W, 3) uint8``, as ``decode.read_image`` does a file's."""
-    return convert(image, view)[0]
+    return convert(image, view, f"mode {image.mode}")[0]
 
 
-def convert(image: Image.Image, view: View, alpha: Pixels | None = None) -> tuple[Pixels, tuple[str, ...]]:
+def convert(image: Image.Image, view: View, what: str, alpha: Pixels | None = None) -> tuple[Pixels, tuple[str, ...]]:
     """Return an image as 8-bit RGB, and what is remarkable about it.
 
     Args:
         image: The image.
         view: How it is seen.
-        alpha: Its opacity, ``(H, W) uint8``; None: what Pillow has of it.
+        what: What it is, for messages.
+        alpha: Its opacity, if Pillow's is not to be taken.
 
     Raises:
-        BadValueError: An option is needed, or does not fit.
-        ImageError: Its color profile cannot be used.
+        BadValueError: It needs an option.
     """
     if image.mode.startswith(("I", "F")):
-        values = np.asarray(image)  # (H, W)
         is_16_bit = image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM")
-        values = values.astype(np.uint16) if is_16_bit else values
-        return from_values(values, 16 if is_16_bit else 32, view, f"mode {image.mode}", image, alpha)
+        values = np.asarray(image)  # (H, W)
+        pixels, remarks = to_pixels(
+            values.astype(np.uint16) if is_16_bit else values, 16 if is_16_bit else 32, view, what
+        )
+        return render_chosen(pixels, view, alpha, image), remarks
     if view.is_plain:
         return np.array(image if image.mode == "RGB" else image.convert("RGB")), ()
     profile, orientation = metadata(image, view)
     if view.background is not None and alpha is None and image.has_transparency_data:
         rgba = image.convert("RGBA")
-        alpha, image = np.asarray(rgba.getchannel("A")), image if image.mode in rendering.GREY else rgba
-    return rendering.render(image, view, alpha, profile, orientation), ()
-
-
-def from_values(
-    values: NDArray[Any],
-    bits: int,
-    view: View,
-    what: str,
-    image: Image.Image | None = None,
-    alpha: Pixels | None = None,
-    white: int | None = None,
-) -> tuple[Pixels, tuple[str, ...]]:
-    """Return the values of a file as 8-bit RGB, and what is remarkable about it.
-
-    Args:
-        values: Grey, RGB or any channels, ``(H, W)`` or ``(H, W, C)``.
-        bits: Of each value in the file.
-        view: How they are seen.
-        what: What holds them, for messages.
-        image: Pillow's image of the file, whose profile and Orientation are used and whose alpha is left out.
-        alpha: Its opacity, ``(H, W) uint8``.
-        white: The largest value that the file can hold, if not of all these bits.
-
-    Raises:
-        BadValueError: An option is needed, or does not fit.
-        ImageError: Its color profile cannot be used.
-    """
-    if image is not None and values.ndim == 3 and view.bands is None and values.shape[2] in (2, 4):
-        values = values[..., :-1]
-    pixels, remarks = to_pixels(values, bits, view, what, white)
-    if not view.is_plain and image is not None:
-        chosen = replace(view, bands=None)
-        pixels = rendering.render(Image.fromarray(pixels), chosen, alpha, *metadata(image, view))
-    return pixels if pixels.ndim == 3 else repeat_grey(pixels), remarks
-
-
-def metadata(image: Image.Image, view: View) -> tuple[bytes | None, int | None]:
-    """Return an image's ICC profile and, where it counts, its Orientation."""
-    return image.info.get("icc_profile"), rendering.orientation_of(image) if view.exif_rotate else None
+        alpha, image = np.asarray(rgba.getchannel("A")), image if image.mode in GREY else rgba
+    return render(image, view, alpha, profile, orientation), ()
 
 
 def turn_to_page(image: Image.Image | None, page: int | None) -> None:
-    """Have Pillow decode a page, from 1; None is a file of one page."""
-    if page is None:  # counting pages reads the whole file, and later ones may be damaged
+    """Have Pillow decode a page, from 1; no image is a file of one page.
+
+    Raises:
+        BadValueError: There is no such page.
+    """
+    if page is None:
         return
-    pages = getattr(image, "n_frames", 1)
+    pages = getattr(image, "n_frames", 1)  # which reads the whole file
     if page > pages:
         raise BadValueError(f"{count(pages, 'page')}: --data.page {page} is not in it")
     if image is not None:

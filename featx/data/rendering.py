@@ -2,6 +2,7 @@
 
 import io
 from contextlib import suppress
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
@@ -9,7 +10,7 @@ import numpy as np
 from PIL import Image, ImageCms
 
 from featx.data.bands import choose
-from featx.data.depth import Pixels
+from featx.data.depth import Pixels, repeat_grey
 from featx.data.view import View
 from featx.errors import ImageError
 
@@ -42,6 +43,18 @@ def render(
         behind = np.array(view.background, np.uint16) * (255 - opacity)
         pixels = ((pixels * opacity + behind + 127) // 255).astype(np.uint8)
     return turn(pixels, orientation) if view.exif_rotate else pixels
+
+
+def render_chosen(pixels: Pixels, view: View, alpha: Pixels | None, image: Image.Image | None) -> Pixels:
+    """Return bands that are chosen, ``(H, W)`` or ``(H, W, 3)``, as RGB; Pillow's ``image`` has the metadata."""
+    if image is not None and not view.is_plain:
+        pixels = render(Image.fromarray(pixels), replace(view, bands=None), alpha, *metadata(image, view))
+    return repeat_grey(pixels) if pixels.ndim == 2 else pixels
+
+
+def metadata(image: Image.Image, view: View) -> tuple[bytes | None, int | None]:
+    """Return an image's ICC profile and, if the view needs it, its Orientation."""
+    return image.info.get("icc_profile"), orientation_of(image) if view.exif_rotate else None
 
 
 def orientation_of(image: Image.Image) -> int | None:

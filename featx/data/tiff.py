@@ -58,7 +58,7 @@ def read(file: BinaryIO, view: View, most_pixels: int) -> tuple[Pixels, tuple[st
         ImageError: It is whole, and of a kind that is not read.
         Exception: Whatever tifffile raises for a damaged one.
     """
-    with opened(file, view.page) as page:
+    with _opened(file, view.page) as page:
         _check(page, view)
         if max(page.imagewidth * page.imagelength, page.tilewidth * page.tilelength) > most_pixels:
             raise Image.DecompressionBombError(f"{page.imagewidth} x {page.imagelength} pixels")
@@ -75,7 +75,7 @@ def _render(page: tifffile.TiffPage, view: View, image: Image.Image, alpha: Pixe
 
 
 @contextmanager
-def opened(file: BinaryIO, number: int | None) -> Iterator[tifffile.TiffPage]:
+def _opened(file: BinaryIO, number: int | None) -> Iterator[tifffile.TiffPage]:
     """Open a page of a TIFF; what tifffile remarks in this thread is not logged."""
     thread, log = threading.get_ident(), logging.getLogger("tifffile")
 
@@ -146,7 +146,7 @@ def _check(page: tifffile.TiffPage, view: View) -> None:
     except KeyError as err:
         name = getattr(page.compression, "name", page.compression)
         raise ImageError(f"a TIFF with compression {name}, which this installation cannot decode") from err
-    require_range(view.value_range, page.dtype, bits, f"{kind}{colour} TIFF")
+    require_range(view.value_range, page.dtype, bits, f"{colour} TIFF")
 
 
 def _segments(page: tifffile.TiffPage, file: BinaryIO) -> Iterator[tuple[int, bytes]]:

@@ -7,6 +7,7 @@ from typing import Any, Self
 
 from PIL import features
 
+from featx.data import reader
 from featx.data.depth import ValueRange
 from featx.errors import BadValueError
 
@@ -17,12 +18,13 @@ class View:
 
     Args:
         value_range: The values of images above 8 bits that become black and white; a list has those of each band.
-        strict: Whether a file with damaged data gives no image; else what Pillow makes of it is given with the fault.
-        exif_rotate: Whether to rotate an image as its Orientation says.
-        srgb: Whether to convert colors from an embedded ICC profile to sRGB.
+        strict: Give no image for a file whose data is damaged; else what PIL makes of it, beside the fault.
+        exif_rotate: Turn an image as its Orientation says.
+        srgb: Convert colors from an embedded ICC profile to sRGB.
         background: The color behind transparent pixels, 0 to 255; None: transparency is ignored.
         bands: The channels to see as red, green and blue, or one as grey, from 1; None: grey and RGB as they are.
         page: Which page of a file, from 1; None: the first that is not a thumbnail.
+        reader: A function that reads the files, by its name.
 
     Raises:
         BadValueError: A value that cannot be used.
@@ -35,6 +37,7 @@ class View:
     background: tuple[int, int, int] | None = None
     bands: list[int] | None = None
     page: int | None = None
+    reader: str | None = None
 
     def __post_init__(self) -> None:
         bounds = self.value_range
@@ -59,6 +62,11 @@ class View:
             )
         if self.page is not None and self.page < 1:
             raise BadValueError(f"--data.page {self.page}: expected a whole number of at least 1.")
+        useless = [name for name in ("exif_rotate", "srgb", "background", "page") if getattr(self, name)]
+        if self.reader is not None and useless:
+            raise BadValueError(
+                f"--data.{useless[0]}: not for --data.reader {self.reader}, which reads the files itself."
+            )
         if self.srgb and not features.check("littlecms2"):
             raise BadValueError(
                 "--data.srgb true: Pillow lacks LittleCMS here. Expected a Pillow that was built with it."
@@ -68,6 +76,11 @@ class View:
                 f"--data.background {list(self.background)}: expected red, green and blue from 0 to 255, "
                 "as '[255,255,255]'."
             )
+
+    def check(self) -> None:
+        """Raise BadValueError if the reader cannot be imported."""
+        if self.reader is not None:
+            reader.find(self.reader)
 
     @classmethod
     def of(cls, identity: dict[str, Any]) -> Self:
@@ -89,7 +102,9 @@ class View:
     def identity(self) -> dict[str, Any]:
         """Return what decides a value, as plain values for JSON: options added later are there only if they are set."""
         given = {name: value for name, value in asdict(self).items() if value != getattr(View, name)}
+        if self.reader is not None:
+            given["reader_source"] = reader.digest(self.reader)
         return {"value_range": None, "strict": True} | given
 
 
-PLAIN = View()  # no option is set
+PLAIN = View()

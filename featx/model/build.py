@@ -19,6 +19,7 @@ from torchvision import models
 from featx.data.preprocess import Preprocessing
 from featx.errors import BadValueError, MissingPathError, UserError, did_you_mean, first_line
 from featx.model.download import check_server, digest, digest_in, fetch
+from featx.process import imports
 from featx.process.shared import LOCK, Shared
 
 SEED = 0
@@ -215,31 +216,7 @@ def preset_of(network: nn.Module | None) -> Preprocessing:
 
 def import_function(arch: str) -> Callable[[], Any]:
     """Import the function that ``--model.arch`` names; raise UserError if that fails."""
-    path, *names = arch.split(".")
-    found: Any = None
-    try:
-        found = import_module(path)
-        for name in names:
-            path = f"{path}.{name}"
-            # Attributes win over modules: antialiased_cnns.alexnet is both, and the function is the network.
-            if not hasattr(found, name) and hasattr(found, "__path__"):
-                import_module(path)
-            if not hasattr(found, name):
-                raise ModuleNotFoundError(name=path)
-            found = getattr(found, name)
-    except (Exception, SystemExit) as err:
-        if isinstance(err, ModuleNotFoundError) and err.name == path:
-            reason = f"{path} is neither in this folder nor installed.{did_you_mean(names[-1], dir(found))}"
-        else:
-            reason = f"importing {path} failed: {type(err).__name__}: {first_line(err)}"
-        raise BadValueError(
-            f"--model.arch {arch}: {reason}\nExpected package.module.name of a function that returns an nn.Module."
-        ) from err
-    if not callable(found):
-        raise BadValueError(
-            f"--model.arch {arch}: its type is {type(found).__name__}. Expected a function that returns an nn.Module."
-        )
-    return found  # type: ignore[no-any-return]
+    return imports.import_function(arch, "--model.arch", "a function that returns an nn.Module")
 
 
 def named(arch: str) -> _Torchvision | _Timm | _Function:

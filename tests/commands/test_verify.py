@@ -1,10 +1,17 @@
 """``featx verify``: one line for what is wrong with a file, and rows computed again."""
 
+import base64
+import gzip
+import io
 import json
+import re
 import shutil
+import sys
 
+import numpy as np
 import pytest
 from conftest import make_image
+from PIL import Image
 from tiny import run
 
 from featx.cli import main
@@ -123,3 +130,44 @@ def test_rows_that_this_machine_would_compute_otherwise_are_not_compared(made, c
     record.write_text(record.read_text().replace(old, new))
     assert main(["verify", str(copy), "--images", str(made / "photos"), *TINY]) == 2
     assert words in capsys.readouterr().err + caplog.text
+
+
+@pytest.fixture(scope="module")
+def seen(tmp_path_factory):
+    """Rows of arrays of four bands that a reader of one's own reads, from the second as grey."""
+    folder = tmp_path_factory.mktemp("seen")
+    (folder / "arrays").mkdir()
+    for i in range(3):
+        np.save(folder / "arrays" / f"{i}.npy", np.stack([np.array(make_image(i, (30, 20), "L")) / 255.0] * 4, axis=-1))
+    (folder / "npy_reader.py").write_text("import numpy\n\n\ndef read(path):\n    return numpy.load(path)[::-1]\n")
+    sys.path.insert(0, str(folder))
+    data = {"suffixes": [".npy"], "bands": [2], "value_range": (0, 1), "reader": "npy_reader.read"}
+    run(folder / "arrays", folder / "rows", data=data)
+    yield folder
+    sys.path.remove(str(folder))
+
+
+def test_rows_are_computed_again_as_they_were_seen_and_a_reader_is_named_for_that(seen, capsys):
+    file, words = str(seen / "rows" / "2.csv"), ("--images", str(seen / "arrays"), *TINY)
+    assert main(["verify", file, *words]) == 2
+    assert f"--images {seen / 'arrays'} --model tiny.Tiny --data.reader npy_reader.read" in capsys.readouterr().err
+    assert main(["verify", file, *words, "--data.reader", "npy_reader.other"]) == 2
+    assert "--data.reader npy_reader.other: " in capsys.readouterr().err
+    assert main(["verify", file, *words, "--data.reader", "npy_reader.read"]) == 0
+    assert "3 rows recomputed, the largest relative difference is 0.0e+00" in capsys.readouterr().out
+
+
+def test_thumbnails_are_seen_as_the_rows_were_by_a_reader_that_is_named(seen, capsys):
+    file, page = seen / "rows" / "2.csv", seen / "rows" / "2.html"
+    for words, thumbnails in (
+        ((), 0),
+        (("--data.reader", "npy_reader.x"), 0),
+        (("--data.reader", "npy_reader.read"), 3),
+    ):
+        assert main(["show", str(file), *words]) == 0
+        data = json.loads(gzip.decompress(base64.b64decode(re.search(r'id="data">([^<]*)<', page.read_text())[1])))
+        assert len(data["thumbnails"]) == thumbnails
+        told = capsys.readouterr().err
+        assert ("If you trust that code: --data.reader npy_reader.read" in told) == (thumbnails == 0)
+    shown = np.asarray(Image.open(io.BytesIO(base64.b64decode(data["thumbnails"]["0"]))))
+    assert np.abs(shown.astype(int) - np.asarray(make_image(0, (30, 20), "L"))[::-1, :, None]).mean() < 8

@@ -227,6 +227,17 @@ def test_a_frame_of_an_animation_is_a_page_and_other_formats_have_one(tmp_path):
         assert read_or_fault(str(tmp_path), name, View(page=1)).fault is None
 
 
+def test_frames_after_the_first_are_not_looked_at_unless_one_is_asked_for(tmp_path):
+    frames = [make_image(i, SIZE, "P") for i in range(3)]
+    frames[0].save(tmp_path / "x.gif", save_all=True, append_images=frames[1:])
+    data = (tmp_path / "x.gif").read_bytes()
+    third = pixels(tmp_path, data, View(page=3), "x.gif")
+    assert np.array_equal(third, np.asarray(frames[2].convert("RGB")))
+    cut = see(tmp_path, data[: 2 * len(data) // 3], View(), "x.gif")
+    assert np.array_equal(cut.pixels, np.asarray(frames[0].convert("RGB")))
+    assert see(tmp_path, data[: 2 * len(data) // 3], View(page=3), "x.gif").fault
+
+
 def npy(values, **how):
     file = io.BytesIO()
     np.save(file, values, **how)

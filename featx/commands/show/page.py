@@ -23,7 +23,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from featx import results
-from featx.commands.options import PlainParser
+from featx.commands.options import PlainParser, import_from_here
 from featx.commands.show.points import NEAREST, Floats, choose, find_twins, flatten, nearest, usual_distance
 from featx.data.decode import read_or_fault
 from featx.data.view import View
@@ -47,6 +47,9 @@ def show(argv: list[str]) -> int:
     parser.add_argument(
         "--map", choices=("pca", "tsne"), default="pca", help="pca: fast (default); tsne: slower, separates groups"
     )
+    parser.add_argument(
+        "--data.reader", dest="reader", metavar="FUNCTION", help="the function that read the images, if it is your own"
+    )
     options = parser.parse_args(argv)
     file = find(Path(options.file))
     if not file.is_known:
@@ -60,7 +63,7 @@ def show(argv: list[str]) -> int:
     shard = f"-{file.path.stem}" if file.is_shard else ""  # next to the folder: inside, it would be read as one
     page = file.record_path.with_name(f"{file.record_path.stem}{shard}.html")
     folder = options.images or file.record["run"]["options"]["data"]["dir"]
-    disk.replace(page, make_page(file, folder, options.map, script))
+    disk.replace(page, make_page(file, folder, options.map, script, options.reader))
     log.info("%s", size_in_words(page.stat().st_size))
     print(page)
     return 0
@@ -79,7 +82,7 @@ def _bokeh() -> str:
     return "\n".join(parts).replace("</script", r"<\/script")
 
 
-def make_page(file: Finished, folder: str, kind: str, script: str) -> bytes:
+def make_page(file: Finished, folder: str, kind: str, script: str, reader: str | None = None) -> bytes:
     """Return the page of a finished file, below ``PAGE_BYTES``.
 
     Args:
@@ -87,6 +90,7 @@ def make_page(file: Finished, folder: str, kind: str, script: str) -> bytes:
         folder: The folder of its images; missing ones have no thumbnail.
         kind: How rows become points: ``pca`` or ``tsne``.
         script: Bokeh's.
+        reader: The function that read the images, if the user trusts it.
     """
     names, values = _some_rows(file)
     notes = []
@@ -133,8 +137,17 @@ def make_page(file: Finished, folder: str, kind: str, script: str) -> bytes:
     title = f"{file.record['layer']}{'/' + file.path.stem if file.is_shard else ''}: {count(len(names), 'image')}"
     room = (PAGE_BYTES - len(_html(title, page, script))) * 72 // 100  # base64 takes the rest
     view = replace(View.of(file.record["identity"]), strict=False)
-    page["thumbnails"], more = _thumbnails(folder, names, view, wanted, parts, room)
-    notes += more
+    if view.reader == reader:
+        import_from_here()
+        page["thumbnails"], more = _thumbnails(folder, names, view, wanted, parts, room)
+        notes += more
+    else:
+        notes.append(
+            f"No thumbnails: {view.reader} read these images, and a record alone runs no code that is not part of "
+            f"featx. If you trust that code: --data.reader {view.reader}"
+            if view.reader
+            else f"No thumbnails: --data.reader {reader} did not read these images."
+        )
     for line in notes:
         log.info("%s", line)
     return _html(title, page, script)
