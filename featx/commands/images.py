@@ -129,7 +129,7 @@ def _describe_sizes(overview: Overview) -> str:
 
 def how_seen(data: ImageFolderDataModule, category: str, value: str) -> str:
     """Return how a run with these options sees something unusual, and the option that changes it; "" for the usual."""
-    given = vars(data)
+    given = vars(data) | vars(data.view)
 
     def choose(option: str, example: str, without: str, changed: str) -> str:
         if given.get(option):

@@ -94,7 +94,7 @@ class Overview:
             self._add(category, value, name)
         is_new = kind not in self._kinds
         self._kinds.add(kind)
-        return is_new or place % self._step == 0 or (read.needs_range and self.data.value_range is None)
+        return is_new or place % self._step == 0 or (read.needs_range and self.data.view.value_range is None)
 
     def _add_decoded(self, batch: Batch) -> None:
         self.decoded += 1

@@ -58,7 +58,7 @@ def read(file: BinaryIO, view: View, most_pixels: int) -> tuple[Pixels, tuple[st
         ImageError: It is whole, and of a kind that is not read.
         Exception: Whatever tifffile raises for a damaged one.
     """
-    with _opened(file, view.page) as page:
+    with opened(file, view.page) as page:
         _check(page, view)
         if max(page.imagewidth * page.imagelength, page.tilewidth * page.tilelength) > most_pixels:
             raise Image.DecompressionBombError(f"{page.imagewidth} x {page.imagelength} pixels")
@@ -75,7 +75,7 @@ def _render(page: tifffile.TiffPage, view: View, image: Image.Image, alpha: Pixe
 
 
 @contextmanager
-def _opened(file: BinaryIO, number: int | None) -> Iterator[tifffile.TiffPage]:
+def opened(file: BinaryIO, number: int | None) -> Iterator[tifffile.TiffPage]:
     """Open a page of a TIFF; what tifffile remarks in this thread is not logged."""
     thread, log = threading.get_ident(), logging.getLogger("tifffile")
 
