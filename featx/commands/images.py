@@ -9,7 +9,7 @@ import numpy as np
 
 from featx.commands import options
 from featx.commands.layers import parse_run
-from featx.data.batch import Remark, Remarks
+from featx.data.batch import REMARKS, Remark, Remarks
 from featx.data.module import FIRST, ImageFolderDataModule
 from featx.data.overview import Overview
 from featx.errors import MissingPathError, count
@@ -106,8 +106,8 @@ def _table(overview: Overview) -> Iterator[tuple[str, str]]:
             label = ""
     hint = "; --all decodes all" if overview.decoded < len(tree) else ""
     yield "decoded", f"{overview.decoded:,} of {count(len(tree), 'image')}{hint}"
-    for what, remark in _most_first(overview.found["remarks"]):
-        yield "", f"{remark['images']:,} {what} ({_short(remark['first'])})"
+    for kind, remark in _most_first(overview.found["remarks"]):
+        yield "", f"{REMARKS[kind].format(count(remark['images'], 'image'))} ({_short(remark['first'])})"
     if reasons := _most_first(overview.found["unreadable"]):
         yield "unreadable", count(sum(remark["images"] for _, remark in reasons), "image")
         for reason, remark in reasons[:MOST]:
@@ -129,12 +129,12 @@ def _describe_sizes(overview: Overview) -> str:
 
 def how_seen(data: ImageFolderDataModule, category: str, value: str) -> str:
     """Return how a run with these options sees something unusual, and the option that changes it; "" for the usual."""
-    given = vars(data) | vars(data.view)
+    given = vars(data.view)
 
     def choose(option: str, example: str, without: str, changed: str) -> str:
         if given.get(option):
             return changed.format(json.dumps(given[option]))
-        return without + (f"; --data.{option} {example}" if option in given else "")
+        return f"{without}; --data.{option} {example}"
 
     if category == "depth" and not value.endswith("-bit"):
         if "float" in value or "signed" in value or int(value.split("-")[0]) > 16:
@@ -142,8 +142,9 @@ def how_seen(data: ImageFolderDataModule, category: str, value: str) -> str:
         without = "0 is black, the highest value white" if "grey" in value else "the upper 8 bits are taken"
         return choose("value_range", "'[LOW,HIGH]' takes other values", without, "black and white are {}")
     if category == "color" and value.endswith("-band"):
-        without = "the first three are taken if the file says that they are RGB"
-        return choose("bands", "'[3,2,1]' takes others", without, "bands {} are taken")
+        return choose("bands", "'[3,2,1]' is needed", "cannot be read", "bands {} are taken")
+    if category == "color" and value.endswith(" more"):
+        return choose("bands", "'[3,2,1]' takes others", "more bands are ignored", "bands {} are taken")
     if category == "orientation":
         return choose("exif_rotate", "true rotates them", "not rotated", "rotated")
     if category == "profile" and "sRGB" not in value:

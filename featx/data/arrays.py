@@ -20,9 +20,7 @@ def read(file: BinaryIO, most_pixels: int) -> NDArray[Any]:
         ImageError: It is another array.
         ValueError: It is truncated, or its header is damaged.
     """
-    version = np.lib.format.read_magic(file)
-    headers = np.lib.format.read_array_header_1_0, np.lib.format.read_array_header_2_0
-    shape, _, dtype = headers[version[0] > 1](file)
+    shape, dtype = read_header(file)
     if dtype.kind not in "buif" or len(shape) not in (2, 3) or 0 in shape:
         what = "Python objects" if dtype.hasobject else dtype
         raise ImageError(f"an array of {what} of shape {shape}: expected numbers, (H, W) or (H, W, C)")
@@ -34,3 +32,15 @@ def read(file: BinaryIO, most_pixels: int) -> NDArray[Any]:
     file.seek(0)
     values: NDArray[Any] = np.load(file, allow_pickle=False)
     return values
+
+
+def read_header(file: BinaryIO) -> tuple[tuple[int, ...], np.dtype[Any]]:
+    """Return an array's shape and type, and leave the file at its values.
+
+    Raises:
+        ValueError: The header is damaged.
+    """
+    version = np.lib.format.read_magic(file)
+    headers = np.lib.format.read_array_header_1_0, np.lib.format.read_array_header_2_0
+    shape, _, dtype = headers[version[0] > 1](file)
+    return shape, dtype

@@ -13,7 +13,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 from PIL import Image, ImageCms
 
-from featx.data import heif, png, tiff, unscaled
+from featx.data import arrays, heif, png, tiff, unscaled
 from featx.data.pillow import FORMATS, MOST_PIXELS, STRICT_PIL
 from featx.errors import ImageError
 
@@ -63,9 +63,18 @@ class Header(NamedTuple):
         """Whether only ``--data.value_range`` says which values are black and white."""
         return self.kind != "u" or self.bits > 16
 
+    @property
+    def needs_bands(self) -> bool:
+        """Whether nothing says which channels are red, green and blue."""
+        return self.color.endswith("-band")
 
-def read(path: str) -> Header:
+
+def read(path: str, page: int | None = None) -> Header:
     """Read the header of an image file.
+
+    Args:
+        path: The file.
+        page: Which page of a TIFF, from 1; None: the first that is not a thumbnail.
 
     Raises:
         Exception: Whatever a library raises for a header that cannot be read.
@@ -76,9 +85,11 @@ def read(path: str) -> Header:
         head = file.read(32)
         file.seek(0)
         if head.startswith(tiff.MAGIC):
-            header = _of_tiff(file)
+            header = _of_tiff(file, page)
         elif head.startswith(png.MAGIC):
             header = _of_png(file)
+        elif head.startswith(arrays.MAGIC) and path.lower().endswith(arrays.SUFFIX):
+            header = _of_array(file)
         elif head[4:8] == b"ftyp" and path.lower().endswith(heif.SUFFIXES):
             with heif.open_image(file, MOST_PIXELS) as image:
                 header = _of_image(image, file)
@@ -146,23 +157,45 @@ def _chunks(file: BinaryIO) -> Iterator[tuple[bytes, bytes]]:
             file.seek(length + 4, os.SEEK_CUR)
 
 
-def _of_tiff(file: BinaryIO) -> Header:
-    with tiff.opened(file, None) as page:
-        color, needed = tiff.COLOURS.get(page.photometric, (f"photometric {page.photometric:d}", 1))
-        extra = [int(kind) for kind in page.extrasamples]
-        if page.samplesperpixel - needed > len(extra) or not {1, 2}.issuperset(extra):
-            color = f"{page.samplesperpixel}-band"
+def _of_array(file: BinaryIO) -> Header:
+    shape, dtype = arrays.read_header(file)
+    channels = shape[2] if shape[2:] else 1
+    return Header(
+        format="NPY",
+        color={1: "grey", 3: "RGB"}.get(channels, f"{channels}-band"),
+        kind="u" if dtype.kind == "b" else dtype.kind,
+        bits=1 if dtype.kind == "b" else 8 * dtype.itemsize,
+        width=shape[1],
+        height=shape[0],
+        orientation=1,
+        profile="",
+        has_alpha=False,
+        has_more=False,
+    )
+
+
+def _of_tiff(file: BinaryIO, number: int | None) -> Header:
+    with tiff.opened(file, number) as page:
+        color, needed = tiff.COLOURS.get(page.photometric, (tiff.OTHERS.get(int(page.photometric), "unknown"), 1))
+        alpha = [int(kind) in (1, 2) for kind in page.extrasamples]
+        more = page.samplesperpixel - needed - sum(alpha)
+        if more > 0:
+            color = (
+                f"{page.samplesperpixel}-band"
+                if needed == 1 and page.samplesperpixel > 2
+                else f"{color} and {more} more"
+            )
         bits = page.bitspersample
         return Header(
             format="TIFF",
-            color=tiff.OTHERS.get(int(page.photometric), color),
+            color=color,
             kind="u" if page.dtype is None or page.dtype.kind == "b" else page.dtype.kind,
             bits=bits if isinstance(bits, int) else max(bits),
             width=page.imagewidth,
             height=page.imagelength,
             orientation=_orientation(lambda: {ORIENTATION: page.tags.valueof(ORIENTATION)}),
             profile=_description(page.tags.valueof(34675)),
-            has_alpha=bool({1, 2}.intersection(extra)),
+            has_alpha=any(alpha),
             has_more=any(not getattr(other, "is_reduced", False) for other in islice(page.parent.pages, 1, 9)),
         )
 

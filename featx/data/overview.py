@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from featx.data import header
-from featx.data.batch import REMARKS, Batch, Remark, Remarks
+from featx.data.batch import Batch, Remark, Remarks
 from featx.data.header import Header
 from featx.data.module import FIRST, ImageFolderDataModule
 from featx.data.preprocess import Preprocessing
@@ -72,15 +72,18 @@ class Overview:
         return np.stack(np.divmod(packed[order], 1 << 32), axis=1), times[order]
 
     def _header(self, place: int) -> Header | None:
+        if self.data.view.reader:  # which alone knows what is in a file
+            return None
         try:
-            return header.read(self.images.path(place))
+            return header.read(self.images.path(place), self.data.view.page)
         except Exception:  # decoding it says why, or reads it nevertheless
             return None
 
     def _add_header(self, place: int, read: Header | None) -> bool:
         """Count what a header says, and return whether to decode the image."""
+        view = self.data.view
         if read is None:
-            return True
+            return not view.reader or place % self._step == 0
         name, kind = self.images.names[place], (read.format, read.color, read.depth, read.has_alpha)
         self.sizes[place] = read.width, read.height
         found = {"format": read.format, "color": read.color, "depth": read.depth, "profile": read.profile}
@@ -94,14 +97,15 @@ class Overview:
             self._add(category, value, name)
         is_new = kind not in self._kinds
         self._kinds.add(kind)
-        return is_new or place % self._step == 0 or (read.needs_range and self.data.view.value_range is None)
+        fails = (read.needs_range and not view.value_range) or (read.needs_bands and not view.bands)
+        return fails or is_new or place % self._step == 0
 
     def _add_decoded(self, batch: Batch) -> None:
         self.decoded += 1
         for fault in batch.faults:
             self._add("unreadable", f"{fault.reason}{' (used)' if fault.used else ''}", fault.path)
         for kind, remark in batch.remarks.items():
-            self._add("remarks", REMARKS[kind], remark["first"])
+            self._add("remarks", kind, remark["first"])
 
     def _add(self, category: str, value: str, name: str) -> None:
         if value:

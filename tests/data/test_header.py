@@ -57,8 +57,8 @@ def test_a_header_says_what_is_in_the_file(name, mode, how, expected, tmp_path):
 @pytest.mark.parametrize(
     ("values", "how", "expected"),
     [
-        (np.zeros((7, 32, 48), "u2"), {"planarconfig": "separate"}, {"color": "7-band", "depth": "16-bit color"}),
-        (np.zeros((32, 48, 4), "u1"), {"photometric": "rgb", "extrasamples": [0]}, {"color": "4-band"}),
+        (np.zeros((7, 32, 48), "u2"), {"planarconfig": "separate"}, {"color": "7-band", "needs_bands": True}),
+        (np.zeros((32, 48, 4), "u1"), {"photometric": "rgb", "extrasamples": [0]}, {"color": "RGB and 1 more"}),
         (np.zeros((32, 48, 4), "u1"), {"photometric": "rgb", "extrasamples": [2]}, {"color": "RGB", "has_alpha": True}),
         (np.zeros((32, 48), "i1"), {}, {"depth": "8-bit signed grey", "needs_range": True}),
         (np.zeros((32, 48), "u4"), {}, {"depth": "32-bit grey", "needs_range": True}),
@@ -78,6 +78,31 @@ def test_reduced_pages_of_a_tiff_are_not_pages(tmp_path):
         file.write(np.zeros((32, 48), "u1"))
         file.write(np.zeros((16, 24), "u1"), subfiletype=1)
     assert not header.read(str(tmp_path / "a.tif")).has_more
+
+
+def test_a_page_is_looked_at_by_its_number_or_is_the_first_that_is_no_thumbnail(tmp_path):
+    with tifffile.TiffWriter(tmp_path / "a.tif") as file:
+        file.write(np.zeros((16, 24), "u1"), subfiletype=1)
+        file.write(np.zeros((32, 48), "u1"))
+        file.write(np.zeros((20, 30), "u2"))
+    assert header.read(str(tmp_path / "a.tif")).width == 48
+    assert header.read(str(tmp_path / "a.tif"), 3)[2:6] == ("u", 16, 30, 20)
+
+
+@pytest.mark.parametrize(
+    ("values", "color", "depth"),
+    [
+        (np.zeros((32, 48), "f4"), "grey", "32-bit float grey"),
+        (np.zeros((32, 48, 3), "u1"), "RGB", "8-bit"),
+        (np.zeros((32, 48, 6), ">i2"), "6-band", "16-bit signed color"),
+        (np.zeros((32, 48), bool), "grey", "1-bit"),
+    ],
+)
+def test_an_array_says_its_shape_and_type(values, color, depth, tmp_path):
+    np.save(tmp_path / "a.npy", values)
+    read = header.read(str(tmp_path / "a.npy"))
+    assert (read.format, read.width, read.height) == ("NPY", *SIZE)
+    assert (read.color, read.depth, read.needs_bands) == (color, depth, color == "6-band")
 
 
 def test_a_pgm_says_its_maxval(tmp_path):
