@@ -18,6 +18,7 @@ class Source(NamedTuple):
     """Where a layer's values are in a pass.
 
     Attributes:
+        name: In records and messages.
         path: Of a module; "" is the whole network.
         of: Whether they are the module's output, its input, or in timm's ``forward_head`` what the classifier gets.
         shape: ``(B, ...)``.
@@ -25,19 +26,12 @@ class Source(NamedTuple):
         axis: Which dimension contains the channels, 1 or -1; None if it is unclear or there is nothing to reduce.
     """
 
+    name: str
     path: str
     of: Literal["output", "input", "pre_logits"]
     shape: Shape
     pool: Pool = "none"
     axis: int | None = None
-
-    @property
-    def name(self) -> str:
-        """The source in records and messages."""
-        if self.of == "pre_logits":
-            return "forward_head with pre_logits=True"
-        name = f"input of {self.path}" if self.of == "input" else self.path or "output"
-        return name if self.pool == "none" else f"{self.pool} of {name}"
 
 
 def find_penultimate(trace: Trace) -> Source:
@@ -47,7 +41,7 @@ def find_penultimate(trace: Trace) -> Source:
     except BadValueError as err:
         instead = "--model.layer embedding" if next(_embeddings(trace), None) else "the path of a layer"
         raise BadValueError(f"{err}.\nUse {instead}.") from err
-    return Source(path, "input", trace.calls[path].received or ())
+    return Source(f"input of {path}", path, "input", trace.calls[path].received or ())
 
 
 def find_embedding(trace: Trace) -> Source:
@@ -57,14 +51,14 @@ def find_embedding(trace: Trace) -> Source:
 
 def _embeddings(trace: Trace) -> Iterator[Source]:
     """Yield the known embeddings that are not the input of a Linear, the best first."""
-    if isinstance(values := trace.pre_logits() if trace.pre_logits else None, Tensor):
-        yield Source("", "pre_logits", tuple(values.shape))  # timm's networks: the same as with num_classes=0
+    if isinstance(values := trace.pre_logits() if trace.pre_logits else None, Tensor):  # timm's with num_classes=0
+        yield Source("forward_head with pre_logits=True", "", "pre_logits", tuple(values.shape))
     if isinstance(trace.network, SqueezeNet):
-        yield Source("features", "output", trace.shape("features", "avg")[:2], "avg", 1)
+        yield Source("avg of features", "features", "output", trace.shape("features", "avg")[:2], "avg", 1)
     giving = [path for path, values in trace.vectors.items() if any(same(values, output) for output in trace.outputs)]
     identities = all(isinstance(trace.calls[path].module, nn.Identity) for path in giving)
     if giving and identities and _is_removed_head(giving[-1], trace.network):
-        yield Source(giving[-1], "output", tuple(trace.vectors[giving[-1]].shape))
+        yield Source(giving[-1], giving[-1], "output", tuple(trace.vectors[giving[-1]].shape))
     if trace.norm:
         yield from _after_norm(*trace.norm, trace)
 
@@ -81,10 +75,10 @@ def _after_norm(path: str, values: Tensor, trace: Trace) -> Iterator[Source]:
     vector = (len(values), values.shape[-1])
     if any(same(values, output) for output in trace.outputs):
         if values.ndim == 2:
-            yield Source(path, "output", vector)
+            yield Source(path, path, "output", vector)
         elif values.ndim == 3 and any("cls_token" in name for name, _ in trace.network.named_parameters()):
-            yield Source(path, "output", vector, "cls", -1)
+            yield Source(f"cls of {path}", path, "output", vector, "cls", -1)
     elif values.ndim == 3 and isinstance(trace.output, Tensor) and trace.output.shape == vector:
         pooled = values[:, 0], values.mean(1), values[:, 1:].mean(1)
         if any(torch.allclose(each, trace.output, CLOSE, CLOSE, equal_nan=True) for each in pooled):
-            yield Source("", "output", vector)
+            yield Source("output", "", "output", vector)

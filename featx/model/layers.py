@@ -168,7 +168,7 @@ class Taps:
             check_pool(layer, source.shape, source.axis, self.pool)
             return source
         traced = trace.path_of(modules[path]) or path
-        return Source(path, "output", trace.shape(traced, self.pool), self.pool, trace.channel_axis(traced))
+        return Source(path, path, "output", trace.shape(traced, self.pool), self.pool, trace.channel_axis(traced))
 
     def _take_input(
         self, layer: str, source: Source, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]

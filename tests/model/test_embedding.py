@@ -29,7 +29,7 @@ legacy_seresnet18 legacy_xception lowformer_b0 mvitv2_tiny nasnetalarge nest_tin
 rdnet_tiny res2net50_14w_8s resnest14d resnetv2_18 selecsls42 sequencer2d_s skresnet18
 swin_tiny_patch4_window7_224 swinv2_cr_tiny_224 swinv2_tiny_window8_256 tiny_vit_5m_224 tnt_s_legacy_patch16_224
 tresnet_m twins_svt_small vgg11 visformer_tiny vit_base_patch16_siglip_224 vit_small_patch14_dinov2
-vit_small_r26_s32_224 vitamin_small_224 volo_d1_224 xception41 cpubone_nano samvit_base_patch16
+vit_small_r26_s32_224 vitamin_small_224 volo_d1_224 xception41 cpubone_nano
 """
 TORCHVISION = """
 alexnet convnext_tiny densenet121 efficientnet_b0 googlenet inception_v3 maxvit_t mnasnet0_5 mobilenet_v2
