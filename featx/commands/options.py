@@ -8,6 +8,7 @@ import sys
 import textwrap
 from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
+from importlib import import_module
 from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any, Literal, NoReturn, get_args, get_origin
@@ -84,6 +85,7 @@ class Parser(LightningArgumentParser):
                      if word.partition("=")[0] == "--model"]  # fmt: skip
             for name in ["featx.FeatureExtractor", *named]:
                 with suppress(Exception):  # parsing reports what is wrong with the class
+                    name_class(name)
                     self.set_defaults({"model": {"class_path": name}})
         return super().parse_args(args, *more, **how)
 
@@ -138,6 +140,14 @@ class PlainParser(argparse.ArgumentParser):
             if word.startswith("-") and word not in known:
                 self.error(f"{word}: no such option.{did_you_mean(word, known)}")
         return super().parse_args(args, namespace)
+
+
+def name_class(path: str) -> None:
+    """Give a class that a function made the name that the user calls it by; jsonargparse imports it by its own."""
+    module, _, name = path.rpartition(".")
+    found = getattr(import_module(module), name)
+    if "<locals>" in found.__qualname__:
+        found.__module__, found.__qualname__, found.__name__ = module, name, name
 
 
 def check_words(words: Sequence[str], known: dict[str, Any]) -> None:

@@ -123,3 +123,16 @@ def test_an_option_that_a_plain_command_lacks_is_told_before_the_file_that_it_hi
     plain.add_argument("--images")
     with pytest.raises(UserError, match=r"^--image: no such option. Did you mean --images\?"):
         plain.parse_args(["--image", "photos"])
+
+
+def test_a_class_that_a_function_made_is_named_as_in_its_module(tmp_path, monkeypatch):
+    (tmp_path / "factory.py").write_text(
+        "from featx import FeatureExtractor\n"
+        "def make():\n    class Inner(FeatureExtractor):\n        pass\n    return Inner\n"
+        "Made = make()\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    parser = Parser(default_env=False)
+    parser.add_subclass_arguments(FeatureExtractor, "model")
+    made = parser.instantiate_classes(parser.parse_args(["--model", "factory.Made", "--model.layer", "fc"])).model
+    assert (made.layer, type(made).__name__, type(made).__module__) == ("fc", "Made", "factory")
