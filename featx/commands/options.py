@@ -255,8 +255,9 @@ def expected(hint: Any, value: str = "") -> list[str]:
         return [str(part) for part in parts]
     if origin in (list, tuple):
         literals = [str(part) for part in get_args(parts[0])] if get_origin(parts[0]) is Literal else []
-        numbers = [str(number) for number in range(len(parts))] if origin is tuple else ["0.5"] * 3
-        if example := literals[:2] or (numbers if float in parts else []):
+        numbers = ["0.5"] * 3 if float in parts else ["1", "2", "3"]
+        numbers = [str(number) for number in range(len(parts))] if origin is tuple else numbers
+        if example := literals[:2] or (numbers if {int, float} & {*parts} else []):
             return [f"a list in quotes, {as_list(value) or as_list(','.join(example))}"]
     if parts:  # of a union
         return list(dict.fromkeys(word for part in parts for word in expected(part, value)))

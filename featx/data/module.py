@@ -48,8 +48,8 @@ class ImageFolderDataModule(LightningDataModule):
         crop: Side of the centre crop, in pixels; auto: as the weights were trained; null: no crop.
         interpolation: PIL's filter for resizing; auto: as the weights were trained.
         pad: Pad images smaller than the crop with black.
-        value_range: Values that become black and white in images of more than 8 bits, as '[0,4095]'; null: as the file
-            says.
+        value_range: Values that become black and white in images of more than 8 bits, as '[0,4095]', or a list of such
+            ranges, one per band; null: as the file says.
         files: A file that lists the images to read, one path below dir per line, in the order of the rows; null: all.
         exclude: Paths to leave out, as '["*_mask.png","thumbs/*"]'.
         suffixes: More suffixes of images, as '[.jfif,.avif,.heic]'.

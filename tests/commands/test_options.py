@@ -54,6 +54,8 @@ def parser():
         (["--data.resize", "big"], "--data.resize big: expected auto, a whole number or null."),
         (["--data.strict", "maybe"], "--data.strict maybe: expected true or false."),
         (["--data.value_range", "0,4095"], "--data.value_range 0,4095: expected a list in quotes, '[0,4095]' or null."),
+        (["--data.bands", "4,3,2"], "--data.bands 4,3,2: expected a list in quotes, '[4,3,2]' or null."),
+        (["--data.background", "white"], "--data.background white: expected a list in quotes, '[0,1,2]' or null."),
         (["--writer.format", "npz"], "expected csv, npy, parquet or a list in quotes, '[csv,npy]'. Did you mean npy?"),
         (["--writer.format", "csv,npy"], "csv,npy: expected csv, npy, parquet or a list in quotes, '[csv,npy]'.\n"),
         (["--model.mean", "0.5"], "--model.mean 0.5: expected auto or a list in quotes, '[0.5,0.5,0.5]'.\n"),

@@ -47,9 +47,7 @@ def show(argv: list[str]) -> int:
     parser.add_argument(
         "--map", choices=("pca", "tsne"), default="pca", help="pca: fast (default); tsne: slower, separates groups"
     )
-    parser.add_argument(
-        "--data.reader", dest="reader", metavar="FUNCTION", help="the function that read the images, if it is your own"
-    )
+    parser.add_argument("--data.reader", dest="reader", metavar="NAME", help="your function that read the images")
     options = parser.parse_args(argv)
     file = find(Path(options.file))
     if not file.is_known:
