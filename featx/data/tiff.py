@@ -146,7 +146,7 @@ def _check(page: tifffile.TiffPage, view: View) -> None:
     except KeyError as err:
         name = getattr(page.compression, "name", page.compression)
         raise ImageError(f"a TIFF with compression {name}, which this installation cannot decode") from err
-    require_range(view.value_range, page.dtype, bits, f"{colour} TIFF")
+    require_range(view.value_range, page.dtype, bits, f"{kind}{colour} TIFF")
 
 
 def _segments(page: tifffile.TiffPage, file: BinaryIO) -> Iterator[tuple[int, bytes]]:
