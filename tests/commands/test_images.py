@@ -77,6 +77,14 @@ def test_a_mixed_folder_in_aligned_lines_with_examples(images, mixed):
     assert table["decoded"] == "9 of 9 images"
 
 
+def test_remarks_on_decoded_images_are_printed(images, tmp_path):
+    (tmp_path / "photos").mkdir()
+    Image.fromarray(np.arange(48 * 32, dtype=np.uint16).reshape(32, 48)).save(tmp_path / "photos" / "camera.png")
+
+    _, out, _ = images("photos")
+    assert " 1 image of 16-bit grey, nearly black without --data.value_range (camera.png)\n" in f"{out}\n"
+
+
 def test_json_has_the_same_counts(images, mixed):
     status, out, _ = images(mixed, "--json")
 

@@ -74,7 +74,7 @@ def test_a_worker_that_cannot_send_its_batch_ends_the_run_in_words(three_photos,
     line += ["--data.num_workers", "2", "--data.batch_size", "1", "--writer.out_dir", str(tmp_path)]
     done = subprocess.run(line, env={**ENV, "PYTHONPATH": str(REPO)}, capture_output=True, text=True, timeout=60)
     assert done.returncode == 1 and "featx: error: a process that decodes images died" in done.stderr, done.stderr
-    assert "Give a smaller --data.num_workers than 2" in done.stderr and "run the same command again" in done.stderr
+    assert "Use fewer --data.num_workers than 2" in done.stderr and "run the same command again" in done.stderr
     assert "Traceback" not in done.stderr and len(done.stderr.splitlines()) <= 12
 
 
