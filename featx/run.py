@@ -117,7 +117,9 @@ def run(trainer: Trainer, model: FeatureExtractor, data: ImageFolderDataModule) 
     watch = Watch(lambda text: log.error("%s. %s", text, GOES_ON))
     if trainer.world_size > 1:
         place: Any = trainer.strategy.cluster_environment  # type: ignore[attr-defined]
-        watch.wait_for_others(trainer.num_nodes, f"{place.main_address}:{place.main_port}", log.info)
+        first = trainer.local_rank == 0  # of this machine, where somebody may be watching
+        report: Any = (lambda text: sys.stderr.write(f"{text}\n")) if first else (lambda text: None)
+        watch.wait_for_others(trainer.num_nodes, f"{place.main_address}:{place.main_port}", report)
     connect = LambdaCallback(setup=lambda trainer, *_, **__: watch.connect(trainer.global_rank, trainer.world_size))
     trainer.callbacks.insert(0, connect)  # type: ignore[attr-defined]
     keep_signals(trainer)
