@@ -36,7 +36,7 @@ def read_checkpoint(file: str, key: str | None = None) -> State:
         return _state_at(key, _state_dicts(content), _state_dicts(content, few=True), file)
     found = _state_dicts(content)
     order = {tuple(PLAIN.index(word) for word in path.split(".")): path for path in found if _is_plain(path)}
-    if not order and "" not in found:
+    if not order and "" not in found and len(found) != 1:
         keys = first_few([*filter(_is_name, content)], 5) if isinstance(content, dict) else type(content).__name__
         known = f" State dicts: {first_few(list(found), 5)}; choose one with --model.checkpoint_key." if found else ""
         raise BadValueError(
@@ -44,7 +44,9 @@ def read_checkpoint(file: str, key: str | None = None) -> State:
             f"It contains {keys or 'nothing'}.{known}\n{explained(found)}"
             "Expected a dict of names and tensors, as torch.save(network.state_dict(), FILE) writes it."
         )
-    chosen = order[min(order)] if order else ""
+    chosen = order[min(order)] if order else "" if "" in found else next(iter(found))
+    if not _is_plain(chosen) and chosen:
+        log.info("weights: using %s of %s, the only state dict in it", chosen, file)
     if others := [path or "its top level" for path in found if path != chosen]:
         log.info("weights: using %s of %s, not %s; --model.checkpoint_key chooses another",
                  chosen or "the top level", file, first_few(others))  # fmt: skip

@@ -110,6 +110,9 @@ RIGHT = {
     "a network pickled whole": lambda n, s: n,
     "a network pickled whole in DataParallel": lambda n, s: {"model": nn.DataParallel(n), "ema": None},
     "parameters, a type of its own": lambda n, s: dict(n.named_parameters()) | dict(n.named_buffers()),
+    "VISSL, four levels down": lambda n, s: {
+        "phase": 1, "classy_state_dict": {"base_model": {"model": {"trunk": s}}}},
+    "only an EMA": lambda n, s: {"state_dict_ema": s, "epoch": 1},
     "float64": lambda n, s: {k: v.double() if v.is_floating_point() else v for k, v in s.items()},
 }  # fmt: skip
 
@@ -218,15 +221,12 @@ REFUSED = {
                            r"and.*\n  encoder_k: its .*not evaluate\nChoose .*key encoder_q or --model"),
     "DINO, student and teacher": (lambda n, s: {"student": s, "teacher": s, "epoch": 1},
                                   r"State dicts: student; teacher; .*\n  student: .*\n  teacher: .*which DINO"),
-    "VISSL, four levels down": (lambda n, s: {"phase": 1, "classy_state_dict": {"base_model": {"model": {"trunk": s}}}},
-                                r"State dicts: classy_state_dict.base_model.model.trunk; choose one"),
     "numbered without ReLU and pooling": (
         lambda n, s: {"state_dict": under("f.", nn.Sequential(n.conv1, n.bn1, n.layer1, n.layer2, n.layer3, n.layer4)
                                           .state_dict())},
         r"The file numbers modules \(f.0.weight\), and not in the order of resnet18's own"),
     "a GAN, nothing under a known key": (lambda n, s: {"generator": s, "discriminator": s, "epoch": 1},
                                          "State dicts: generator; discriminator; choose one with --model.check"),
-    "only an EMA": (lambda n, s: {"state_dict_ema": s, "epoch": 1}, "State dicts: state_dict_ema; choose one"),
     "no weights": (lambda n, s: {"epoch": 3}, r"no state dict.*\n.*contains epoch"),
     "nothing": (lambda n, s: {}, r"no state dict.*\n.*contains nothing"),
     "a list": (lambda n, s: [1, 2], r"no state dict.*\n.*contains list"),
