@@ -83,7 +83,7 @@ class _Torchvision:
         return network
 
     def _recipe(self, weights: Weights, size: int | None) -> Any:
-        if weights.file and (published := self._published_as(Path(weights.file))):
+        if weights.file and len(self._entries) > 1 and (published := self._published_as(Path(weights.file))):
             return published
         first = self._entries.__members__.get("IMAGENET1K_V1", self._entries.DEFAULT)
         of_size = (entry for entry in (first, *self._entries) if entry.transforms().crop_size == [size])
