@@ -13,13 +13,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision import models
 
 from featx.data.preprocess import Preprocessing
 from featx.errors import BadValueError, MissingPathError, UserError, did_you_mean, first_line
 from featx.model.download import check_server, digest, digest_in, fetch
 from featx.process import imports
+from featx.process.lightning import DispatchMode
 from featx.process.shared import LOCK, Shared
 
 SEED = 0
@@ -319,7 +319,7 @@ def _float32() -> Iterator[None]:
 FLOAT32 = Shared(_float32)
 
 
-class _BuildMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class _BuildMode(DispatchMode):  # type: ignore[no-untyped-call]
     """Seeds or leaves out the values of networks that this thread builds; other threads are not affected.
 
     The random numbers are the same as after ``torch.manual_seed``. If ``empty``, parameters have a shape and no values.
@@ -329,14 +329,9 @@ class _BuildMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """
 
     def __init__(self, seed: int = SEED, empty: bool = False) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self._generator = torch.Generator().manual_seed(seed)
         self._empty = empty
-
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        """Keep ``__torch_dispatch__`` unwrapped: the wrapper imports torch._dynamo, which takes 1.9 s."""
-        return False
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None

@@ -6,27 +6,22 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from featx.model.layers import Taps
 from featx.model.trace import Pool
+from featx.process.lightning import DispatchMode
 
 
-class _Reads(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class _Reads(DispatchMode):  # type: ignore[no-untyped-call]
     """Notes each tensor that torch's operations receive; a module's call alone does not show which it reads.
 
     nn.MultiheadAttention, for example, reads the weight of its out_proj without calling it.
     """
 
     def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.seen: set[int] = set()
-
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        """Keep ``__torch_dispatch__`` unwrapped: the wrapper imports torch._dynamo, which takes 1.9 s."""
-        return False
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None

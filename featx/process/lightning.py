@@ -19,6 +19,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.plugins.precision import DoublePrecision, HalfPrecision
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy, StrategyRegistry
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher, subprocess_script
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from featx.errors import SEE, BadValueError, UserError, did_you_mean, log
 
@@ -116,6 +117,22 @@ def end_at_an_unsent_batch() -> None:
     tests/data/test_workers.py::test_a_worker_that_cannot_send_its_batch_ends_the_run_in_words.
     """
     Queue._on_queue_feeder_error = staticmethod(lambda err, batch: os._exit(1))  # type: ignore[attr-defined]
+
+
+class DispatchMode(TorchDispatchMode):
+    """Receives torch's operations on this thread; ``__torch_dispatch__`` stays unwrapped.
+
+    The wrapper imports torch._dynamo, which takes 1.9 s:
+    https://docs.pytorch.org/docs/stable/notes/extending.html#extending-all-torch-api-with-modes;
+    tests/process/test_start.py::test_a_run_imports_none_of_the_ballast.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False
 
 
 def refusal(err: Exception, given: Mapping[str, Any]) -> UserError:
