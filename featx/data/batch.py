@@ -17,17 +17,19 @@ class Images(Protocol):
     Attributes:
         names: Their paths below the data folder.
         sizes: In bytes, ``(N,) int64``.
-        mtimes: When they were last changed, in ns, ``(N,) int64``.
+        stamps: What changes with their content, ``(N,) int64``: a file's time in ns, or a checksum.
     """
 
-    names: Sequence[str]
     sizes: Any
-    mtimes: Any
+    stamps: Any
+
+    @property
+    def names(self) -> Sequence[str]: ...  # noqa: D102, in the class's docstring
 
     def __len__(self) -> int: ...
 
     def digest(self) -> str:
-        """Return a digest of all names, sizes and times."""
+        """Return a digest of all names, sizes and stamps."""
 
     def digest_of_names(self) -> str:
         """Return a digest of all names, in order."""

@@ -2,7 +2,6 @@
 
 import io
 import os
-import stat
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any, BinaryIO, NamedTuple
@@ -16,6 +15,7 @@ from featx.data.batch import Fault
 from featx.data.depth import Pixels, to_8_bits
 from featx.data.pillow import FORMATS, MOST_PIXELS, STRICT_PIL, convert, turn_to_page
 from featx.data.rendering import metadata, render, render_chosen
+from featx.data.sources.base import open_file
 from featx.data.view import PLAIN, View
 from featx.errors import BadValueError, ImageError
 
@@ -50,23 +50,36 @@ class Decoded(NamedTuple):
     remarks: tuple[str, ...] = ()
 
 
-def read_or_fault(root: str, name: str, view: View = PLAIN) -> Decoded:
-    """Decode the image ``name`` below ``root``, whatever the file does: what is wrong with it is returned, not raised.
+def decode_or_fault(file: BinaryIO | Exception, path: str, name: str, view: View = PLAIN) -> Decoded:
+    """Decode an image, whatever its file does: what is wrong with it is returned, not raised.
 
     Args:
-        root: The data folder.
-        name: Path of the image below it.
+        file: The file, which is closed, or why there is none.
+        path: What error messages call it.
+        name: What the fault calls it.
         view: How it is seen.
     """
+    if isinstance(file, Exception):
+        return Decoded(None, describe(file, path, name), "")
+    with file:
+        try:
+            return decode(file, path, view if view.strict else replace(view, strict=True))
+        except Exception as err:  # decoders raise OSError, SyntaxError, struct.error, MemoryError ... for broken files
+            fault = describe(err, path, name)
+        if not view.strict:
+            with suppress(Exception):  # the fault says it already
+                return decode(file, path, view)._replace(fault=fault._replace(used=True))
+    return Decoded(None, fault, "")
+
+
+def read_or_fault(root: str, name: str, view: View = PLAIN) -> Decoded:
+    """Decode the image ``name`` below the folder ``root`` as ``decode_or_fault`` does."""
     path = os.path.join(root, name)
     try:
-        return _read(path, view if view.strict else replace(view, strict=True))
-    except Exception as err:  # decoders raise OSError, SyntaxError, struct.error, MemoryError ... for broken files
-        fault = describe(err, path, name)
-    if not view.strict:
-        with suppress(Exception):  # the fault says it already
-            return _read(path, view)._replace(fault=fault._replace(used=True))
-    return Decoded(None, fault, "")
+        file: BinaryIO | Exception = open_file(path)
+    except (OSError, ImageError, ValueError) as err:
+        file = err
+    return decode_or_fault(file, path, name, view)
 
 
 def read_image(path: str, view: View = PLAIN) -> Pixels:
@@ -91,21 +104,10 @@ def read_image(path: str, view: View = PLAIN) -> Pixels:
         ImageError: The file is whole and of a kind that is not read, or not an image.
         Exception: Whatever the decoders raise for a damaged one.
     """
-    pixels = _read(path, view).pixels
+    with open_file(path) as file:
+        pixels = decode(file, path, view).pixels
     assert pixels is not None
     return pixels
-
-
-def _read(path: str, view: View) -> Decoded:
-    found = os.stat(path)
-    if not stat.S_ISREG(found.st_mode):  # a pipe would be waited for, and /dev/zero has no end
-        raise ImageError("a folder, not a file" if stat.S_ISDIR(found.st_mode) else "a pipe or a device, not a file")
-    if found.st_size == 0:
-        raise ImageError("empty")
-    if view.reader is not None:
-        return _from_array(reader.read(view.reader, path, view.bands is not None), view, view.reader)
-    with open(path, "rb") as file:
-        return decode(file, path, view)
 
 
 def decode(file: BinaryIO, name: str, view: View = PLAIN) -> Decoded:
@@ -116,6 +118,11 @@ def decode(file: BinaryIO, name: str, view: View = PLAIN) -> Decoded:
         name: Its path, for messages.
         view: How it is seen.
     """
+    if not file.seek(0, os.SEEK_END):
+        raise ImageError("empty")
+    file.seek(0)
+    if view.reader is not None:
+        return _from_array(reader.read(view.reader, file, name, view.bands is not None), view, view.reader)
     try:
         if name.lower().endswith(arrays.SUFFIX) and file.read(len(arrays.MAGIC)) == arrays.MAGIC:
             turn_to_page(None, view.page)

@@ -3,7 +3,6 @@
 import io
 import os
 import re
-import stat
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -15,7 +14,6 @@ from PIL import Image, ImageCms
 
 from featx.data import arrays, heif, png, tiff, unscaled
 from featx.data.pillow import FORMATS, MOST_PIXELS, STRICT_PIL
-from featx.errors import ImageError
 
 ORIENTATION = 274  # the tag of EXIF and TIFF
 PNG_COLORS = {0: "grey", 2: "RGB", 3: "palette", 4: "grey", 6: "RGB"}
@@ -69,28 +67,27 @@ class Header(NamedTuple):
         return self.color.endswith("-band")
 
 
-def read(path: str, page: int | None = None) -> Header:
+def read(file: BinaryIO, name: str, page: int | None = None) -> Header:
     """Read the header of an image file.
 
     Args:
-        path: The file.
+        file: The file.
+        name: Its name.
         page: Which page of a TIFF, from 1; None: the first that is not a thumbnail.
 
     Raises:
         Exception: Whatever a library raises for a header that cannot be read.
     """
-    if not stat.S_ISREG(os.stat(path).st_mode):  # opening a pipe would wait for a writer
-        raise ImageError("not a file")
-    with open(path, "rb") as file, STRICT_PIL:
+    with STRICT_PIL:
         head = file.read(32)
         file.seek(0)
         if head.startswith(tiff.MAGIC):
             header = _of_tiff(file, page)
         elif head.startswith(png.MAGIC):
             header = _of_png(file)
-        elif head.startswith(arrays.MAGIC) and path.lower().endswith(arrays.SUFFIX):
+        elif head.startswith(arrays.MAGIC) and name.lower().endswith(arrays.SUFFIX):
             header = _of_array(file)
-        elif head[4:8] == b"ftyp" and path.lower().endswith(heif.SUFFIXES):
+        elif head[4:8] == b"ftyp" and name.lower().endswith(heif.SUFFIXES):
             with heif.open_image(file, MOST_PIXELS) as image:
                 header = _of_image(image, file)
         else:

@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -21,13 +20,13 @@ from lightning.pytorch import LightningDataModule
 from torch import stack
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
-from featx.data import preprocess
+from featx.data import preprocess, sources
 from featx.data.batch import Batch, Fault, Remark, Sample, add_up
-from featx.data.decode import READERS, describe, read_or_fault
+from featx.data.decode import READERS, decode_or_fault, describe
 from featx.data.depth import ValueRange
 from featx.data.preprocess import Decoder, Interpolation, Preprocessing
 from featx.data.selection import Selection
-from featx.data.sources import ImageTree, check_folder, check_list, is_lost
+from featx.data.sources import Source
 from featx.data.view import View
 from featx.data.workers import Context, choose, send, start
 from featx.errors import BadValueError, ImageError, LostFolderError, UserError, count, log, note
@@ -120,7 +119,7 @@ class ImageFolderDataModule(LightningDataModule):
         self.decoder = decoder
         self.view = View(value_range, strict, exif_rotate, srgb, background, bands, page, reader)
         vars(self).update(vars(self.view))  # its options, for the record
-        self.images: ImageTree | None = None
+        self.images: Source | None = None
         self.batches: Sequence[int] | None = None  # those of this process; None: all
         self.readers = READERS
         self.workers = 0
@@ -131,9 +130,7 @@ class ImageFolderDataModule(LightningDataModule):
 
     def check(self) -> None:
         """Raise UserError if the folder or the list does not exist."""
-        check_folder(self.dir)
-        if self.files is not None:
-            check_list(self.files)
+        sources.check(self.dir, self.files)
         self.view.check()
 
     def setup(self, stage: str | None = None) -> None:
@@ -142,7 +139,7 @@ class ImageFolderDataModule(LightningDataModule):
         if self.images is not None and not self._used:
             return
         self._used = False
-        images = ImageTree(self.dir, self.files, self.selection)
+        images = sources.find(self.dir, self.files, self.selection)
         classes = f" in {count(len(images.classes), 'class folder')}" if images.classes != [""] else ""
         listed = f", listed in {self.files}" if self.files else ""
         note("images", f"{len(images):,}{classes} of {self.dir}{listed}")
@@ -155,7 +152,7 @@ class ImageFolderDataModule(LightningDataModule):
                 f"{images.images_left_out:,}", f"{len(images):,}", self.dir,
             )  # fmt: skip
         self.images = images
-        _first_read(self._read_as(Preprocessing(None, None, "bilinear", (), (), "")).in_order())
+        _first_read(self._first_samples(Preprocessing(None, None, "bilinear", (), (), "")))
 
     def preprocessing(self, preset: Preprocessing) -> Preprocessing:
         """Return ``preset``, what the network was trained with, as changed by this module's options.
@@ -204,7 +201,7 @@ class ImageFolderDataModule(LightningDataModule):
         Raises:
             BadValueError: None of these can be read, and some need an option.
         """
-        if (sample := _first_read(samples or self._read_as(self.preprocessing(preset)).in_order())) is not None:
+        if (sample := _first_read(samples or self._first_samples(self.preprocessing(preset)))) is not None:
             return Collate(self.batch_size)([sample])
         preprocessing = self.preprocessing(preset)
         side = max(256, preprocessing.crop or 0)
@@ -244,7 +241,7 @@ class ImageFolderDataModule(LightningDataModule):
         Raises:
             LostFolderError: The images are gone.
         """
-        if batch.faults and is_lost(self.dir):
+        if batch.faults and self.images is not None and self.images.is_lost():
             raise LostFolderError(
                 f"--data.dir {self.dir}: the folder is gone, or empty. It held {batch.faults[0].path}.\n"
                 "If its disk or network share was lost, reconnect it and run the same command again."
@@ -262,18 +259,21 @@ class ImageFolderDataModule(LightningDataModule):
         """Return a batch of the run, read in this process."""
         images = self._read_as(self.preprocessing(preset))
         first = number * self.batch_size
-        return Collate(self.batch_size)([images[i] for i in range(first, min(first + self.batch_size, len(images)))])
+        return Collate(self.batch_size)(list(images.read(range(first, min(first + self.batch_size, len(images))))))
 
     def fault(self, name: str, preset: Preprocessing) -> Fault | None:
         """Return what is wrong with an image now."""
-        return self._read_as(self.preprocessing(preset)).read(0, name).fault
+        assert self.images is not None
+        place = self.images.names.find(name)
+        return None if place is None else self._read_as(self.preprocessing(preset))[place].fault
 
     def turbo_saves(self, preset: Preprocessing, images: int = 16) -> float:
         """Return how many seconds of a core ``--data.decoder turbo`` would save per image, measured on the first."""
         assert self.images is not None
         preprocessing = self.preprocessing(preset)
-        root, names = self.images.root, self.images.names[:images]
-        found = (read_or_fault(root, name, self.view).pixels for name in names)
+        some = range(min(images, len(self.images)))
+        files = zip(some, self.images.read(some), strict=True)
+        found = [decode_or_fault(file, "", self.images.names[place], self.view).pixels for place, file in files]
         taken: dict[Decoder, list[float]] = {"exact": [], "turbo": []}
         with on_one_core():
             for pixels in (pixels for pixels in found if pixels is not None):
@@ -284,6 +284,10 @@ class ImageFolderDataModule(LightningDataModule):
                         seconds.append(time.thread_time() - begin)
         return median(taken["exact"]) - median(taken["turbo"]) if taken["exact"] else 0.0
 
+    def _first_samples(self, preprocessing: Preprocessing) -> Iterator[Sample]:
+        images = self._read_as(preprocessing)
+        return images.read(range(min(FIRST, len(images))))
+
     def _read_as(self, preprocessing: Preprocessing) -> "_Images":
         assert self.images is not None
         return _Images(self.images, preprocessing, self.view, self.decoder)
@@ -291,7 +295,7 @@ class ImageFolderDataModule(LightningDataModule):
 
 @dataclass
 class _Images(Dataset[Sample]):
-    images: ImageTree
+    images: Source
     preprocessing: Preprocessing
     view: View
     decoder: Decoder
@@ -299,24 +303,28 @@ class _Images(Dataset[Sample]):
     def __len__(self) -> int:
         return len(self.images)
 
-    def __getitem__(self, index: int) -> Sample:
-        return self.read(index, self.images.names[index])
+    def __getitem__(self, place: int) -> Sample:
+        return next(self.read([place]))
 
-    def in_order(self) -> Iterator[Sample]:
-        """Yield all images, read, in the order of the rows."""
-        return map(self.__getitem__, range(len(self)))
+    def __getitems__(self, places: Sequence[int]) -> list[Sample]:
+        """Return the samples of a batch, as torch's DataLoader asks for them."""
+        return list(self.read(places))
 
-    def read(self, place: int, name: str) -> Sample:
-        """Return an image as the network takes it, or its fault."""
-        tensor, begin = None, time.thread_time()
-        pixels, fault, kind, remarks = read_or_fault(self.images.root, name, self.view)
-        decoded = time.thread_time()
-        if pixels is not None:
-            try:
-                tensor = self.preprocessing.to_tensor(pixels, self.decoder)
-            except (ImageError, BadValueError, MemoryError) as err:  # raised in a worker, it would arrive wrapped
-                fault = describe(err, os.path.join(self.images.root, name), name)
-        return Sample(place, name, tensor, fault, (decoded - begin, time.thread_time() - decoded), kind, remarks)
+    def read(self, places: Sequence[int]) -> Iterator[Sample]:
+        """Yield images as the network takes them, or their faults."""
+        begin = time.thread_time()
+        for place, file in zip(places, self.images.read(places), strict=True):
+            tensor, name, path = None, self.images.names[place], self.images.path(place)
+            pixels, fault, kind, remarks = decode_or_fault(file, path, name, self.view)
+            decoded = time.thread_time()
+            if pixels is not None:
+                try:
+                    tensor = self.preprocessing.to_tensor(pixels, self.decoder)
+                except (ImageError, BadValueError, MemoryError) as err:  # raised in a worker, it would arrive wrapped
+                    fault = describe(err, path, name)
+            end = time.thread_time()
+            yield Sample(place, name, tensor, fault, (decoded - begin, end - decoded), kind, remarks)
+            begin = end
 
 
 def _first_read(samples: Iterable[Sample]) -> Sample | None:

@@ -2,6 +2,8 @@
 
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from typing import BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,7 +14,7 @@ from featx.data.batch import Batch, Remark, Remarks
 from featx.data.header import Header
 from featx.data.module import FIRST, ImageFolderDataModule
 from featx.data.preprocess import Preprocessing
-from featx.data.sources import ImageTree
+from featx.data.sources import find
 from featx.process.cores import usable_cores
 
 CHUNK = 256  # images that are looked at together
@@ -38,7 +40,7 @@ class Overview:
 
     def __init__(self, data: ImageFolderDataModule, decode_all: bool = False) -> None:
         self.data = data
-        self.images = data.images = ImageTree(data.dir, data.files, data.selection)
+        self.images = data.images = find(data.dir, data.files, data.selection)
         data.batch_size = 1  # a batch is an image
         self.found: dict[str, Remarks] = defaultdict(dict)
         self.sizes = np.zeros((len(self.images), 2), np.int32)
@@ -55,7 +57,7 @@ class Overview:
         ):
             for begin in range(0, total, CHUNK):
                 places = range(begin, min(begin + CHUNK, total))
-                headers = pool.map(self._header, places)
+                headers = pool.map(self._header, places, self.images.read(places))
                 to_decode = [
                     place for place, read in zip(places, headers, strict=True) if self._add_header(place, read)
                 ]
@@ -71,13 +73,13 @@ class Overview:
         order = np.argsort(-times, kind="stable")
         return np.stack(np.divmod(packed[order], 1 << 32), axis=1), times[order]
 
-    def _header(self, place: int) -> Header | None:
-        if self.data.view.reader:  # which alone knows what is in a file
+    def _header(self, place: int, file: BinaryIO | Exception) -> Header | None:
+        if isinstance(file, Exception):
             return None
-        try:
-            return header.read(self.images.path(place), self.data.view.page)
-        except Exception:  # decoding it says why, or reads it nevertheless
-            return None
+        with file, suppress(Exception):  # decoding it says why, or reads it nevertheless
+            if not self.data.view.reader:  # which alone knows what is in a file
+                return header.read(file, self.images.names[place], self.data.view.page)
+        return None
 
     def _add_header(self, place: int, read: Header | None) -> bool:
         """Count what a header says, and return whether to decode the image."""

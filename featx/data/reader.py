@@ -1,11 +1,15 @@
 """``--data.reader``: a function of the user's that turns a path into an array."""
 
 import hashlib
+import os
+import shutil
 import sys
 from collections.abc import Callable
+from contextlib import ExitStack
 from functools import cache
 from pathlib import Path
-from typing import Any
+from tempfile import NamedTemporaryFile
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,12 +35,13 @@ def digest(name: str) -> str:
     return hashlib.sha256(Path(file).read_bytes()).hexdigest()
 
 
-def read(name: str, path: str, has_bands: bool) -> NDArray[Any]:
+def read(name: str, file: BinaryIO, path: str, has_bands: bool) -> NDArray[Any]:
     """Return what the reader makes of a file.
 
     Args:
         name: The reader.
-        path: The file.
+        file: The file; one that is in an archive is copied to a temporary file with its suffix.
+        path: Its path, or its name in the archive.
         has_bands: Whether three channels, or one, are taken of more.
 
     Raises:
@@ -44,7 +49,13 @@ def read(name: str, path: str, has_bands: bool) -> NDArray[Any]:
         BadValueError: It returned something else than an image.
     """
     try:
-        found = find(name)(path)
+        with ExitStack() as stack:
+            if getattr(file, "name", None) != path:
+                copy = stack.enter_context(NamedTemporaryFile(suffix=os.path.splitext(path)[1]))
+                shutil.copyfileobj(file, copy)
+                copy.flush()
+                path = copy.name
+            found = find(name)(path)
     except BadValueError:
         raise
     except (Exception, SystemExit) as err:

@@ -186,20 +186,20 @@ def read_run(path: Path) -> Json | None:
 
 
 def save_inputs(path: Path, images: Images) -> None:
-    """Save the list of images, with sizes and times, so that changes can be found later."""
-    lines = (f"{size} {mtime} {json.dumps(name)}\n".encode()
-             for name, size, mtime in zip(images.names, images.sizes, images.mtimes, strict=True))  # fmt: skip
+    """Save the list of images, with sizes and stamps, so that changes can be found later."""
+    lines = (f"{size} {stamp} {json.dumps(name)}\n".encode()
+             for name, size, stamp in zip(images.names, images.sizes, images.stamps, strict=True))  # fmt: skip
     disk.replace(path, gzip.compress(b"".join(lines), 1))
 
 
 def read_inputs(path: Path, some: slice = slice(None)) -> list[tuple[str, int, int]]:
-    """Return names, sizes and times of some of the images that ``save_inputs`` saved.
+    """Return names, sizes and stamps of some of the images that ``save_inputs`` saved.
 
     Raises:
         OSError: The list is missing; EOFError, ValueError or zlib.error if it is damaged.
     """
     lines = (line.split(b" ", 2) for line in gzip.decompress(path.read_bytes()).splitlines()[some])
-    return [(json.loads(name), int(size), int(mtime)) for size, mtime, name in lines]
+    return [(json.loads(name), int(size), int(stamp)) for size, stamp, name in lines]
 
 
 def changed_inputs(path: Path, images: Images, excused: Set[str]) -> str:
@@ -214,7 +214,7 @@ def changed_inputs(path: Path, images: Images, excused: Set[str]) -> str:
         before = {name: (size, mtime) for name, size, mtime in read_inputs(path)}
     except (OSError, EOFError, ValueError, zlib.error):
         return "the list of images changed"
-    now = dict(zip(images.names, zip(images.sizes, images.mtimes, strict=True), strict=True))
+    now = dict(zip(images.names, zip(images.sizes, images.stamps, strict=True), strict=True))
     found = {
         "added": len(now.keys() - before.keys()),
         "removed": len(before.keys() - now.keys()),

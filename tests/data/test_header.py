@@ -12,10 +12,16 @@ from conftest import make_image
 from PIL import Image, ImageCms
 
 from featx.data import header
+from featx.data.sources import open_file
 
 SIZE = (48, 32)
 EXIF = Image.Exif()
 EXIF[header.ORIENTATION] = 6
+
+
+def read_header(path: str, page: int | None = None) -> header.Header:
+    with open_file(path) as file:
+        return header.read(file, path, page)
 
 
 def lab_profile() -> bytes:
@@ -48,7 +54,7 @@ def test_a_header_says_what_is_in_the_file(name, mode, how, expected, tmp_path):
     image = Image.new(mode, SIZE) if mode in ("F", "I;16") else image.convert(mode)
     image.save(tmp_path / name, **how)
 
-    read = header.read(str(tmp_path / name))
+    read = read_header(str(tmp_path / name))
 
     assert (read.width, read.height) == SIZE
     assert {field: getattr(read, field) for field in expected} == expected
@@ -68,7 +74,7 @@ def test_a_header_says_what_is_in_the_file(name, mode, how, expected, tmp_path):
 )
 def test_a_tiffs_bands_pages_and_types(values, how, expected, tmp_path):
     tifffile.imwrite(tmp_path / "a.tif", values, **{"photometric": "minisblack"} | how)
-    read = header.read(str(tmp_path / "a.tif"))
+    read = read_header(str(tmp_path / "a.tif"))
     assert (read.width, read.height) == SIZE
     assert {field: getattr(read, field) for field in expected} == expected
 
@@ -77,7 +83,7 @@ def test_reduced_pages_of_a_tiff_are_not_pages(tmp_path):
     with tifffile.TiffWriter(tmp_path / "a.tif") as file:
         file.write(np.zeros((32, 48), "u1"))
         file.write(np.zeros((16, 24), "u1"), subfiletype=1)
-    assert not header.read(str(tmp_path / "a.tif")).has_more
+    assert not read_header(str(tmp_path / "a.tif")).has_more
 
 
 def test_a_page_is_looked_at_by_its_number_or_is_the_first_that_is_no_thumbnail(tmp_path):
@@ -85,8 +91,8 @@ def test_a_page_is_looked_at_by_its_number_or_is_the_first_that_is_no_thumbnail(
         file.write(np.zeros((16, 24), "u1"), subfiletype=1)
         file.write(np.zeros((32, 48), "u1"))
         file.write(np.zeros((20, 30), "u2"))
-    assert header.read(str(tmp_path / "a.tif")).width == 48
-    assert header.read(str(tmp_path / "a.tif"), 3)[2:6] == ("u", 16, 30, 20)
+    assert read_header(str(tmp_path / "a.tif")).width == 48
+    assert read_header(str(tmp_path / "a.tif"), 3)[2:6] == ("u", 16, 30, 20)
 
 
 @pytest.mark.parametrize(
@@ -100,14 +106,14 @@ def test_a_page_is_looked_at_by_its_number_or_is_the_first_that_is_no_thumbnail(
 )
 def test_an_array_says_its_shape_and_type(values, color, depth, tmp_path):
     np.save(tmp_path / "a.npy", values)
-    read = header.read(str(tmp_path / "a.npy"))
+    read = read_header(str(tmp_path / "a.npy"))
     assert (read.format, read.width, read.height) == ("NPY", *SIZE)
     assert (read.color, read.depth, read.needs_bands) == (color, depth, color == "6-band")
 
 
 def test_a_pgm_says_its_maxval(tmp_path):
     (tmp_path / "a.pgm").write_bytes(b"P5 # a camera\n48 32 4095\n" + bytes(2 * 48 * 32))
-    assert header.read(str(tmp_path / "a.pgm")).depth == "12-bit grey"
+    assert read_header(str(tmp_path / "a.pgm")).depth == "12-bit grey"
 
 
 def test_exif_after_the_pixels_of_a_png_counts(tmp_path):
@@ -115,13 +121,13 @@ def test_exif_after_the_pixels_of_a_png_counts(tmp_path):
     data = EXIF.tobytes().removeprefix(b"Exif\0\0")
     chunk = struct.pack(">I", len(data)) + b"eXIf" + data + struct.pack(">I", zlib.crc32(b"eXIf" + data))
     (tmp_path / "a.png").write_bytes(file.getvalue()[:-12] + chunk + file.getvalue()[-12:])
-    assert header.read(str(tmp_path / "a.png")).orientation == 6
+    assert read_header(str(tmp_path / "a.png")).orientation == 6
 
 
 def test_a_pipe_is_not_opened(tmp_path):
     os.mkfifo(tmp_path / "a.jpg")
     with pytest.raises(ValueError, match="not a file"):
-        header.read(str(tmp_path / "a.jpg"))
+        read_header(str(tmp_path / "a.jpg"))
 
 
 def test_too_many_pixels_are_refused_in_a_png_too(tmp_path):
@@ -130,4 +136,4 @@ def test_too_many_pixels_are_refused_in_a_png_too(tmp_path):
     data[16:24] = struct.pack(">II", 60000, 60000)
     (tmp_path / "a.png").write_bytes(data)
     with pytest.raises(Image.DecompressionBombError):
-        header.read(str(tmp_path / "a.png"))
+        read_header(str(tmp_path / "a.png"))

@@ -17,7 +17,7 @@ from torchvision.datasets import ImageFolder
 
 from featx.data.module import ImageFolderDataModule
 from featx.data.selection import Selection
-from featx.data.sources import ImageTree, Names, is_lost
+from featx.data.sources import ImageTree, Names
 from featx.errors import BadValueError, MissingPathError, UserError
 
 
@@ -242,13 +242,13 @@ def test_names_are_a_sequence_that_pickles(names):
         packed[len(names)]
 
 
-def test_sizes_and_mtimes_stand_beside_the_names(tmp_path):
+def test_sizes_and_times_are_beside_the_names(tmp_path):
     (tmp_path / "a.png").write_bytes(b"12345")
     os.utime(tmp_path / "a.png", ns=(1, 1_700_000_000_123_456_789))
     os.symlink("nowhere", tmp_path / "b.png")
     tree = ImageTree(str(tmp_path))
     assert (list(tree.names), tree.sizes.tolist()) == (["a.png", "b.png"], [5, -1])
-    assert tree.mtimes.tolist() == [1_700_000_000_123_456_789, -1]
+    assert tree.stamps.tolist() == [1_700_000_000_123_456_789, -1]
 
 
 def test_the_digest_notices_a_name_a_size_and_a_time(tmp_path):
@@ -362,7 +362,7 @@ def test_a_list_says_which_images_and_in_which_order(photos, tmp_path):
     tree = ImageTree(str(photos), write_list(tmp_path, content))
     assert list(tree.names) == ["cats/image-02.jpg", "ants/image-00.jpg", "lost/\udcff.jpg", "ants/image-03.JPEG"]
     assert tree.sizes.tolist()[:2] == [os.path.getsize(tree.path(0)), os.path.getsize(tree.path(1))]
-    assert (tree.sizes[2], tree.mtimes[2]) == (-1, -1) and (tree.classes, tree.left_out) == ([""], "")
+    assert (tree.sizes[2], tree.stamps[2]) == (-1, -1) and (tree.classes, tree.left_out) == ([""], "")
 
 
 @pytest.mark.parametrize(
@@ -390,8 +390,15 @@ def test_a_list_that_is_missing_or_a_folder_is_reported(tmp_path):
 def test_a_folder_is_lost_when_it_is_gone_or_empty(tmp_path):
     (tmp_path / "root").mkdir()
     (tmp_path / "root" / "a.png").touch()
-    assert not is_lost(str(tmp_path / "root"))
+    tree = ImageTree(str(tmp_path / "root"))
+    assert not tree.is_lost()
     (tmp_path / "root" / "a.png").unlink()
-    assert is_lost(str(tmp_path / "root"))  # an unmounted disk leaves its folder
+    assert tree.is_lost()  # an unmounted disk leaves its folder
     (tmp_path / "root").rmdir()
-    assert is_lost(str(tmp_path / "root"))
+    assert tree.is_lost()
+
+
+def test_a_name_is_found_among_all(photos):
+    names = ImageTree(str(photos)).names
+    assert [names.find(name) for name in names] == list(range(len(names)))
+    assert names.find("ants/nowhere.jpg") is None and names.find("ants") is None

@@ -1,73 +1,46 @@
 """Folder -> images: find every file in ImageFolder's order, and say what was left out."""
 
 import errno
-import hashlib
 import os
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
-from typing import overload
+from contextlib import suppress
+from typing import BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
 from torchvision.datasets import ImageFolder, VisionDataset
 
 from featx.data.selection import SYSTEM_FOLDERS, LeftOut, Selection
-from featx.errors import BadValueError, MissingPathError, UserError
+from featx.data.sources.base import Names, Source, open_file
+from featx.errors import BadValueError, ImageError, MissingPathError, UserError
 
 NOT_READ = (errno.EACCES, errno.EPERM, errno.ENAMETOOLONG)  # other errors may come from a failing disk
 
 
-class Names(Sequence[str]):
-    """Paths of images in one bytes object: a million of them take little memory, and no worker process copies it.
-
-    A path that is not UTF-8 has surrogates, as file names in Python do.
-
-    Args:
-        blob: All paths, one after the other.
-        ends: Where each ends, ``(N + 1,) int64``, after a 0.
-    """
-
-    def __init__(self, blob: bytes, ends: NDArray[np.int64]) -> None:
-        self.blob = blob
-        self.ends = ends
-
-    def __len__(self) -> int:
-        return len(self.ends) - 1
-
-    @overload
-    def __getitem__(self, index: int) -> str: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[str]: ...
-    def __getitem__(self, index: int | slice) -> str | list[str]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        index = range(len(self))[index]  # its IndexError, and what -1 means
-        return self.blob[self.ends[index] : self.ends[index + 1]].decode("utf-8", "surrogateescape")
-
-
 class _Folder:
-    """What is directly in one folder: the names of its images, their sizes in bytes and mtimes in ns; its folders."""
+    """What is directly in one folder: the names of its images, their sizes in bytes and times in ns; its folders."""
 
     def __init__(self, path: str) -> None:
         self.path = path  # below the root, with / at its end, or ""
         self.folders: list[str] = []
         self.names: list[str] = []
-        self.sizes, self.mtimes = array("q"), array("q")
+        self.sizes, self.stamps = array("q"), array("q")
 
     def add(self, name: str, size: int = -1, mtime: int = -1) -> None:
         self.names.append(name)
         self.sizes.append(size)
-        self.mtimes.append(mtime)
+        self.stamps.append(mtime)
 
     def in_order(self) -> "_Folder":
         """Return a copy with the images sorted by name."""
         other = _Folder(self.path)
         for i in sorted(range(len(self.names)), key=self.names.__getitem__):
-            other.add(self.names[i], self.sizes[i], self.mtimes[i])
+            other.add(self.names[i], self.sizes[i], self.stamps[i])
         return other
 
 
-class ImageTree(ImageFolder):  # type: ignore[misc]
+class ImageTree(Source, ImageFolder):  # type: ignore[misc]
     """torchvision's ImageFolder, which also takes a flat folder or a list, and counts what it leaves out.
 
     Rows follow its order: class folders sorted, in each the folders by their paths, in each the files::
@@ -87,14 +60,6 @@ class ImageTree(ImageFolder):  # type: ignore[misc]
     be read; it does not follow links to folders that they are in, and leaves out folders below the root that it may not
     read, or whose path is too long.
 
-    Attributes:
-        names: Paths of the images below ``root``, with ``/``, in the order of the rows.
-        sizes: Their sizes in bytes, ``(N,) int64``; -1 where there is no file.
-        mtimes: When they were last changed, in ns, ``(N,) int64``; -1 where there is no file.
-        classes: Names of the class folders, sorted.
-        left_out: One line that counts what was left out, or ``""``.
-        images_left_out: How many images that is.
-
     Args:
         root: The folder.
         files: A file that lists the images, one path below ``root`` per line, in the order of the rows, or the paths
@@ -110,12 +75,11 @@ class ImageTree(ImageFolder):  # type: ignore[misc]
     def __init__(self, root: str, files: str | Sequence[str] | None = None, selection: Selection | None = None) -> None:
         check_folder(root)
         VisionDataset.__init__(self, root)  # ImageFolder keeps one tuple per image: 200 MB per million
+        self.where = root
         self.classes = [""]
-        self.left_out = ""
-        self.images_left_out = 0
         self._selection = selection or Selection()
         self._left = LeftOut(self._selection)
-        self.names, self.sizes, self.mtimes = _pack(self._find() if files is None else [self._listed(files)])
+        self.names, self.sizes, self.stamps = _pack(self._find() if files is None else [self._listed(files)])
         self.class_to_idx = {name: label for label, name in enumerate(self.classes)}
         if not self.names:
             found = f" Left out: {self.left_out}." if self.left_out else ""
@@ -125,25 +89,20 @@ class ImageTree(ImageFolder):  # type: ignore[misc]
                 f"Expected a folder of images, or of one folder per class, with the suffixes {known}."
             )
 
-    def __len__(self) -> int:
-        return len(self.names)
+    def read(self, places: Sequence[int]) -> Iterator[BinaryIO | Exception]:
+        """Yield the files of some images, or why one cannot be opened."""
+        for place in places:
+            try:
+                file: BinaryIO | Exception = open_file(self.path(place))
+            except (OSError, ImageError) as err:
+                file = err
+            yield file
 
-    def path(self, index: int) -> str:
-        """Return the path of an image, to open it."""
-        return os.path.join(str(self.root), self.names[index])
-
-    def digest(self) -> str:
-        """Return the SHA-256 of all names, sizes and mtimes, in order."""
-        digest = hashlib.sha256(self.names.blob)
-        for numbers in (self.names.ends, self.sizes, self.mtimes):
-            digest.update(numbers.data)
-        return digest.hexdigest()
-
-    def digest_of_names(self) -> str:
-        """Return the SHA-256 of all names, in order."""
-        digest = hashlib.sha256(self.names.blob)
-        digest.update(self.names.ends.data)
-        return digest.hexdigest()
+    def is_lost(self) -> bool:
+        """Whether nothing is left of the folder: it was removed, or its disk is gone."""
+        with suppress(OSError), os.scandir(self.where) as entries:
+            return next(entries, None) is None
+        return True
 
     def _find(self) -> Iterator[_Folder]:
         """Yield the folders that hold images, in order, their images sorted; then describe what was left out."""
@@ -244,15 +203,6 @@ def check_folder(root: str) -> None:
         )
 
 
-def is_lost(root: str) -> bool:
-    """Whether nothing is left of a folder that held images: it was removed, or its disk is gone."""
-    try:
-        with os.scandir(root) as entries:
-            return next(entries, None) is None
-    except OSError:
-        return True
-
-
 def check_list(path: str) -> None:
     """Raise MissingPathError unless the list exists."""
     if not os.path.exists(path):
@@ -291,14 +241,14 @@ def read_list(path: str) -> list[str]:
 
 
 def _pack(folders: Iterable[_Folder]) -> tuple[Names, NDArray[np.int64], NDArray[np.int64]]:
-    blob, ends, sizes, mtimes = bytearray(), array("q", [0]), array("q"), array("q")
+    blob, ends, sizes, stamps = bytearray(), array("q", [0]), array("q"), array("q")
     for folder in folders:
         for name in folder.names:
             blob += (folder.path + name).encode("utf-8", "surrogateescape")
             ends.append(len(blob))
         sizes += folder.sizes
-        mtimes += folder.mtimes
-    return Names(bytes(blob), np.array(ends, "<i8")), np.array(sizes, "<i8"), np.array(mtimes, "<i8")
+        stamps += folder.stamps
+    return Names(bytes(blob), np.array(ends, "<i8")), np.array(sizes, "<i8"), np.array(stamps, "<i8")
 
 
 def _look(path: str | os.DirEntry[str]) -> tuple[int, int]:

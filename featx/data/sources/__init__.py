@@ -1,0 +1,30 @@
+"""Where images are: each kind of source is a file here, and ``find`` chooses the one that ``--data.dir`` names."""
+
+from collections.abc import Sequence
+
+from featx.data.selection import Selection
+from featx.data.sources.base import Names, Source, open_file
+from featx.data.sources.directory import ImageTree, check_folder, check_list, read_list
+
+__all__ = ["ImageTree", "Names", "Source", "check", "find", "open_file", "read_list"]
+
+
+def check(where: str, files: str | None) -> None:
+    """Raise UserError if there is no such source, or no such list."""
+    check_folder(where)
+    if files is not None:
+        check_list(files)
+
+
+def find(where: str, files: str | Sequence[str] | None = None, selection: Selection | None = None) -> Source:
+    """Return the source of images that a user names.
+
+    Args:
+        where: A folder.
+        files: A file that lists the images, or their paths, in the order of the rows; None: all.
+        selection: The suffixes of images, and which images to leave out.
+
+    Raises:
+        UserError: There is no such source, it cannot be read, or there is no image in it.
+    """
+    return ImageTree(where, files, selection)

@@ -1,0 +1,133 @@
+"""What every source of images has: names, sizes and stamps of all images, and the bytes of some."""
+
+import hashlib
+import os
+import stat
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from typing import BinaryIO, overload
+
+import numpy as np
+from numpy.typing import NDArray
+
+from featx.errors import ImageError
+
+
+class Names(Sequence[str]):
+    """Paths of images in one bytes object: a million of them take little memory, and no worker process copies it.
+
+    A path that is not UTF-8 has surrogates, as file names in Python do.
+
+    Args:
+        blob: All paths, one after the other.
+        ends: Where each ends, ``(N + 1,) int64``, after a 0.
+    """
+
+    def __init__(self, blob: bytes, ends: NDArray[np.int64]) -> None:
+        self.blob = blob
+        self.ends = ends
+
+    def __len__(self) -> int:
+        return len(self.ends) - 1
+
+    @overload
+    def __getitem__(self, index: int) -> str: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[str]: ...
+    def __getitem__(self, index: int | slice) -> str | list[str]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        index = range(len(self))[index]  # its IndexError, and what -1 means
+        return self.blob[self.ends[index] : self.ends[index + 1]].decode("utf-8", "surrogateescape")
+
+    def find(self, name: str) -> int | None:
+        """Return the place of a name, or None if it is not among them."""
+        order, hashes = self._by_hash
+        wanted = hash(name)
+        for place in order[np.searchsorted(hashes, wanted) : np.searchsorted(hashes, wanted, "right")]:
+            if self[place] == name:
+                return int(place)
+        return None
+
+    @cached_property
+    def _by_hash(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """The places in the order of the names' hashes, and these: 16 bytes per name."""
+        hashes = np.fromiter(map(hash, self), np.int64, len(self))
+        order = np.argsort(hashes)
+        return order, hashes[order]
+
+
+class Source(ABC):
+    """Images in the order of the rows, wherever they are.
+
+    It is made in the main process and used in all of its workers, to which it is copied by a fork: whatever must not be
+    shared, such as an open file, is opened at the first ``read`` in each process.
+
+    Attributes:
+        where: The folder, archive, table or URL, as it was given.
+        names: Paths of the images below it, with ``/``, in the order of the rows.
+        sizes: Their sizes in bytes, ``(N,) int64``; -1 where there is no file.
+        stamps: Besides the size, what changes with an image's content, ``(N,) int64``: the time of a file's last change
+            in ns, or a checksum; -1 where there is no file.
+        classes: Names of the class folders, sorted, or ``[""]``.
+        left_out: One line that counts what was left out, or ``""``.
+        images_left_out: How many images that is.
+    """
+
+    where: str
+    names: Names
+    sizes: NDArray[np.int64]
+    stamps: NDArray[np.int64]
+    classes: list[str]
+    left_out: str = ""
+    images_left_out: int = 0
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    @abstractmethod
+    def read(self, places: Sequence[int]) -> Iterator[BinaryIO | Exception]:
+        """Yield the files of some images, open for reading and seeking, each when it is asked for.
+
+        Args:
+            places: Their places in the order of the rows; those of a batch follow each other.
+
+        Yields:
+            For each image its file, which the caller closes, or the exception that says why there is none: then the
+            image is at fault. What is raised ends the run.
+        """
+
+    def path(self, place: int) -> str:
+        """Return what an error message calls an image."""
+        return os.path.join(self.where, self.names[place])
+
+    def is_lost(self) -> bool:
+        """Whether all of it is gone: it was removed, or its disk is."""
+        return not os.path.exists(self.where)
+
+    def digest(self) -> str:
+        """Return the SHA-256 of all names, sizes and stamps, in order."""
+        digest = hashlib.sha256(self.names.blob)
+        for numbers in (self.names.ends, self.sizes, self.stamps):
+            digest.update(numbers.data)
+        return digest.hexdigest()
+
+    def digest_of_names(self) -> str:
+        """Return the SHA-256 of all names, in order."""
+        digest = hashlib.sha256(self.names.blob)
+        digest.update(self.names.ends.data)
+        return digest.hexdigest()
+
+
+def open_file(path: str) -> BinaryIO:
+    """Open a file to read an image.
+
+    Raises:
+        ImageError: It is not a file.
+        OSError: It cannot be opened.
+    """
+    mode = os.stat(path).st_mode
+    if not stat.S_ISREG(mode):  # a pipe would be waited for, and /dev/zero has no end
+        raise ImageError("a folder, not a file" if stat.S_ISDIR(mode) else "a pipe or a device, not a file")
+    return open(path, "rb")
