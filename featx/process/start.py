@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from importlib import import_module
+from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
 
@@ -30,10 +31,22 @@ def is_compile_supported(device: str) -> bool:
 
 # Importing torch._dynamo takes as long as torch itself, only for these three names; scipy.signal takes half as long, to
 # look for an old name: https://github.com/Lightning-AI/torchmetrics/blob/master/src/torchmetrics/__init__.py
+# torchmetrics imports transformers wherever it is installed, for metrics of text.
 STAND_INS: dict[str, dict[str, Any]] = {
     "torch._dynamo": {"OptimizedModule": OptimizedModule, "disable": disable, "__path__": []},
     "torch._dynamo.utils": {"is_compile_supported": is_compile_supported},
     "scipy.signal": {"hamming": None},
+    "transformers": dict.fromkeys(
+        (
+            "AutoModel",
+            "AutoModelForMaskedLM",
+            "AutoTokenizer",
+            "PreTrainedModel",
+            "PreTrainedTokenizerBase",
+            "CLIPModel",
+            "CLIPProcessor",
+        )
+    ),
 }
 
 
@@ -51,9 +64,9 @@ class _StandIn(ModuleType):
 def stand_ins() -> Iterator[None]:
     """Import modules with stand-ins, in a process of featx's own; afterwards the real ones can be imported."""
     for name, known in STAND_INS.items():
-        if name not in sys.modules:
+        if name not in sys.modules and (spec := find_spec(name.split(".")[0])):
             sys.modules[name] = module = _StandIn(name)
-            vars(module).update(known)
+            vars(module).update(known, __spec__=spec)  # find_spec gives it to whoever asks if it is installed
     try:
         yield
     finally:

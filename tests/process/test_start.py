@@ -84,8 +84,15 @@ except ImportError as err:
 def test_an_environment_variable_switches_them_off(monkeypatch, tmp_path):
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(start, "STAND_INS", {"asked_for": {}})
+    (tmp_path / "asked_for.py").touch()
     (tmp_path / "asks.py").write_text("import sys\nfound = 'asked_for' in sys.modules\n")
     for value, found in (("1", False), ("0", True)):
         monkeypatch.setenv("FEATX_PLAIN_START", value)
         monkeypatch.delitem(sys.modules, "asks", raising=False)
         assert start.import_fast("asks").found == found
+
+
+def test_what_is_not_installed_has_no_stand_in(monkeypatch):
+    monkeypatch.setattr(start, "STAND_INS", {"nothing_of_this_name": {}})
+    with start.stand_ins():
+        assert "nothing_of_this_name" not in sys.modules
