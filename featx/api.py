@@ -37,13 +37,14 @@ from featx.writer.folder import file_name, read_errors
 from featx.writer.formats import Floats, row_name
 
 Source = str | os.PathLike[str] | Iterable[str | os.PathLike[str]] | Iterable[Image.Image]
-LIBRARIES = r"(lightning|torch|torchvision|torchmetrics|timm|jsonargparse)\b"  # they warn about each other
+# which warn about each other
+LIBRARIES = r"(lightning|torch|torchvision|torchmetrics|timm|transformers|open_clip|huggingface_hub|jsonargparse)\b"
 NOT_HERE = ("dir", "out_dir", "layer", "on_error", "dry_run")  # extract's own parameters, or useless in it
 
 
 def extract(
     source: Source,
-    layer: str | list[str] = "fc7",
+    layer: str | list[str] = "auto",
     *,
     out_dir: str | os.PathLike[str] | None = None,
     errors: Literal["raise", "return"] = "raise",
@@ -58,7 +59,7 @@ def extract(
 
     Args:
         source: A folder of images; or paths of images; or PIL images, which are named 0, 1, 2 ...
-        layer: A layer, or a list of layers.
+        layer: A layer, or a list of layers; auto: fc7, or embedding of a network without it.
         out_dir: Write files there and continue an interrupted run, as ``featx predict`` does; only for a folder.
         errors: For images that cannot be read: ``raise`` the first one, or ``return`` them all.
         model: A subclass of FeatureExtractor.
@@ -111,7 +112,7 @@ def extract(
             f"{len(lost)} of {len(lost) + len(names):,} images cannot be read, the first is {lost[0].path}: "
             f"{lost[0].reason}\nThe files have the others. errors='return' returns their rows and these errors."
         )
-    values = features[layer] if isinstance(layer, str) else features
+    values = next(iter(features.values())) if isinstance(layer, str) else features
     return (names, values, faults) if errors == "return" else (names, values)
 
 

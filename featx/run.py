@@ -85,7 +85,8 @@ def set_up(
     sample = model.try_out(data.first_batch(model.preprocessing, samples))
     layers = [f"{layer}{f' = {path}' if path != layer else ''}, {count(sample[layer].shape[1], 'column')}"
               for layer, path in model.layers.items()]  # fmt: skip
-    note("layers" if len(layers) > 1 else "layer", "; ".join(layers))
+    default = " (by default, since it has no fc7)" if model.layer_by_default and "fc7" not in model.layers else ""
+    note("layers" if len(layers) > 1 else "layer", "; ".join(layers) + default)
     return sample
 
 

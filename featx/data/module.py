@@ -179,6 +179,8 @@ class ImageFolderDataModule(LightningDataModule):
         del preprocessing["source"]  # it decides no value
         if not self.preprocessing(preset).may_pad:
             del preprocessing["pad"]
+        if not preprocessing["floor"]:
+            del preprocessing["floor"]
         asked = {"exclude": self.selection.exclude, "suffixes": self.selection.more}
         return {name: value for name, value in asked.items() if value} | {
             "preprocessing": json.loads(json.dumps(preprocessing)),

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torchvision.models import SqueezeNet
 
 from featx.errors import BadValueError
+from featx.model.libraries.base import Tower
 from featx.model.trace import Pool, Shape, Trace, same
 
 HEADS = {"head", "heads", "fc", "classifier"}  # replaced by an Identity, they make a network return its features
@@ -51,6 +52,8 @@ def find_embedding(trace: Trace) -> Source:
 
 def _embeddings(trace: Trace) -> Iterator[Source]:
     """Yield the known embeddings that are not the input of a Linear, the best first."""
+    if isinstance(trace.network, Tower) and isinstance(trace.output, Tensor):
+        yield Source(trace.network.vector, "", "output", tuple(trace.output.shape))
     if isinstance(values := trace.pre_logits() if trace.pre_logits else None, Tensor):  # timm's with num_classes=0
         yield Source("forward_head with pre_logits=True", "", "pre_logits", tuple(values.shape))
     if isinstance(trace.network, SqueezeNet):

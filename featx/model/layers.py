@@ -13,6 +13,7 @@ from featx.errors import BadValueError, UserError, as_list, did_you_mean
 from featx.model.embedding import Source, find_embedding, find_penultimate
 from featx.model.trace import EMBEDDING, PENULTIMATE, SEE_LAYERS, Pool, Shape, Trace, check_pool, watch_head
 
+DEFAULT = "auto"  # instead of a layer
 FINDERS = {PENULTIMATE: find_penultimate, EMBEDDING: find_embedding}
 
 
@@ -30,6 +31,11 @@ def find_aliases(network: nn.Module) -> dict[str, str]:
             if len(linears) == 3 and linears[-1] == names[-1]:
                 found.append([f"{path}.{name}" for name in linears])
     return dict(zip(("fc6", "fc7", "fc8"), found[0], strict=True)) if len(found) == 1 else {}
+
+
+def default_layer(network: nn.Module, aliases: Mapping[str, str]) -> str:
+    """Return the layer of a run that names none: ``fc7``, or ``embedding`` of a network without it."""
+    return "fc7" if "fc7" in find_aliases(network) | dict(aliases) else EMBEDDING
 
 
 def resolve_layers(
