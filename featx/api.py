@@ -27,6 +27,7 @@ from featx.data.pillow import to_rgb
 from featx.data.sources import ImageTree
 from featx.errors import SEE, BadValueError, ImageError, did_you_mean, either
 from featx.model.extractor import FeatureExtractor
+from featx.model.layers import DEFAULT
 from featx.process.lightning import PLAIN, keep_default_dtype, keep_signals, make_trainer
 from featx.process.progress import Progress
 from featx.process.shared import Shared, ignored, on_one_core
@@ -69,8 +70,8 @@ def extract(
 
     Returns:
         The names of the rows, a list, and their values, ``(N, D) float32``, in the same order; for a list of layers
-        a dict of values by layer. ``errors="return"`` adds a third: the list of images that cannot be read, each with
-        ``path``, ``reason`` and ``exception``; only those that were ``used`` anyway have a row.
+        and for ``PATH:all`` a dict of values by layer. ``errors="return"`` adds a third: the list of images that cannot
+        be read, each with ``path``, ``reason`` and ``exception``; only those that were ``used`` anyway have a row.
         With ``out_dir`` the values come from the first format; an npy file stays on disk, mapped read-only, unless
         there are several shards.
 
@@ -112,7 +113,8 @@ def extract(
             f"{len(lost)} of {len(lost) + len(names):,} images cannot be read, the first is {lost[0].path}: "
             f"{lost[0].reason}\nThe files have the others. errors='return' returns their rows and these errors."
         )
-    values = next(iter(features.values())) if isinstance(layer, str) else features
+    several = not isinstance(layer, str) or (layer != DEFAULT and layer not in features)  # PATH:all
+    values = features if several else next(iter(features.values()))
     return (names, values, faults) if errors == "return" else (names, values)
 
 

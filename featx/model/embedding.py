@@ -25,6 +25,9 @@ class Source(NamedTuple):
         shape: ``(B, ...)``.
         pool: How to reduce them.
         axis: Which dimension contains the channels, 1 or -1; None if it is unclear or there is nothing to reduce.
+        call: Which of the module's calls, from 1.
+        times: How often a pass calls the module.
+        member: Of the module's output, as ``named_tensors`` names it.
     """
 
     name: str
@@ -33,6 +36,9 @@ class Source(NamedTuple):
     shape: Shape
     pool: Pool = "none"
     axis: int | None = None
+    call: int = 1
+    times: int = 1
+    member: str = ""
 
 
 def find_penultimate(trace: Trace) -> Source:

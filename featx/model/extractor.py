@@ -47,8 +47,8 @@ class FeatureExtractor(LightningModule):
     Args:
         layer: fc6, fc7 or fc8 of AlexNet and networks built like it, before the ReLU; embedding, the vector that the
             network's makers call an image's features; penultimate, the input of the Linear that gives the output; or
-            the path of any module (featx layers lists them). A list such as '[fc6,fc7]' takes several in one pass.
-            auto: fc7, or embedding of a network without it.
+            the path of any module (featx layers lists them); PATH:2, its second call; PATH#0, the first member of its
+            output. A list such as '[fc6,fc7]' takes several in one pass. auto: fc7, or embedding if there is none.
         arch: Name of a torchvision classification network; timm/NAME; hf/NAME or hf/./folder, of transformers;
             open_clip/NAME; or package.module.name of a function that returns a network.
         weights: auto: the best published for the arch; DEFAULT or a name such as IMAGENET1K_V1; a file; random.

@@ -293,7 +293,7 @@ def test_a_layer_without_one_row_per_image_is_refused_before_the_first_batch(thr
     model = FeatureExtractor("layer1.0.relu", arch="resnet18", weights="random")
     model.configure_model()
     data, _ = loader(three_photos)
-    with pytest.raises(UserError, match=r"^--model.layer layer1.0.relu: .* 2 times per pass"):
+    with pytest.raises(UserError, match=r"^--model.layer layer1.0.relu: .* 2 times: expected layer1.0.relu:1 to"):
         model.try_out(data.first_batch(model.preprocessing))
 
 
