@@ -90,7 +90,8 @@ class Preprocessing:
     def at(self, size: int) -> "Preprocessing":
         """Return the same for images of ``size`` pixels: that crop, and a resize in proportion."""
         resize = self.resize if self.resize is None or self.crop is None else self.resize * size // self.crop
-        return replace(self, resize=size if self.crop is None else resize, crop=size)
+        side = None if self.squash and self.crop is None else size
+        return replace(self, resize=size if self.crop is None else resize, crop=side)
 
     @property
     def may_pad(self) -> bool:

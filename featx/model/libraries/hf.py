@@ -109,7 +109,11 @@ class HuggingFace(Library):
             )
         if values.get("quantization_config"):
             raise BadValueError(f"--model.arch {self.arch}: its weights are quantized. Expected the full ones.")
-        return known[kind].from_dict(_plain(values))
+        try:
+            with QUIET:
+                return known[kind].from_dict(_plain(values))
+        except Exception as err:  # of any type
+            raise BadValueError(f"--model.arch {self.arch}: its {CONFIG} cannot be used: {first_line(err)}") from err
 
     def _model(self) -> tuple[Any, Any]:
         """Return the class of the model and its config."""
@@ -141,7 +145,7 @@ class HuggingFace(Library):
             if state is None:
                 network = model._from_config(config, dtype=torch.float32)
             else:
-                tensors = _without_prefix(state)
+                tensors = _without_prefix(state, f"{model.base_model_prefix}.")
                 has_pooler = any("pooler" in name for name in tensors)
                 if not has_pooler and "add_pooling_layer" in inspect.signature(model).parameters:
                     options["add_pooling_layer"] = False  # as in a file of a classifier: it would be random
@@ -168,7 +172,8 @@ class HuggingFace(Library):
             wrong = {name: torch.empty(shape) for name, shape, _ in info["mismatched_keys"]}
             lost = {*info["missing_keys"], *wrong}
             network.loaded = {name: value for name, value in network.state_dict().items() if name not in lost}
-            network.loaded |= wrong | {name: torch.empty(0) for name in info["unexpected_keys"]}
+            others = sorted(name for name in info["unexpected_keys"] if not name.startswith("text_"))
+            network.loaded |= wrong | {name: torch.empty(0) for name in others}
         return network  # type: ignore[no-any-return]
 
     def rename(self, network: nn.Module, state: State, file: str) -> State:
@@ -259,9 +264,16 @@ def _plain(values: Any) -> Any:
     return values
 
 
-def _without_prefix(state: State) -> dict[str, Tensor]:
-    """Return tensors without the names of wrappers, and of the attribute of a Lightning module that most begin with."""
+def _without_prefix(state: State, base: str) -> dict[str, Tensor]:
+    """Return tensors without the names of wrappers, and of attributes that contain the model, which most begin with.
+
+    ``base`` is what the names of a model with a head begin with, such as ``vit.``
+    """
     tensors = {unwrap(name, WRAPPERS): value for name, value in state.items()}
+    inner = {name[: name.index(f".{base}") + 1] for name in tensors if f".{base}" in name} if base != "." else set()
+    for prefix in inner:
+        if 2 * len(part := under(prefix, tensors)) > len(tensors):
+            return part
     for prefix in PREFIXES:
         if 2 * len(part := under(f"{prefix}.", tensors)) > len(tensors):
             return part

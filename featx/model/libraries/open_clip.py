@@ -111,7 +111,7 @@ class OpenClip(Library):
         found = dict(import_module("open_clip.convert").convert_state_dict(network, found))
         if self.image_size is not None:
             import_module("open_clip.model").resize_pos_embed(found, network)
-        return found
+        return {name: value for name, value in found.items() if name.startswith("visual.")} or found
 
     def preset(self, weights: Weights, state: State | None = None, network: nn.Module | None = None) -> Preprocessing:
         """Return that of a tag, of the configs beside a file or on the hub, or else of the first tag of the network."""
