@@ -62,6 +62,11 @@ def choose_weights(arch: str, weights: str) -> Weights:
         return Weights(weights, file=weights)
     if os.path.isdir(weights):
         raise BadValueError(f"--model.weights {weights}: this is a folder. Expected a file of weights.")
+    if weights in ("auto", "DEFAULT") and published:
+        raise BadValueError(
+            f"--model.weights {weights}: {arch} has several published weights, and none of them is the usual one.\n"
+            f"Expected one of {', '.join(published)}; a file; or random for a trial."
+        )
     if weights in ("auto", "DEFAULT"):
         raise BadValueError(
             f"--model.weights {weights}: there are no published weights for {arch}.\n"

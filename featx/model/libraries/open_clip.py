@@ -103,6 +103,8 @@ class OpenClip(Library):
         # open_clip.create_model() would build the text tower, too, and download the config of some.
         make = import_module("open_clip.model")._build_vision_tower
         visual = make(config["embed_dim"], vision, quick, None)
+        if self.image_size is not None and hasattr(visual, "set_input_size"):
+            visual.set_input_size(self.image_size)  # one of timm
         return _ImageTower(visual, "multimodal_cfg" in config, {"vision": vision, "quick_gelu": quick})
 
     def rename(self, network: nn.Module, state: State, file: str) -> State:
@@ -111,6 +113,12 @@ class OpenClip(Library):
         found = dict(import_module("open_clip.convert").convert_state_dict(network, found))
         if self.image_size is not None:
             import_module("open_clip.model").resize_pos_embed(found, network)
+            positions, trunk = found.get("visual.trunk.pos_embed"), getattr(network.visual, "trunk", None)
+            if positions is not None and trunk is not None and positions.shape != trunk.pos_embed.shape:
+                resample = import_module("timm.layers").resample_abs_pos_embed
+                before = 0 if trunk.no_embed_class else trunk.num_prefix_tokens
+                size = trunk.patch_embed.grid_size
+                found["visual.trunk.pos_embed"] = resample(positions, new_size=size, num_prefix_tokens=before)
         return {name: value for name, value in found.items() if name.startswith("visual.")} or found
 
     def preset(self, weights: Weights, state: State | None = None, network: nn.Module | None = None) -> Preprocessing:
