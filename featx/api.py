@@ -20,7 +20,7 @@ from lightning.pytorch.callbacks import Callback
 from PIL import Image
 
 from featx.commands import options as command_line
-from featx.data.batch import Batch, Fault, Remarks, Sample, add_up, report
+from featx.data.batch import Batch, Fault, Remarks, Sample, add_up, report, zero_rows
 from featx.data.decode import describe
 from featx.data.module import Collate, ImageFolderDataModule
 from featx.data.pillow import to_rgb
@@ -235,6 +235,7 @@ class _Rows(Callback):
         self.faults: list[Fault] = []
         self.remarks: Remarks = {}
         self.chunks: dict[str, list[Floats]] = defaultdict(list)
+        self.zeros: dict[str, Remarks] = defaultdict(dict)
 
     def on_predict_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Batch, *_: Any
@@ -249,10 +250,14 @@ class _Rows(Callback):
         self.faults += batch.faults
         self.remarks = add_up([self.remarks, batch.remarks])
         for layer, rows in outputs.items():
-            self.chunks[layer].append(rows.cpu().numpy())
+            self.chunks[layer].append(values := rows.cpu().numpy())
+            if pl_module.normalize:
+                self.zeros[layer] = add_up([self.zeros[layer], zero_rows(batch.names, values)])
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         report(self.remarks)
+        for layer, remarks in self.zeros.items():
+            report(remarks, layer)
 
 
 def _predict(trainer: Trainer, model: FeatureExtractor, **data: Any) -> None:

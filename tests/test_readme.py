@@ -177,9 +177,9 @@ def act(command, folder):
     os.environ["PATH"] = f"{folder / 'bin'}:{os.environ['PATH']}"
     sys.path.insert(0, os.getcwd())
 
-    from featx.model import build
+    from featx.model.libraries import torchvision
 
-    build.fetch = lambda url: None  # the digests of the files in the cache are not those in their names
+    torchvision.fetch = lambda url: None  # the digests of the files in the cache are not those in their names
     if isinstance(command, list):
         from featx.cli import main
 

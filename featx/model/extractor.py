@@ -22,6 +22,7 @@ from featx.model.layers import DEFAULT, Taps, default_layer, resolve_layers
 from featx.model.libraries.base import Library, Tower, UnknownPresetError, Weights
 from featx.model.libraries.function import import_function, preset_of
 from featx.model.reads import tensors_read
+from featx.model.reduce import Reduction, import_projection
 from featx.model.trace import Pool
 
 REVISION = 1  # increase it whenever the pass gives different values, so that no run resumes with older rows
@@ -55,6 +56,8 @@ class FeatureExtractor(LightningModule):
         image_size: Side of the images that the network gets, in pixels; null: as the weights were trained.
         pool: How to reduce a layer with several values per channel or token: none keeps them all, C,H,W row-major;
             avg or max keeps one per channel, over all positions or tokens; cls keeps the first token.
+        reduce: Project wider layers at random to so many columns.
+        normalize: Whether to scale each row to length 1.
         checkpoint_key: Where the weights are in the file, for example model.ema; null: under one of the usual keys.
         strict: Whether the file must contain all that the layers need; false: load what fits, the rest stays random.
         mean: Mean of the three channels, on the scale 0..1; auto: as the weights were trained.
@@ -94,6 +97,8 @@ class FeatureExtractor(LightningModule):
         weights: str = "auto",
         image_size: int | None = None,
         pool: Pool = "none",
+        reduce: int | None = None,
+        normalize: bool = False,
         checkpoint_key: str | None = None,
         strict: bool = True,
         mean: Literal["auto"] | list[float] = "auto",
@@ -110,6 +115,8 @@ class FeatureExtractor(LightningModule):
         self.weights = weights
         self.image_size = image_size
         self.pool: Pool = pool
+        self.reduce = reduce
+        self.normalize = normalize
         self.checkpoint_key = checkpoint_key
         self.strict = strict
         self.mean = mean
@@ -182,6 +189,10 @@ class FeatureExtractor(LightningModule):
             if not good or (name == "std" and values != "auto" and min(values) <= 0):
                 zero = "above 0, " if name == "std" else ""
                 raise BadValueError(f"--model.{name} {values}: expected three numbers {zero}such as '[0.5,0.5,0.5]'.")
+        if self.reduce is not None:
+            if self.reduce < 1:
+                raise BadValueError(f"--model.reduce {self.reduce}: expected a whole number of at least 1, or null.")
+            import_projection()
         if not self.own_network and networks.is_function(self.arch):
             import_function(self.arch)  # configure_model calls it
         elif not self.own_network:
@@ -244,7 +255,11 @@ class FeatureExtractor(LightningModule):
         self._dtype_built = dtype_of(network)
         self.packages = networks.packages(network, type(self), self.arch if self._named_network_built else "")
         self._taps = Taps(network, self.layers, self.pool)
-        self._passes = Passes(self, self._taps, self.preprocessing.normalize, self.title, self.stochastic)
+        self._passes = self._new_passes(self._taps)
+
+    def _new_passes(self, taps: Taps) -> Passes:
+        reduction = Reduction(self.reduce, self.normalize)
+        return Passes(self, taps, self.preprocessing.normalize, self.title, self.stochastic, reduction)
 
     def _build(self, seed: int) -> nn.Module:
         self._named_network_built = False
@@ -320,6 +335,7 @@ class FeatureExtractor(LightningModule):
             **({"stochastic": True} if self.stochastic else {}),
             **({"image_size": self.image_size} if self.image_size is not None else {}),
             **({"config": self.network.config_digest} if isinstance(self.network, Tower) else {}),
+            **self.passes.reduction.identity(layer),
         }
 
     def try_out(self, batch: Batch) -> dict[str, Tensor]:
@@ -331,7 +347,7 @@ class FeatureExtractor(LightningModule):
         assert self._taps is not None, "configure_model() comes first"
         self.network.eval()
         self._digest = None
-        self._passes = Passes(self, self._taps, self.preprocessing.normalize, self.title, self.stochastic)
+        self._passes = self._new_passes(self._taps)
         found = self._passes.try_out(batch.groups[0][1], self.channels_last, self._compiles)
         self.layers = {layer: each.module for layer, each in found.items()}
         rows = dict(self.predict_step(batch))
@@ -339,7 +355,8 @@ class FeatureExtractor(LightningModule):
         if many := [layer for layer, values in rows.items() if values.shape[1] > MANY_COLUMNS]:
             sizes = ", ".join(f"{layer} has {count(rows[layer].shape[1], 'column')}" for layer in many)
             poolable = self.pool == "none" and any(len(found[layer].shape) > 1 for layer in many)
-            log.warning("%s%s", sizes, ": --model.pool avg keeps one per channel" if poolable else "")
+            pool = "--model.pool avg keeps one per channel, " if poolable else ""
+            log.warning("%s: %s--model.reduce 1000 projects them to 1,000", sizes, pool)
         return rows
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:

@@ -38,6 +38,7 @@ ADDED: Json = {
     "exclude": None,
     "suffixes": None,
     "stochastic": False,
+    "normalize": False,
 }
 
 

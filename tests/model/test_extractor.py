@@ -533,8 +533,8 @@ def test_an_error_in_featx_itself_stays_a_traceback(monkeypatch):
     monkeypatch.setattr("featx.model.layers.Taps.find", Taps.take)  # before the layers are found
     model = of(Tiny)("fc")
     model.configure_model()
-    monkeypatch.setattr(model._taps, "_found", None)
-    with pytest.raises(AttributeError, match="items"):
+    monkeypatch.setattr(model._taps, "_sources", None)
+    with pytest.raises(TypeError, match="not iterable"):
         model(torch.zeros(1, 3, 8, 8, dtype=torch.uint8))
 
 
