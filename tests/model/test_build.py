@@ -290,7 +290,7 @@ def test_the_default_layer_is_fc7_or_the_embedding():
         model = FeatureExtractor(arch=arch, weights="random")
         model.check()
         assert model.layer == layer
-    with pytest.raises(BadValueError, match="--model.layer fc7: resnet18 has no such layer"):
+    with pytest.raises(BadValueError, match=r"--model.layer fc7: resnet18 has no such layer"):
         FeatureExtractor("fc7", arch="resnet18", weights="random").check()
     with pytest.raises(BadValueError, match="image_size 0: expected a whole number"):
         FeatureExtractor(image_size=0)

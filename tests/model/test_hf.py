@@ -183,6 +183,18 @@ def test_a_classifiers_file_has_no_pooler_and_gives_the_class_token(tmp_path):
     assert np.array_equal(rows["embedding"], rows["layernorm"][:, :16])
 
 
+def test_a_masked_autoencoder_sees_the_whole_image(tmp_path):
+    config = transformers.ViTMAEConfig(**VISION, decoder_num_attention_heads=2, decoder_hidden_size=16)
+    transformers.ViTMAEForPreTraining(config).save_pretrained(tmp_path)
+    transformers.ViTImageProcessorPil(**SQUASH).save_pretrained(tmp_path)
+    processor = AutoImageProcessor.from_pretrained(tmp_path, backend="pil")
+    network = AutoModel.from_pretrained(tmp_path, mask_ratio=0.0).eval()
+    with torch.inference_mode():
+        expected = network(processor(images=PHOTOS, return_tensors="pt")["pixel_values"]).last_hidden_state[:, 0]
+    _, rows = featx.extract(PHOTOS, arch=f"hf/{tmp_path}", num_workers=0)
+    assert relative_error(rows, expected.numpy()) < 1e-5
+
+
 def test_shards_and_a_pickle_of_tensors_are_read_and_nothing_in_them_runs(vit, tmp_path, monkeypatch):
     expected = theirs(vit)
     config = {name: (vit / name).read_bytes() for name in ("config.json", "preprocessor_config.json")}
