@@ -10,6 +10,7 @@ from featx.data.sources.archive import Archives
 from featx.data.sources.base import Names, Source, open_file
 from featx.data.sources.directory import ImageTree, check_list, read_list
 from featx.data.sources.patterns import archives_in, expand
+from featx.data.sources.table import SUFFIXES, Table, files_of
 from featx.errors import BadValueError, UserError
 
 __all__ = ["Archives", "ImageTree", "Names", "Source", "check", "exists", "find", "is_folder", "open_file", "read_list"]
@@ -31,7 +32,7 @@ def exists(where: str) -> bool:
 
 def is_folder(where: str) -> bool:
     """Whether images are files of their own in a folder, or would be if it was there."""
-    return not exists(where) or not _archives(where)
+    return not exists(where) or not (_tables(where) or _archives(where))
 
 
 def find(
@@ -44,7 +45,7 @@ def find(
     """Return the source of images that a user names.
 
     Args:
-        where: A folder, an archive, or a pattern of archives' paths.
+        where: A folder, an archive, a table, or a pattern of the paths of archives or tables.
         files: A file that lists the images, or their paths, in the order of the rows; None: all.
         selection: The suffixes of images, and which images to leave out.
         column: The column of a table, or the file of a sample in an archive, that is the image; None: the only one.
@@ -53,6 +54,13 @@ def find(
     Raises:
         UserError: There is no such source, it cannot be read, or there is no image in it.
     """
+    if tables := _tables(where):
+        if files is not None:
+            raise BadValueError(
+                f"--data.files {files}: --data.dir {where} is a table, whose rows are read in their order. "
+                "--data.exclude leaves some out."
+            )
+        return Table(where, tables, selection, column)
     if archives := _archives(where):
         return Archives(where, archives, files, selection, column, cache)
     if column is not None:
@@ -60,6 +68,14 @@ def find(
             f"--data.column {column}: --data.dir {where} is a folder of images, which has no columns. Leave it out."
         )
     return ImageTree(where, files, selection)
+
+
+def _tables(where: str) -> list[str]:
+    """Return the files of the table that a user names, in order, or []."""
+    paths = expand(where)
+    if len(paths) == 1:
+        return files_of(paths[0])
+    return paths if all(path.lower().endswith(SUFFIXES) for path in paths) else []
 
 
 def _archives(where: str) -> list[str]:

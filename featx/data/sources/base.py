@@ -67,13 +67,14 @@ class Source(ABC):
     Attributes:
         where: The folder, archive, table or URL, as it was given.
         names: Paths of the images below it, with ``/``, in the order of the rows.
-        sizes: Their sizes in bytes, ``(N,) int64``; -1 where there is no file.
+        sizes: Their sizes in bytes, ``(N,) int64``; -1 where they are not known, or there is no file.
         stamps: Besides the size, what changes with an image's content, ``(N,) int64``: the time of a file's last change
             in ns, or a checksum; -1 where there is no file.
         classes: Names of the class folders, sorted, or ``[""]``.
         left_out: One line that counts what was left out, or ``""``.
         images_left_out: How many images that is.
         lost: What is reported if ``is_lost`` during a run.
+        column: The column of a table that has the images, or ``""``.
     """
 
     where: str
@@ -84,6 +85,7 @@ class Source(ABC):
     left_out: str = ""
     images_left_out: int = 0
     lost: str = "the folder is gone, or empty"
+    column: str = ""
 
     def __len__(self) -> int:
         return len(self.names)
