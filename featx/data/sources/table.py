@@ -13,6 +13,7 @@ from contextlib import contextmanager, suppress
 from typing import Any, BinaryIO
 
 import numpy as np
+from numpy.typing import NDArray
 
 from featx.data.selection import LeftOut, Selection
 from featx.data.sources.base import Names, Source
@@ -78,9 +79,9 @@ class Table(Source):
         self._path = next(filter(self._has_value, path_columns(schema, self.column)), None)
         self._label = label_column(schema)
         self._labels = features_of(schema).get(self._label[0], {}).get("names") if self._label else None
-        names, kept, self.classes = self._names(selection, numbered=False)
-        if _has_repeated(names):
-            names, kept, self.classes = self._names(selection, numbered=True)
+        names, kept, self.classes, unique = _pack(self._named(numbered=False), selection)
+        if not unique:
+            names, kept, self.classes, _ = _pack(self._named(numbered=True), selection)
         left = LeftOut(selection)
         left.excluded = len(kept) - len(names)
         self.left_out, self.images_left_out = left.describe(0, set()), left.excluded
@@ -144,25 +145,17 @@ class Table(Source):
     def _has_value(self, column: Column) -> bool:
         return any(text for (texts,) in self._texts(column) for text in texts)
 
-    def _names(self, selection: Selection, numbered: bool) -> tuple[Names, list[bool], list[str]]:
-        """Return names, which rows are kept, and the classes; ``numbered``: with each row's number."""
-        columns = [column for column in (self._path, self._label) if column]
-        blob, ends, kept, classes, row = bytearray(), array("q", [0]), list[bool](), set[str](), 0
+    def _named(self, numbered: bool) -> Iterator[tuple[str, str]]:
+        """Yield the name and the class of each row; ``numbered``: with its number in each name."""
+        columns, row = [column for column in (self._path, self._label) if column], 0
         for texts in self._texts(*columns):
             paths = texts[0] if self._path else [None] * len(texts[0])
             labels = texts[-1] if self._label else [None] * len(paths)
             for path, label in zip(paths, labels, strict=True):
                 name, kind = clean(path), self._class(label)
                 name = f"{row:06}/{name}".rstrip("/") if numbered or not name else name
-                if kind and not name.startswith(f"{kind}/"):
-                    name = f"{kind}/{name}"
-                kept.append(not selection.excludes(name))
-                if kept[-1]:
-                    classes.add(kind)
-                    blob += name.encode("utf-8", "surrogateescape")
-                    ends.append(len(blob))
+                yield f"{kind}/{name}" if kind and not name.startswith(f"{kind}/") else name, kind
                 row += 1
-        return Names(bytes(blob), np.array(ends, "<i8")), kept, sorted(classes - {""}) or [""]
 
     def _class(self, label: str | None) -> str:
         """Return a label as the name of a folder, "" if there is none."""
@@ -318,9 +311,20 @@ def files_of(where: str) -> list[str]:
     return [] if data else found
 
 
-def _has_repeated(names: Names) -> bool:
-    hashes = np.sort(np.fromiter(map(hash, names), np.int64, len(names)))
-    return bool((hashes[1:] == hashes[:-1]).any()) and len(set(names)) < len(names)
+def _pack(rows: Iterator[tuple[str, str]], selection: Selection) -> tuple[Names, NDArray[np.bool_], list[str], bool]:
+    """Return the names of the rows that are kept, which they are, their classes, and whether all names differ."""
+    blob, ends, kept, digests, classes = bytearray(), array("q", [0]), array("b"), array("Q"), {""}
+    for name, kind in rows:
+        encoded = name.encode("utf-8", "surrogateescape")
+        digests.frombytes(hashlib.blake2b(encoded, digest_size=8).digest())
+        kept.append(not selection.excludes(name))
+        if kept[-1]:
+            classes.add(kind)
+            blob += encoded
+            ends.append(len(blob))
+    names = Names(bytes(blob), np.array(ends, "<i8"))
+    unique = len(np.unique(np.asarray(digests))) == len(digests)
+    return names, np.array(kept, bool), sorted(classes - {""}) or [""], unique
 
 
 def _stamp(path: str) -> int:

@@ -157,6 +157,11 @@ def test_excluded_rows_are_left_out_and_counted(tmp_path):
     assert [file.read() for file in images.read([0, 1])] == [IMAGES[0], IMAGES[3]]
 
 
+def test_an_excluded_row_changes_no_other_name(tmp_path):
+    path = write(tmp_path / "a.parquet", {"image": IMAGES, "path": ["x/a.png", "x/a.png", "b.png", "c.png"]})
+    assert names(path, selection=Selection(exclude="*/a.png")) == ["000002/b.png", "000003/c.png"]
+
+
 def test_an_image_that_is_not_there_is_listed(tmp_path):
     column = [
         {"bytes": IMAGES[0], "path": "a.png"},
