@@ -94,8 +94,8 @@ def set_up(
     return sample
 
 
-def estimate(trainer: Trainer, model: FeatureExtractor, data: ImageFolderDataModule) -> float:
-    """Estimate the seconds of the whole run from two of its batches, computed on its device."""
+def estimate(trainer: Trainer, model: FeatureExtractor, data: ImageFolderDataModule, images: int) -> float:
+    """Estimate the seconds of a run of so many images from two batches, computed on its device."""
     assert data.images is not None
     device = trainer.strategy.root_device
     model.to(device)
@@ -109,7 +109,7 @@ def estimate(trainer: Trainer, model: FeatureExtractor, data: ImageFolderDataMod
         reading, computing = (read - begin) / cores_per_process(trainer), time.perf_counter() - read
     # On a CPU both stages share the cores; with a GPU the slower stage decides.
     seconds = reading + computing if device.type == "cpu" else max(reading, computing)
-    return seconds / batch.size * len(data.images) / trainer.world_size
+    return seconds / batch.size * images / trainer.world_size
 
 
 def run(trainer: Trainer, model: FeatureExtractor, data: ImageFolderDataModule) -> None:

@@ -89,10 +89,11 @@ def predict(argv: list[str]) -> int:
     if writer.dry_run:
         if rank() == 0:
             batch = f"{trainer.strategy.root_device}, estimated from two batches of {data.batch_size}"
-            print(f"images: {len(data.images):,}")
+            left = writer.left(data.images)
+            print(f"images: {len(data.images):,}" + (f", {left:,} to compute" if left < len(data.images) else ""))
             print(f"columns: {', '.join(f'{layer} {number}' for layer, number in plan.columns.items())}")
             print(f"{' and '.join(writer.formats)}: about {size_in_words(plan.size)}")
-            print(f"time: about {timedelta(seconds=math.ceil(estimate(trainer, model, data)))} on {batch}")
+            print(f"time: about {timedelta(seconds=math.ceil(estimate(trainer, model, data, left)))} on {batch}")
             print("dry run: nothing was written")
         return 0
     run(trainer, model, data)

@@ -18,6 +18,7 @@ import numpy as np
 import PIL
 import torch
 from lightning.pytorch import LightningDataModule
+from numpy.typing import NDArray
 from torch import stack
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
@@ -27,7 +28,7 @@ from featx.data.decode import READERS, decode_or_fault, describe
 from featx.data.depth import ValueRange
 from featx.data.preprocess import Decoder, Interpolation, Preprocessing
 from featx.data.selection import Selection
-from featx.data.sources import Source
+from featx.data.sources import Some, Source
 from featx.data.view import View
 from featx.data.workers import Context, choose, send, start
 from featx.errors import BadValueError, BrokenSourceError, ImageError, LostFolderError, UserError, count, log, note
@@ -164,6 +165,11 @@ class ImageFolderDataModule(LightningDataModule):
                 f"--data.column {images.column}: none of its first {min(FIRST, len(images))} values is an image that "
                 f"can be read. The first is {fault and fault.path}: {fault and fault.reason}"
             )
+
+    def restrict(self, places: NDArray[np.int64]) -> None:
+        """Leave only some of the images, by their places, until the next ``setup``."""
+        assert self.images is not None
+        self.images, self._used = Some(self.images, places), True
 
     def preprocessing(self, preset: Preprocessing) -> Preprocessing:
         """Return ``preset``, what the network was trained with, as changed by this module's options.

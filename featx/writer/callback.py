@@ -5,6 +5,7 @@ import platform
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,11 +21,12 @@ from featx.process import progress
 from featx.process.cores import device_name, usable_cores
 from featx.writer import checks, disk, journal, records
 from featx.writer.disk import DiskError, Lock
-from featx.writer.folder import HIDDEN, LayerState
+from featx.writer.folder import COMPLETE, HIDDEN, UPDATE, LayerState
 from featx.writer.formats import FORMATS, REVISION, Format
 from featx.writer.join import finish
 from featx.writer.journal import Placed
 from featx.writer.stream import RowStream
+from featx.writer.update import Kept, Update, complete, plan
 
 GRACE = 8.0  # seconds that an interrupted run has to bring its rows to disk
 
@@ -48,6 +50,7 @@ class FeatureWriter(BasePredictionWriter):
         overwrite: Whether to remove what another run wrote for these layers and start over.
         dry_run: Whether to print the space and time that the run would take, and stop before the first batch.
         shard_rows: Images per file, a multiple of the batch size; the files are LAYER/00000.csv, LAYER/00001.csv, ...
+        update: Whether images may have been added, changed or removed: only new and changed ones are computed.
 
     Attributes:
         records: The content of LAYER.json, by layer; in process 0, after the run.
@@ -68,6 +71,7 @@ class FeatureWriter(BasePredictionWriter):
         overwrite: bool = False,
         dry_run: bool = False,
         shard_rows: int | None = None,
+        update: bool = False,
     ) -> None:
         super().__init__(write_interval="batch")
         self.formats: list[Format] = [format] if isinstance(format, str) else list(dict.fromkeys(format))
@@ -75,6 +79,11 @@ class FeatureWriter(BasePredictionWriter):
             raise BadValueError(f"--writer.format {format}: expected csv, npy, parquet or a list such as '[csv,npy]'.")
         if dtype == "float16" and self.formats == ["csv"]:
             raise BadValueError("--writer.dtype float16: csv is always float32. Use --writer.format npy or parquet.")
+        if update and overwrite:
+            raise BadValueError(
+                "--writer.update true: keeps the rows of unchanged images, and --writer.overwrite true removes them.\n"
+                "Expected one of the two."
+            )
         self.out_dir = out_dir
         self.format = format
         self.names = names
@@ -83,12 +92,15 @@ class FeatureWriter(BasePredictionWriter):
         self.overwrite = overwrite
         self.dry_run = dry_run
         self.shard_rows = shard_rows
+        self.update = update
         self.records: dict[str, dict[str, Any]] = {}
         self._inspected: tuple[Any, Any, Any] | None = None  # for which Trainer, model and data
         self._inspected_locked = False  # whether this run held the lock then
         self._all: dict[str, LayerState] = {}
         self._states: dict[str, LayerState] = {}  # of the layers with work left
         self._done: dict[str, dict[int, Placed]] = {}
+        self._kept: dict[str, Kept | None] = {}  # of the layers that are updated
+        self._places: Any = None  # of the images to compute; None: all
         self._stream: RowStream | None = None  # if this process has work
         self._device = self._session = ""
         self._started = datetime.now(UTC)
@@ -133,7 +145,13 @@ class FeatureWriter(BasePredictionWriter):
 
     def check_space(self, images: Images, sample: dict[str, Tensor], processes: int) -> int:
         """Check the size of the output against the free space, as ``checks.check_space`` does."""
-        return checks.check_space(Path(self.out_dir), self._states, images, sample, processes)
+        return checks.check_space(
+            Path(self.out_dir), self._states, images, sample, processes, self.left(images), self._kept
+        )
+
+    def left(self, images: Images) -> int:
+        """Return how many images are to compute, if none of them is on disk; in process 0, after ``inspect``."""
+        return len(images if self._places is None else self._places)
 
     def inspect(self, trainer: Trainer, model: Any, data: Any, columns: dict[str, int]) -> bool:
         """Return whether there is anything to do, after reading what is in ``out_dir``.
@@ -166,13 +184,23 @@ class FeatureWriter(BasePredictionWriter):
     def _find_work(self, data: Any, preset: Any) -> None:
         self._states, self.records = dict(self._all), {}
         for layer, state in self._all.items():
-            record = state.inspect(self.overwrite)
+            if (state.folder / UPDATE / COMPLETE).exists() and rank() == 0:
+                self._take_lock()
+                complete(state)
+            record = state.inspect(self.overwrite, self.update)
             if record and all(data.fault(fault.path, preset) == fault for fault in state.faults()):
                 if state.run_path.exists() and rank() == 0:  # the run was killed while it renamed or cleaned up
                     self._take_lock()
                     state.finish_renaming(record)
+                if (state.folder / UPDATE).exists() and rank() == 0:  # of images as they are no more
+                    self._take_lock()
+                    state.remove_update()
                 self.records[layer] = record
                 del self._states[layer]
+        if rank() == 0:
+            is_unchanged = partial(self._is_unchanged, data, preset)
+            found, self._places = plan(self._states, data.images, is_unchanged)
+            self._kept = dict(found)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Agree with the other processes on the remaining batches, take a share, and start the writing thread."""
@@ -195,13 +223,16 @@ class FeatureWriter(BasePredictionWriter):
         if trainer.world_size > 1:
             # Processes may finish hours apart, but NCCL and Lightning wait for only half an hour.
             self._group = dist.new_group(backend="gloo", timeout=timedelta(days=365))
-        session, left = 0, np.arange(0)
+        session, left, digest = 0, np.arange(0), data.images.digest()
         if trainer.is_global_zero:
             checks.warn_of_names(data.images.names, self.names)
             session, left = self._begin(data, model.preprocessing)
-        gathered = self._gather((session, left, list(self._states), data.images.digest()))
-        session, left, layers, _ = gathered[0]
-        self._states = {layer: self._all[layer] for layer in layers}
+        gathered = self._gather((session, left, list(self._states), list(self._kept), self._places, digest))
+        session, left, layers, updated, places, _ = gathered[0]
+        if not trainer.is_global_zero:
+            self._states = {layer: self._all[layer] for layer in layers}
+            self._kept, self._places = dict.fromkeys(updated), places
+            self._restrict(data)
         if len({digest for *_, digest in gathered}) > 1:
             raise UserError(
                 f"--data.dir {data.dir}: the processes see different images. The folder changed or is not shared."
@@ -220,16 +251,25 @@ class FeatureWriter(BasePredictionWriter):
             computing = model.batches_at_once(data.batch_size)
             self._stream = RowStream(self._states, stem, self._device, on_gpu, first, computing)
 
+    @staticmethod
+    def _is_unchanged(data: Any, preset: Any, fault: Fault) -> bool:
+        now = data.fault(fault.path, preset)
+        return bool(now == fault) and (fault.used or data.on_error == "list")
+
+    def _restrict(self, data: Any) -> None:
+        """Leave only the images that an update computes, if this is one."""
+        if self._places is not None:
+            data.restrict(self._places)
+        for layer, kept in self._kept.items():
+            self._states[layer] = Update(self._all[layer], data.images, self._places, kept)
+
     def _begin(self, data: Any, preset: Any) -> tuple[int, Any]:
         """Return the session's number and the batches that are not on disk yet, in order."""
-
-        def is_unchanged(fault: Fault) -> bool:
-            now = data.fault(fault.path, preset)
-            return bool(now == fault) and (fault.used or data.on_error == "list")
-
+        is_unchanged = partial(self._is_unchanged, data, preset)
         self._take_lock()
         if not self._inspected_locked:  # another run may have written since
             self._find_work(data, preset)
+        self._restrict(data)
         left, session = set[int](), 1
         batches = -(-len(data.images) // data.batch_size)
         for layer, state in self._states.items():
@@ -275,7 +315,9 @@ class FeatureWriter(BasePredictionWriter):
             known = self._stream.digests() if self._stream else {}
             for layer, state in self._states.items():
                 done = self._done[layer] | state.placed(self._session)
-                record = self.records[layer] = finish(state, done, known, _run_info(self, trainer, self._started))
+                info = _run_info(self, trainer, self._started)
+                record = state.finish(done, info) if isinstance(state, Update) else finish(state, done, known, info)
+                self.records[layer] = record
                 if overflowed := record["values_overflowed"]:
                     log.warning("%s: %s too large for float16 became infinite: --writer.dtype float32 keeps them",
                                 layer, count(overflowed, "value"))  # fmt: skip

@@ -4,7 +4,7 @@ import math
 import os
 import shutil
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from torch import Tensor
@@ -12,7 +12,7 @@ from torch import Tensor
 from featx.data.batch import Images
 from featx.errors import BadValueError, count, log, note, size_in_words
 from featx.writer.disk import DiskError
-from featx.writer.folder import LayerState
+from featx.writer.folder import UPDATE, LayerState
 from featx.writer.formats import FORMATS, is_plain, row_name
 
 
@@ -47,7 +47,13 @@ def check_shards(shard_rows: int | None, batch_size: int) -> None:
 
 
 def check_space(
-    folder: Path, states: Mapping[str, LayerState], images: Images, sample: Mapping[str, Tensor], processes: int
+    folder: Path,
+    states: Mapping[str, LayerState],
+    images: Images,
+    sample: Mapping[str, Tensor],
+    processes: int,
+    to_compute: int,
+    updated: Container[str],
 ) -> int:
     """Check the size of the output against the free space, print both, and return the size in bytes.
 
@@ -57,6 +63,8 @@ def check_space(
         images: All images.
         sample: One row per layer, ``(1, D) float32``.
         processes: The number of processes; the parts of all but one are copied when they are joined.
+        to_compute: The number of images whose rows are not in finished files.
+        updated: The layers whose finished files stay until new ones are complete.
 
     Raises:
         DiskError: The output does not fit.
@@ -65,13 +73,18 @@ def check_space(
     total = left = 0
     for layer, state in states.items():
         values = sample[layer].numpy()
-        rows = sum(len(format.encode([name], values)[0]) for format in state.parts.values()) * len(images)
-        on_disk = sum(path.stat().st_size for part in state.parts for path in state.folder.glob(f"*.{part}"))
+        row = {part: len(format.encode([name], values)[0]) for part, format in state.parts.items()}
+        rows = sum(row.values()) * to_compute
+        folder_of_parts = state.folder / UPDATE if layer in updated else state.folder
+        on_disk = sum(path.stat().st_size for part in state.parts for path in folder_of_parts.glob(f"*.{part}"))
         copied = rows * (processes - 1) // processes
         if state.sharded:  # only shards that several processes share are copied
             copied = min(copied, rows * len(state.shards[0].images) * (processes - 1) // len(images))
         # Formats whose parts are of another format are written when the rows are joined.
         made = sum(format.size(name, values) for format in state.formats if format.part not in format.suffixes)
+        if layer in updated:  # all rows are copied, also from formats whose parts are of another format
+            suffixes = {format.suffixes[0] for format in state.formats}
+            copied = sum(size if part in suffixes else 2 * size for part, size in row.items()) * len(images)
         total += sum(format.size(name, values) for format in state.formats) * len(images)
         left += max(0, rows - on_disk) + copied + made * len(images)
     free = shutil.disk_usage(_existing_parent(folder)).free

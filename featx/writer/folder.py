@@ -12,7 +12,7 @@ from typing import NamedTuple
 from PIL import Image
 
 from featx.data.batch import Fault, Images
-from featx.errors import BadValueError
+from featx.errors import BadValueError, as_list
 from featx.writer import disk, journal, records
 from featx.writer.disk import DiskError
 from featx.writer.formats import FORMATS
@@ -22,6 +22,8 @@ from featx.writer.records import Json
 HIDDEN = ".featx"
 ERRORS_HEADER = ("path", "reason", "exception")
 USED = "used all the same: "
+COMPLETE = "complete.json"  # the record of an update whose new files are complete, until they have their names
+UPDATE = "update"  # the folder of an update, below the layer's
 START_OVER = "Use another --writer.out_dir, or start over with --writer.overwrite true."
 
 
@@ -59,6 +61,10 @@ class LayerState:
         identity: Everything that determines a value.
         images: The images, in the order of the rows.
         readers: The revision of the reader of each kind of image file, 1 for others.
+        below: The folder below the layer's own for the files needed to resume.
+
+    Attributes:
+        old: The record of the finished files whose rows ``inspect`` found that an update may keep, or None.
     """
 
     def __init__(
@@ -70,13 +76,16 @@ class LayerState:
         identity: Json,
         images: Images,
         readers: Mapping[str, int],
+        below: str = "",
     ) -> None:
+        self.out_dir = out_dir
         self.layer = layer
         self.columns = columns
         self.identity = identity
         self.images = images
         self.readers = readers
-        self.folder = out_dir / HIDDEN / file_name(layer)
+        self.folder = out_dir / HIDDEN / file_name(layer) / below
+        self.old: Json | None = None
         self.shards_folder = out_dir / file_name(layer)
         self.record_path = out_dir / file_name(layer, "json")
         self.errors_path = out_dir / file_name(layer, "errors.csv")
@@ -87,7 +96,7 @@ class LayerState:
         self.formats = [FORMATS[name](layer, columns, identity) for name in formats]
         self.parts = {format.part: format for format in self.formats}
         self.sharded = identity["shard_rows"] is not None
-        self.shards = self._divide(identity["shard_rows"] or len(images))
+        self.shards = self._divide(identity["shard_rows"] or max(1, len(images)))
         self.results = [path for shard in self.shards for path in shard.results.values()]
 
     def _divide(self, size: int) -> list[Shard]:
@@ -121,11 +130,12 @@ class LayerState:
         """Return the record, or None; raise BadValueError if the file is not a record of this layer."""
         return records.read_record(self.record_path, self.layer)
 
-    def inspect(self, overwrite: bool = False) -> Json | None:
+    def inspect(self, overwrite: bool = False, update: bool = False) -> Json | None:
         """Return the record if all files match it; change nothing.
 
         Args:
             overwrite: Whether another run's files may be replaced.
+            update: Whether the images of finished files may have changed.
 
         Raises:
             UserError: The folder has another run's results or parts, or files in the way that featx did not write, or
@@ -133,6 +143,7 @@ class LayerState:
         """
         if self.sharded and self.shards_folder.is_file():
             raise BadValueError(f"{self.shards_folder}: is a file. --writer.shard_rows needs a folder there.")
+        self.old = None
         record, run = self.read_record(), records.read_run(self.run_path)
         if unknown := self._unknown_files(record, run):
             raise BadValueError(
@@ -147,14 +158,37 @@ class LayerState:
                 more = [f"  and {len(lines) - 7} more"] if len(lines) > 7 else []
                 listed = "\n".join([f"  {line}" for line in lines[:7]] + more)
                 raise BadValueError(f"{what}: was {how} by another run. Differences:\n{listed}\n{START_OVER}")
+        updated, changed = record is not None and "generations" in record, ""
         if (old := run or record) and old["inputs"] != self.inputs:
             unreadable = {fault.path for fault in self.faults()}
-            if changed := records.changed_inputs(self.inputs_path, self.images, unreadable):
-                raise BadValueError(f"{what}: {changed} since that run began; its rows would not match.\n{START_OVER}")
+            changed = records.changed_inputs(self.inputs_path, self.images, unreadable)
+            if changed and (run or not update):
+                hint = "" if run else "--writer.update true computes only these, and keeps the other rows.\n"
+                raise BadValueError(
+                    f"{what}: {changed} since that run began; its rows would not match.\n{hint}{START_OVER}"
+                )
+        if record and (changed or updated):
+            self.check_formats(record, bool(changed))
+            for path in (self.out_dir / name for name in record["files"]):
+                if not self._is_complete(path, record, bool(run)):
+                    raise BadValueError(f"{path}: is missing, so its rows cannot be kept.\n{START_OVER}")
+            self.old = record
+            return record if self.inputs == record["inputs"] else None
         if record is None or self.inputs != record["inputs"]:
             return None
         found = [self._is_complete(path, record, bool(run)) for path in self.results]
         return record if all(found) else None
+
+    def check_formats(self, record: Json, all_of_them: bool) -> None:
+        """Raise BadValueError if a run has a format that updated files lack or, for an update, not all of theirs."""
+        suffixes = {name.rpartition(".")[2] for name in record["files"]}
+        formats, asked = [name for name in FORMATS if name in suffixes], [format.suffixes[0] for format in self.formats]
+        if (set(asked) ^ set(formats)) if all_of_them else (set(asked) - set(formats)):
+            raise BadValueError(
+                f"--writer.format {' and '.join(asked)}: {self.record_path.with_suffix('')} has "
+                f"{' and '.join(formats)}, and rows are only kept as they are.\n"
+                f"Expected --writer.format {as_list(','.join(formats)) or formats[0]}."
+            )
 
     def _differences(self, old: Json) -> list[str]:
         """Return one line per difference between this run and a record or an unfinished run that changes values."""
@@ -194,7 +228,9 @@ class LayerState:
             yield from journal.read(path)[1]
 
     def faults(self) -> list[Fault]:
-        """Return the faults in the journals."""
+        """Return the faults in the journals; after an update, those that are listed."""
+        if "generations" in (self.read_record() or {}):
+            return read_errors(self.errors_path)
         return [fault for entry in self._entries() for fault in entry.faults]
 
     def _is_complete(self, path: Path, record: Json, unfinished: bool) -> bool:
@@ -224,7 +260,7 @@ class LayerState:
         with disk.reporting(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
         if self.read_record() is None and records.read_run(self.run_path) is None:
-            self._clear()
+            self.clear()
         records.save_inputs(self.inputs_path, self.images)
         run = {"format": journal.FORMAT, "identity": self.identity, "inputs": self.inputs}
         disk.replace(self.run_path, records.as_json(run))
@@ -232,7 +268,8 @@ class LayerState:
     def _remove_results(self) -> None:
         """Remove what featx wrote for the layer; the record, which lists the files, goes last."""
         record = self.read_record()
-        self._clear()
+        self.remove_update()
+        self.clear()
         for name in record["files"] if record else ():
             disk.remove(self.record_path.parent / name)
         if record:
@@ -241,12 +278,22 @@ class LayerState:
         with suppress(OSError):  # missing, or other files are in it
             self.shards_folder.rmdir()
 
-    def _clear(self, keep: Collection[Path] = ()) -> None:
+    def clear(self, keep: Collection[Path] = ()) -> None:
         """Remove what featx wrote below ``.featx``; run.json, which says whose parts these are, goes last."""
         with disk.reporting(self.folder):
             own = [path for path in self.folder.glob("*") if journal.OWN.fullmatch(path.name) and path not in keep]
         for path in sorted(own, key=self.run_path.__eq__):
             disk.remove(path)
+
+    def remove_update(self) -> None:
+        """Remove what an update left; the list of what to rename, which would complete it, goes first."""
+        folder = self.folder / UPDATE
+        with disk.reporting(folder):
+            own = [path for path in folder.glob("*") if journal.OWN.fullmatch(path.name)]
+        for path in sorted(own, key=lambda path: path.name != COMPLETE):
+            disk.remove(path)
+        with suppress(OSError):  # missing, or other files are in it
+            folder.rmdir()
 
     def placed(self, session: str = "") -> dict[int, Placed]:
         """Return this run's batches that are on disk; of a session that is ending only its own, unchecked."""
@@ -269,7 +316,7 @@ class LayerState:
         if keep_journal:
             last = f"{journal.next_session(self.folder) - 1:06}"
             keep |= {*self.folder.glob(f"{last}*.journal"), *self.folder.glob("rows*")}
-        self._clear(keep)
+        self.clear(keep)
 
 
 def errors_csv(faults: list[Fault]) -> bytes:

@@ -2,6 +2,7 @@
 
 import os
 from collections import Counter
+from collections.abc import Set
 from pathlib import Path
 
 from featx.data.batch import Fault, add_up
@@ -47,23 +48,7 @@ def finish(state: LayerState, done: dict[int, Placed], known: dict[Path, str], r
             path = joined[target]
             sha256, size = known.get(path) or journal.digest(path), path.stat().st_size
             files[state.key(target)] = {"sha256": sha256, "bytes": size} | rows_of_shard
-    record = {
-        "format": journal.FORMAT,
-        "layer": state.layer,
-        "files": files,
-        "rows": rows,
-        "columns": state.columns,
-        "errors": lost,
-        "errors_used": len(faults) - lost,
-        "rows_not_finite": sum(entry.not_finite[0] for entry in entries),
-        "values_not_finite": sum(entry.not_finite[1] for entry in entries),
-        "values_overflowed": sum(entry.not_finite[2] for entry in entries),
-        "remarks": add_up(entry.remarks for entry in entries),
-        "inputs": state.inputs,
-        "readers": state.readers_of(entries),
-        "identity": state.identity,
-        "run": {**run, "batches_by_device": Counter(entry.device for entry in entries)},
-    }
+    record = record_of(state, files, rows, faults, entries, run)
     if faults:  # when these images are repaired, all other rows are copied from the finished files
         session = journal.next_session(state.folder)
         for shard in state.shards:
@@ -81,6 +66,28 @@ def finish(state: LayerState, done: dict[int, Placed], known: dict[Path, str], r
     return record
 
 
+def record_of(state: LayerState, files: Json, rows: int, faults: list[Fault], entries: list[Entry], run: Json) -> Json:
+    """Return a layer's record, for ``finish``; the entries are those that ``run`` has computed."""
+    lost = sum(not fault.used for fault in faults)
+    return {
+        "format": journal.FORMAT,
+        "layer": state.layer,
+        "files": files,
+        "rows": rows,
+        "columns": state.columns,
+        "errors": lost,
+        "errors_used": len(faults) - lost,
+        "rows_not_finite": sum(entry.not_finite[0] for entry in entries),
+        "values_not_finite": sum(entry.not_finite[1] for entry in entries),
+        "values_overflowed": sum(entry.not_finite[2] for entry in entries),
+        "remarks": add_up(entry.remarks for entry in entries),
+        "inputs": state.inputs,
+        "readers": state.readers_of(entries),
+        "identity": state.identity,
+        "run": {**run, "batches_by_device": Counter(entry.device for entry in entries)},
+    }
+
+
 def _count(placed: list[Placed]) -> tuple[list[Fault], int, int]:
     """Return the faults in some batches, the number of images without a row, and the number of rows."""
     faults = [fault for one in placed for fault in one.entry.faults]
@@ -89,21 +96,28 @@ def _count(placed: list[Placed]) -> tuple[list[Fault], int, int]:
 
 def _join(state: LayerState, shard: Shard, placed: list[Placed], known: dict[Path, str]) -> dict[Path, Path]:
     """Write a shard's files, and return their paths by final path; outdated digests are removed from ``known``."""
-    faults, lost, rows = _count(placed)
+    faults, _, rows = _count(placed)
     fresh, joined = f"{state.folder / 'joined'}{shard.label}", {}
     for part, written in state.heads(shard).items():
         head, target, ranges = state.parts[part].head(rows), shard.rows[part], journal.pieces(part, placed)
         path = joined[target] = journal.join(ranges, head, Path(f"{fresh}.{part}"), target)
         if head != written or ranges != [(path, len(head), path.stat().st_size)]:
             known.pop(path, None)
-    about = {"layer": state.layer, "rows": rows, "columns": state.columns, "errors": lost, "identity": state.identity}
-    without = {fault.path for fault in faults if not fault.used}
+    make_files(state, shard, joined, fresh, {fault.path for fault in faults if not fault.used}, rows)
+    return joined
+
+
+def make_files(
+    state: LayerState, shard: Shard, joined: dict[Path, Path], fresh: str, without: Set[str], rows: int
+) -> None:
+    """Make a shard's other files from its joined rows, and add them to ``joined``, which has paths by final path."""
+    about = {"layer": state.layer, "rows": rows, "columns": state.columns, "errors": len(shard.images) - rows,
+             "identity": state.identity}  # fmt: skip
     for format in state.formats:
         names = (state.images.names[index] for index in shard.images)
         paths = (path for path in names if path not in without)
         made = format.finish(joined[shard.rows[format.part]], fresh, paths, records.as_json(about))
         joined |= {shard.results[suffix]: path for suffix, path in made.items()}
-    return joined
 
 
 def _keep_journal(state: LayerState, session: int, shard: Shard, entries: list[Entry]) -> None:

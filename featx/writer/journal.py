@@ -18,7 +18,7 @@ FORMAT = 2  # of journals and records; docs/promises.md lists all formats. Older
 # Everything that featx writes in a layer's folder below .featx; nothing else there is ever removed.
 NUMBERED = rf"(?P<session>\d{{6}})(-\d{{5}})?(-\d{{5,}})?\.({'|'.join(PARTS)}|journal)"  # process, shard
 JOINED = rf"(joined|rows)(-\d{{5,}})?\.({'|'.join(map(re.escape, SUFFIXES))})"
-OWN = re.compile(rf"\.?({NUMBERED}|{JOINED}|run\.json|images\.gz)(\.new)?")
+OWN = re.compile(rf"\.?({NUMBERED}|{JOINED}|run\.json|images\.gz|complete\.json|errors\.csv)(\.new)?")
 
 Piece = tuple[Path, int, int]  # file, start, end
 Span = tuple[int, int, int]  # start, end, CRC-32 of the bytes between

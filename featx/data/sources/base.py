@@ -124,6 +124,34 @@ class Source(ABC):
         return digest.hexdigest()
 
 
+class Some(Source):
+    """Some images of a source, in its order.
+
+    Args:
+        source: The source.
+        places: Their places in its order.
+    """
+
+    def __init__(self, source: Source, places: NDArray[np.int64]) -> None:
+        self._source, self._places = source, places
+        encoded = [source.names[place].encode("utf-8", "surrogateescape") for place in places]
+        self.names = Names(b"".join(encoded), np.cumsum([0, *map(len, encoded)], dtype="<i8"))
+        self.sizes, self.stamps = source.sizes[places], source.stamps[places]
+        self.where, self.classes = source.where, source.classes
+
+    def read(self, places: Sequence[int]) -> Iterator[BinaryIO | Exception]:
+        """Yield the files of some of them, as the source does."""
+        return self._source.read([int(self._places[place]) for place in places])
+
+    def path(self, place: int) -> str:
+        """Return what the source calls an image."""
+        return self._source.path(int(self._places[place]))
+
+    def is_lost(self) -> bool:
+        """Whether all of the source is gone."""
+        return self._source.is_lost()
+
+
 def open_file(path: str) -> BinaryIO:
     """Open a file to read an image.
 

@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 REVISION = 1  # increase it when the text of values or the bytes of an npy change: no run then continues older files
 Floats = npt.NDArray[np.float32]
+Ints = npt.NDArray[np.int64]
 Rows = tuple[list[str], Floats]  # names and values, (R, D)
 
 
@@ -54,6 +55,10 @@ class FileFormat(ABC):
     @abstractmethod
     def encode(self, names: list[bytes], values: Floats) -> tuple[bytes, int]:
         """Return the bytes of rows, ``(R, D) float32``, in a part, and how many finite values became infinite."""
+
+    @abstractmethod
+    def ends(self, path: Path, start: int, stop: int) -> Ints:
+        """Return where the rows between two positions of a part end, ``(R + 1,) int64``, after ``start``."""
 
     def size(self, name: bytes, values: Floats) -> int:
         """Return about how many bytes one row, ``(1, D) float32``, takes in the final files."""

@@ -9,7 +9,7 @@ import numpy as np
 import orjson
 
 from featx.errors import BadValueError, count
-from featx.writer.formats.base import FileFormat, Floats, Rows
+from featx.writer.formats.base import FileFormat, Floats, Ints, Rows
 
 
 class Csv(FileFormat):
@@ -26,6 +26,15 @@ class Csv(FileFormat):
     def encode(self, names: list[bytes], values: Floats) -> tuple[bytes, int]:
         """Return the rows' lines."""
         return b"".join(map(csv_row, names, values)), 0
+
+    def ends(self, path: Path, start: int, stop: int) -> Ints:
+        """Return where rows end, from their line breaks."""
+        found = [start]
+        with path.open("rb", buffering=1 << 20) as file:
+            file.seek(start)
+            while found[-1] < stop and (line := _read_row(file)):
+                found.append(found[-1] + len(line))
+        return np.array(found, np.int64)
 
     @staticmethod
     def read(path: Path, mmap: bool) -> Iterator[Rows]:
@@ -89,6 +98,13 @@ def is_plain(name: bytes) -> bool:
     return not name.startswith(b"#") and not any(mark in name for mark in (b",", b'"', b"\n", b"\r"))
 
 
+def _read_row(file: BinaryIO) -> bytes:
+    line = file.readline()
+    while line.startswith(b'"') and line.count(b'"') % 2 and (more := file.readline()):
+        line += more  # a line break inside a name
+    return line
+
+
 def csv_lines(file: BinaryIO, header: bool) -> Iterator[tuple[bytes, bytes]]:
     """Yield each row's unquoted name, and its values as text including the line break.
 
@@ -98,9 +114,7 @@ def csv_lines(file: BinaryIO, header: bool) -> Iterator[tuple[bytes, bytes]]:
     """
     if header:
         file.readline()
-    for line in file:
-        while line.startswith(b'"') and line.count(b'"') % 2 and (more := file.readline()):
-            line += more  # a line break inside a name
+    while line := _read_row(file):
         quoted = line.startswith(b'"')
         end = line.rfind(b'"') + 1 if quoted else line.find(b",")
         name = line[1 : end - 1].replace(b'""', b'"') if quoted else line[:end]

@@ -9,7 +9,7 @@ import numpy as np
 
 from featx.errors import BadValueError, MissingPathError, count
 from featx.writer import disk
-from featx.writer.formats.base import FileFormat, Floats, Rows, row_name
+from featx.writer.formats.base import FileFormat, Floats, Ints, Rows, row_name
 
 NPY_HEAD = 128  # bytes, whatever the shape: it is written before the number of rows is known
 
@@ -35,6 +35,10 @@ class Npy(FileFormat):
         with np.errstate(over="ignore"):
             cast = values.astype(self.identity["dtype"], copy=False)
         return cast.tobytes(), 0 if cast is values else int((np.isinf(cast) & np.isfinite(values)).sum())
+
+    def ends(self, path: Path, start: int, stop: int) -> Ints:
+        """Return where rows end; all have the same size."""
+        return np.arange(start, stop + 1, self.columns * np.dtype(self.identity["dtype"]).itemsize)
 
     def size(self, name: bytes, values: Floats) -> int:
         """Return the size of a row's values and its line of names.txt."""
