@@ -21,7 +21,7 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from featx.commands import options as command_line
-from featx.data.batch import Batch, Fault, Remarks, Sample, add_up, report, zero_rows
+from featx.data.batch import Batch, Fault, Remarks, Sample, add_up, report, with_zero_rows
 from featx.data.decode import describe
 from featx.data.module import Collate, ImageFolderDataModule
 from featx.data.pillow import to_rgb
@@ -259,7 +259,8 @@ class _Rows(Callback):
         for layer, rows in outputs.items():
             self.chunks[layer].append(values := rows.cpu().numpy())
             if pl_module.normalize:
-                self.zeros[layer] = add_up([self.zeros[layer], zero_rows(batch.names, values)])
+                found = with_zero_rows(batch._replace(remarkable={}), values).remarks
+                self.zeros[layer] = add_up([self.zeros[layer], found])
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         report(self.remarks)

@@ -110,7 +110,7 @@ class Batch(NamedTuple):
         size: How many images there are, readable or not.
         seconds: What a core took to decode them, and to resize them.
         readers: The kinds of files that were decoded, each with the number of its reader.
-        remarks: What is remarkable about images that have a row.
+        remarkable: The kinds of remarks on each image that has a row and any.
     """
 
     number: int
@@ -120,7 +120,13 @@ class Batch(NamedTuple):
     size: int
     seconds: Seconds = (0.0, 0.0)
     readers: dict[str, int] = {}  # noqa: RUF012, nobody changes it
-    remarks: Remarks = {}  # noqa: RUF012, likewise
+    remarkable: dict[str, list[str]] = {}  # noqa: RUF012, likewise
+
+    @property
+    def remarks(self) -> Remarks:
+        """The number of such images, and the first one, by kind."""
+        kinds = ((name, kind) for name, kinds in self.remarkable.items() for kind in kinds)
+        return add_up({kind: Remark(images=1, first=name)} for name, kind in kinds)
 
 
 def add_up(several: Iterable[Remarks]) -> Remarks:
@@ -133,10 +139,11 @@ def add_up(several: Iterable[Remarks]) -> Remarks:
     return dict(sorted(total.items()))
 
 
-def zero_rows(names: Iterable[str], values: Any) -> Remarks:
-    """Return the remark on images whose row, of ``(B, D)``, is zeros, if there are any."""
-    found = [name for name, row in zip(names, values, strict=True) if not row.any()]
-    return {"zero_row": Remark(images=len(found), first=found[0])} if found else {}
+def with_zero_rows(batch: Batch, values: Any) -> Batch:
+    """Return a batch with the remark on images whose row, of ``(B, D)``, is zeros."""
+    found = ((name, batch.remarkable.get(name, []) + ["zero_row"] * (not row.any()))
+             for name, row in zip(batch.names, values, strict=True))  # fmt: skip
+    return batch._replace(remarkable={name: kinds for name, kinds in found if kinds})
 
 
 def report(remarks: Remarks, layer: str = "") -> None:

@@ -23,7 +23,7 @@ from torch import stack
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from featx.data import preprocess, sources
-from featx.data.batch import Batch, Fault, Remark, Sample, add_up
+from featx.data.batch import Batch, Fault, Sample
 from featx.data.decode import READERS, decode_or_fault, describe
 from featx.data.depth import ValueRange
 from featx.data.preprocess import Decoder, Interpolation, Preprocessing
@@ -400,10 +400,8 @@ class Collate:
         number, names = samples[0].place // self.batch_size, [name for name, _ in read]
         kinds = {sample.kind for sample in samples if sample.image is not None}
         readers = {kind: READERS.get(kind, 1) for kind in sorted(kinds)}
-        remarks = add_up(
-            {kind: Remark(images=1, first=sample.name)} for sample in samples for kind in _remarkable(sample)
-        )
-        return Batch(number, names, groups, faults, len(samples), (decode, resize), readers, remarks)
+        remarkable = {sample.name: found for sample in samples if (found := list(_remarkable(sample)))}
+        return Batch(number, names, groups, faults, len(samples), (decode, resize), readers, remarkable)
 
 
 def _remarkable(sample: Sample) -> Iterator[str]:

@@ -199,6 +199,10 @@ class FeatureWriter(BasePredictionWriter):
                 del self._states[layer]
         if rank() == 0:
             is_unchanged = partial(self._is_unchanged, data, preset)
+            for state in self._states.values():
+                if state.old and state.run_path.exists():  # the run that made them was killed while it renamed
+                    self._take_lock()
+                    state.rename_hidden(state.old)
             found, self._places = plan(self._states, data.images, is_unchanged)
             self._kept = dict(found)
 

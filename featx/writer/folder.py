@@ -3,6 +3,7 @@
 import csv
 import io
 import os
+import zlib
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import cached_property
@@ -162,8 +163,8 @@ class LayerState:
         if (old := run or record) and old["inputs"] != self.inputs:
             unreadable = {fault.path for fault in self.faults()}
             changed = records.changed_inputs(self.inputs_path, self.images, unreadable)
-            if changed and (run or not update):
-                hint = "" if run else "--writer.update true computes only these, and keeps the other rows.\n"
+            if changed and not (record and update):
+                hint = "--writer.update true computes only these, and keeps the other rows.\n" if record else ""
                 raise BadValueError(
                     f"{what}: {changed} since that run began; its rows would not match.\n{hint}{START_OVER}"
                 )
@@ -192,11 +193,16 @@ class LayerState:
 
     def _differences(self, old: Json) -> list[str]:
         """Return one line per difference between this run and a record or an unfinished run that changes values."""
-        readers = old.get("readers")
-        if readers is None:  # an unfinished run has them in its journals
-            readers = self._readers_by_suffix if "files" in old else self.readers_of(self._entries())
+        readers = self.readers_of_old(old)
         now = {kind: self.readers.get(kind, 1) for kind in readers}
         return records.differences(old["identity"] | {"readers": readers}, self.identity | {"readers": now})
+
+    def readers_of_old(self, old: Json) -> dict[str, int]:
+        """Return the revision of the reader of each kind of file in a record or an unfinished run."""
+        if (readers := old.get("readers")) is not None:
+            return dict(readers)
+        # An unfinished run has them in its journals.
+        return self._readers_by_suffix if "files" in old else self.readers_of(self._entries())
 
     def readers_of(self, entries: Iterable[Entry]) -> dict[str, int]:
         """Return the revision of the reader of each kind of file in some batches."""
@@ -261,7 +267,10 @@ class LayerState:
             self.folder.mkdir(parents=True, exist_ok=True)
         if self.read_record() is None and records.read_run(self.run_path) is None:
             self.clear()
-        records.save_inputs(self.inputs_path, self.images)
+        noted = {}
+        with suppress(OSError, EOFError, ValueError, zlib.error):
+            noted = records.read_noted(self.inputs_path)
+        records.save_inputs(self.inputs_path, self.images, noted)
         run = {"format": journal.FORMAT, "identity": self.identity, "inputs": self.inputs}
         disk.replace(self.run_path, records.as_json(run))
 
@@ -302,13 +311,17 @@ class LayerState:
 
     def finish_renaming(self, record: Json) -> None:
         """Rename the remaining files of a run that was killed while it renamed them."""
-        for path in self.results:
-            place = self._find(path, record["files"][self.key(path)], True)
+        self.rename_hidden(record)
+        self.clean_up(keep_journal=record["errors"] + record["errors_used"] > 0)
+
+    def rename_hidden(self, record: Json) -> None:
+        """Rename the files of a record that are still hidden."""
+        for path, recorded in ((self.out_dir / name, recorded) for name, recorded in record["files"].items()):
+            place = self._find(path, recorded, True)
             if place is not None and place != path:
                 with disk.reporting(path):
                     path.parent.mkdir(exist_ok=True)
                 disk.rename(place, path)
-        self.clean_up(keep_journal=record["errors"] + record["errors_used"] > 0)
 
     def clean_up(self, keep_journal: bool) -> None:
         """Remove what only an unfinished run needs."""

@@ -49,6 +49,8 @@ def finish(state: LayerState, done: dict[int, Placed], known: dict[Path, str], r
             sha256, size = known.get(path) or journal.digest(path), path.stat().st_size
             files[state.key(target)] = {"sha256": sha256, "bytes": size} | rows_of_shard
     record = record_of(state, files, rows, faults, entries, run)
+    if noted := {name: values for entry in entries for name, values in entry.noted.items()}:
+        records.save_inputs(state.inputs_path, state.images, noted)
     if faults:  # when these images are repaired, all other rows are copied from the finished files
         session = journal.next_session(state.folder)
         for shard in state.shards:

@@ -20,6 +20,7 @@ NUMBERED = rf"(?P<session>\d{{6}})(-\d{{5}})?(-\d{{5,}})?\.({'|'.join(PARTS)}|jo
 JOINED = rf"(joined|rows)(-\d{{5,}})?\.({'|'.join(map(re.escape, SUFFIXES))})"
 OWN = re.compile(rf"\.?({NUMBERED}|{JOINED}|run\.json|images\.gz|complete\.json|errors\.csv)(\.new)?")
 
+Noted = list[Any]  # of one row: how many values are not finite, how many overflowed, and the kinds of remarks
 Piece = tuple[Path, int, int]  # file, start, end
 Span = tuple[int, int, int]  # start, end, CRC-32 of the bytes between
 
@@ -37,6 +38,7 @@ class Entry(NamedTuple):
         faults: The images that could not be read.
         readers: The revision of the reader of each kind of image file; None in format 1.
         remarks: Counts of images with a row that something is remarkable about.
+        noted: Of each image of which the counts above count something, as ``Noted`` has it.
     """
 
     batch: int
@@ -48,6 +50,7 @@ class Entry(NamedTuple):
     faults: list[Fault]
     readers: dict[str, int] | None = None
     remarks: Remarks = {}  # noqa: RUF012, nobody changes it
+    noted: dict[str, Noted] = {}  # noqa: RUF012, likewise
 
 
 class Head(NamedTuple):

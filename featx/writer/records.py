@@ -6,7 +6,7 @@ import inspect
 import json
 import re
 import zlib
-from collections.abc import Set
+from collections.abc import Mapping, Set
 from contextlib import suppress
 from pathlib import Path
 from types import NoneType
@@ -187,9 +187,10 @@ def read_run(path: Path) -> Json | None:
     return run
 
 
-def save_inputs(path: Path, images: Images) -> None:
-    """Save the list of images, with sizes and stamps, so that changes can be found later."""
-    lines = (f"{size} {stamp} {json.dumps(name)}\n".encode()
+def save_inputs(path: Path, images: Images, noted: Mapping[str, journal.Noted] | None = None) -> None:
+    """Save the list of images, with sizes and stamps, so that changes can be found later, and what is noted of some."""
+    more = {name: f" {json.dumps(values, separators=(',', ':'))}" for name, values in (noted or {}).items()}
+    lines = (f"{size} {stamp} {json.dumps(name)}{more.get(name, '')}\n".encode()
              for name, size, stamp in zip(images.names, images.sizes, images.stamps, strict=True))  # fmt: skip
     disk.replace(path, gzip.compress(b"".join(lines), 1))
 
@@ -201,7 +202,19 @@ def read_inputs(path: Path, some: slice = slice(None)) -> list[tuple[str, int, i
         OSError: The list is missing; EOFError, ValueError or zlib.error if it is damaged.
     """
     lines = (line.split(b" ", 2) for line in gzip.decompress(path.read_bytes()).splitlines()[some])
-    return [(json.loads(name), int(size), int(stamp)) for size, stamp, name in lines]
+    # What is noted of an image follows its name, as a list without spaces.
+    return [(json.loads(name if name.endswith(b'"') else name.rpartition(b" ")[0]), int(size), int(stamp))
+            for size, stamp, name in lines]  # fmt: skip
+
+
+def read_noted(path: Path) -> dict[str, journal.Noted]:
+    """Return what ``save_inputs`` saved besides, by image; raise what ``read_inputs`` raises."""
+    found = {}
+    for line in gzip.decompress(path.read_bytes()).splitlines():
+        if line.endswith(b"]"):
+            name, _, values = line.split(b" ", 2)[2].rpartition(b" ")
+            found[json.loads(name)] = json.loads(values)
+    return found
 
 
 def changed_inputs(path: Path, images: Images, excused: Set[str]) -> str:

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
-from featx.data.batch import Batch, zero_rows
+from featx.data.batch import Batch, with_zero_rows
 from featx.errors import UserError
 from featx.writer.folder import LayerState
 from featx.writer.formats import row_name
@@ -156,16 +156,22 @@ class RowStream:
                     "Crop all images to one shape with --data.crop, or use a layer after the pooling."
                 )
             begin = time.thread_time()
-            not_finite = ~np.isfinite(values)
+            not_finite = (~np.isfinite(values)).sum(axis=1)  # (B,)
             encoded = {part: format.encode(names, values) for part, format in state.parts.items()}
             self.stages["text"] += time.thread_time() - begin
             begin, columns = time.monotonic(), state.columns
             overflowed = sum(number for _, number in encoded.values())
-            counts = int(not_finite.any(axis=1).sum()), int(not_finite.sum()), overflowed
-            remarks = batch.remarks | (zero_rows(batch.names, values) if state.identity.get("normalize") else {})
-            entry = Entry(
-                batch.number, len(names), columns, counts, {}, self._device, batch.faults, batch.readers, remarks
-            )
+            remarked = with_zero_rows(batch, values) if state.identity.get("normalize") else batch
+            counts = int(np.count_nonzero(not_finite)), int(not_finite.sum()), overflowed
+            noted = {name: [0, 0, *kinds] for name, kinds in remarked.remarkable.items()}
+            if overflowed or counts[1]:
+                with np.errstate(over="ignore"):
+                    infinite = (np.isinf(values.astype(state.identity["dtype"])) & np.isfinite(values)).sum(axis=1)
+                for row in np.flatnonzero(not_finite + infinite):
+                    kinds = remarked.remarkable.get(batch.names[row], [])
+                    noted[batch.names[row]] = [int(not_finite[row]), int(infinite[row]), *kinds]
+            made = self._device, batch.faults, batch.readers, remarked.remarks, noted
+            entry = Entry(batch.number, len(names), columns, counts, {}, *made)
             self._parts[layer].add(entry, {part: data for part, (data, _) in encoded.items()})
             self.stages["disk"] += time.monotonic() - begin
         self.computed += batch.size

@@ -14,13 +14,13 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from featx.data.batch import Fault, Images
+from featx.data.batch import Fault, Images, Remarks
 from featx.errors import BadValueError, count, log
 from featx.writer import disk, journal, records
 from featx.writer.folder import COMPLETE, START_OVER, UPDATE, LayerState, Shard, errors_csv, read_errors
 from featx.writer.formats import FileFormat, Ints
 from featx.writer.join import make_files, record_of
-from featx.writer.journal import Piece, Placed
+from featx.writer.journal import Noted, Piece, Placed
 from featx.writer.records import Json
 
 COMPUTE, LOST = -1, -2  # instead of the old row of an image
@@ -119,14 +119,14 @@ class Update(LayerState):
                 files[whole.key(target)] = about | ({"rows": len(wanted)} if whole.sharded else {})
         in_order = [faults[name] for name in whole.images.names if name in faults]
         record = record_of(whole, files, int((rows >= 0).sum()), in_order, entries, run)
-        record["readers"] = {**(old.get("readers") or whole.readers_of([])), **record["readers"]}
-        for key in ("rows_not_finite", "values_not_finite", "values_overflowed"):
-            record[key] += old[key]
+        record["readers"] = dict(sorted({**whole.readers_of_old(old), **record["readers"]}.items()))
         generation = {"date": run["started"], "images": int(needed.sum()), "device": _devices(record)}
         record["generations"] = [*(old.get("generations") or [_first_generation(old)]), generation]
+        noted = {name: values for entry in entries for name, values in entry.noted.items()}
+        noted = _count_anew(record, old, records.read_noted(whole.inputs_path), noted, whole.images.names, kept.rows)
         if in_order:
             disk.replace(self.folder / "errors.csv", errors_csv(in_order))
-        records.save_inputs(self.inputs_path, whole.images)
+        records.save_inputs(self.inputs_path, whole.images, noted)
         gone = sorted(old["files"].keys() - files.keys())
         disk.replace(self.folder / COMPLETE, records.as_json({**record, "gone": gone}))
         complete(whole)
@@ -185,6 +185,49 @@ def _compare(state: LayerState, images: Any, is_unchanged: Callable[[Fault], boo
             still.append(fault)
         found[place] = row
     return Kept(found, still, len(before) - kept)
+
+
+def _count_anew(
+    record: Json,
+    old: Json,
+    before: dict[str, Noted],
+    computed: dict[str, Noted],
+    names: Sequence[str],
+    rows: Ints,
+) -> dict[str, Noted]:
+    """Set a record's counts and remarks, and return what is noted of its images, in their order.
+
+    Rows that an earlier featx wrote have counts, but nothing noted of single images: they are counted until the end.
+
+    Args:
+        record: The new record.
+        old: The record before.
+        before: What was noted of its images.
+        computed: What is noted of the images of the update's batches.
+        names: The images.
+        rows: The kept row of each, as ``Kept`` has it.
+    """
+    noted, kept = {}, set[str]()
+    for name, row in zip(names, rows, strict=True):
+        if row >= 0 and name in before:
+            noted[name] = before[name]
+            kept.add(name)
+        elif row == COMPUTE and name in computed:
+            noted[name] = computed[name]
+    changes = [(values, -1) for name, values in before.items() if name not in kept]
+    changes += [(values, 1) for name, values in noted.items() if name not in kept]
+    for at, key in enumerate(("values_not_finite", "values_overflowed")):
+        record[key] = old.get(key, 0) + sum(sign * values[at] for values, sign in changes)
+    record["rows_not_finite"] = old["rows_not_finite"] + sum(sign * bool(values[0]) for values, sign in changes)
+    remarks: Remarks = old.get("remarks", {})
+    record["remarks"] = {}
+    for kind in sorted(remarks.keys() | {kind for values in noted.values() for kind in values[2:]}):
+        first = next((name for name, values in noted.items() if kind in values[2:]), None)
+        images = remarks[kind]["images"] if kind in remarks else 0
+        images += sum(sign for values, sign in changes if kind in values[2:])
+        if images > 0:
+            record["remarks"][kind] = {"images": images, "first": first or remarks[kind]["first"]}
+    return noted
 
 
 def _first_generation(old: Json) -> Json:

@@ -14,18 +14,9 @@ from featx.data.sources.table import SUFFIXES, Table, files_of
 from featx.errors import BadValueError, UserError
 
 __all__ = [
-    "Archives",
-    "ImageTree",
-    "Names",
-    "Some",
-    "Source",
-    "check",
-    "exists",
-    "find",
-    "is_folder",
-    "open_file",
+    "Archives", "ImageTree", "Names", "Some", "Source", "check", "exists", "find", "is_folder", "open_file",
     "read_list",
-]
+]  # fmt: skip
 
 
 def check(where: str, files: str | None) -> None:
