@@ -8,7 +8,7 @@ from typing import Any, NoReturn
 
 from featx.errors import MissingPathError, UserError, count
 from featx.writer import disk, journal, records
-from featx.writer.folder import HIDDEN, file_name
+from featx.writer.folder import HIDDEN, UPDATE, file_name
 from featx.writer.records import Json
 
 
@@ -50,6 +50,8 @@ def _path(folder: Path, stem: str) -> Path:
 def _layer(folder: Path, layer: str) -> Json:
     """Return the counts of a layer: of its record or, while its run is unfinished, of its journals."""
     hidden = folder / HIDDEN / file_name(layer)
+    if update := (hidden / UPDATE / "run.json").exists() and not (hidden / "run.json").exists():
+        hidden /= UPDATE
     if (run := records.read_run(hidden / "run.json")) is None:
         record = records.read_record(_path(folder, file_name(layer)), layer)
         assert record is not None, f"{layer}: no record"
@@ -72,6 +74,7 @@ def _layer(folder: Path, layer: str) -> Json:
     rate = images_in(in_session) / (last - begun) if last > begun else None
     return {
         "finished": False,
+        "update": update,
         "images": total,
         "done": images_in(done),
         "faults": sum(faults.values()),
@@ -86,7 +89,8 @@ def _line(layer: str, about: dict[str, Any]) -> str:
     faults = f", {count(about['faults'], 'fault')}" if about["faults"] else ""
     if about["finished"]:
         return f"{layer}: finished, {count(about['images'], 'image')}{faults}"
-    line = f"{layer}: {about['done']:,} of {count(about['images'], 'image')}{faults}"
+    line = f"{layer}: {about['done']:,} of {count(about['images'], 'image')}"
+    line += f"{' of an update' if about['update'] else ''}{faults}"
     if about["images_per_second"]:
         left = timedelta(seconds=about["seconds_left"])
         since = timedelta(seconds=about["seconds_since_last_rows"])

@@ -28,7 +28,7 @@ from featx.data.decode import READERS, decode_or_fault, describe
 from featx.data.depth import ValueRange
 from featx.data.preprocess import Decoder, Interpolation, Preprocessing
 from featx.data.selection import Selection
-from featx.data.sources import Some, Source
+from featx.data.sources import Source
 from featx.data.view import View
 from featx.data.workers import Context, choose, send, start
 from featx.errors import BadValueError, BrokenSourceError, ImageError, LostFolderError, UserError, count, log, note
@@ -169,7 +169,7 @@ class ImageFolderDataModule(LightningDataModule):
     def restrict(self, places: NDArray[np.int64]) -> None:
         """Leave only some of the images, by their places, until the next ``setup``."""
         assert self.images is not None
-        self.images, self._used = Some(self.images, places), True
+        self.images, self._used = self.images.some(places), True
 
     def preprocessing(self, preset: Preprocessing) -> Preprocessing:
         """Return ``preset``, what the network was trained with, as changed by this module's options.

@@ -18,7 +18,8 @@ FORMAT = 2  # of journals and records; docs/promises.md lists all formats. Older
 # Everything that featx writes in a layer's folder below .featx; nothing else there is ever removed.
 NUMBERED = rf"(?P<session>\d{{6}})(-\d{{5}})?(-\d{{5,}})?\.({'|'.join(PARTS)}|journal)"  # process, shard
 JOINED = rf"(joined|rows)(-\d{{5,}})?\.({'|'.join(map(re.escape, SUFFIXES))})"
-OWN = re.compile(rf"\.?({NUMBERED}|{JOINED}|run\.json|images\.gz|complete\.json|errors\.csv)(\.new)?")
+OF_UPDATE = r"complete\.json|errors\.csv|list-[0-9a-f]{16}\.gz"
+OWN = re.compile(rf"\.?({NUMBERED}|{JOINED}|run\.json|images\.gz|{OF_UPDATE})(\.new)?")
 
 Noted = list[Any]  # of one row: how many values are not finite, how many overflowed, and the kinds of remarks
 Piece = tuple[Path, int, int]  # file, start, end

@@ -153,6 +153,9 @@ def _problem(record: Any, layer: str | None) -> str:
             return f"{key} is {_short(value)}, expected {' or '.join(TYPES[kind] for kind in kinds)}"
     if layer is not None and record["layer"] != layer:
         return f"layer is {_short(record['layer'])}, expected {_short(layer)}"
+    generations = record.get("generations", [])
+    if type(generations) is not list:
+        return f"generations is {_short(generations)}, expected a list"
     bounds, size = record["identity"]["value_range"] or [0, 1], record["identity"]["shard_rows"]
     for pair in bounds if type(bounds[0]) is list else [bounds]:
         numbers = type(pair) is list and all(type(bound) in (int, float) for bound in pair)

@@ -30,15 +30,19 @@ class Kept(NamedTuple):
     """What an update keeps.
 
     Attributes:
-        rows: The row that each image of today has in the finished files, ``COMPUTE``, or ``LOST`` if it still cannot be
-            read, ``(N,) int64``.
+        rows: The row of each image of today, ``(N,) int64``, counted in the finished files and then in ``placed``; or
+            ``COMPUTE``; or ``LOST`` if it still cannot be read.
         faults: What is still wrong with images that are not computed.
         removed: How many images are gone.
+        placed: Batches that an update of other images computed before it was interrupted.
+        noted: What is noted of images whose rows are in them.
     """
 
     rows: Ints
     faults: list[Fault]
     removed: int
+    placed: list[Placed]
+    noted: dict[str, Noted]
 
 
 class Update(LayerState):
@@ -64,14 +68,17 @@ class Update(LayerState):
         self.digest = hashlib.sha256(json.dumps(about).encode()).hexdigest()
 
     def begin(self, overwrite: bool = False, **_: Any) -> None:
-        """Write ``run.json``; remove the parts of another update."""
+        """Write ``run.json`` and the list of these images; remove the parts of an update that cannot be used."""
         assert self.kept is not None
         with disk.reporting(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
-        found = records.read_run(self.run_path)
-        if found is None or found.get("update") != self.digest:
+        if not (digests := _interrupted(self.whole)):
             self.clear()
-        run = {"format": journal.FORMAT, "identity": self.identity, "inputs": self.inputs, "update": self.digest}
+        if self.digest not in digests:
+            records.save_inputs(self.folder / _list_name(self.digest), self.images)
+            digests = [*digests, self.digest]
+        run = {"format": journal.FORMAT, "identity": self.identity, "readers": dict(self.readers),
+               "inputs": self.inputs, "updates": digests}  # fmt: skip
         disk.replace(self.run_path, records.as_json(run))
         kept, images = int((self.kept.rows >= 0).sum()), len(self.images)
         removed = f", {count(self.kept.removed, 'image')} removed" if self.kept.removed else ""
@@ -96,11 +103,12 @@ class Update(LayerState):
         computed = np.array([name not in found or found[name].used for name in self.images.names], bool)
         needed = kept.rows[self.places] == COMPUTE  # others have been computed for another layer, and are kept here
         rows = kept.rows.copy()
-        rows[self.places[needed]] = np.where(computed, old["rows"] + np.cumsum(computed) - 1, LOST)[needed]
+        first = old["rows"] + sum(one.entry.rows for one in kept.placed)
+        rows[self.places[needed]] = np.where(computed, first + np.cumsum(computed) - 1, LOST)[needed]
         faults = {name: found[name] for name in np.array(self.images.names, object)[needed] if name in found}
         faults |= {fault.path: fault for fault in kept.faults}
         without = {path for path, fault in faults.items() if not fault.used}
-        tables = {part: _Table(self, format, placed) for part, format in whole.parts.items()}
+        tables = {part: _Table(self, format, [*kept.placed, *placed]) for part, format in whole.parts.items()}
         files: Json = {}
         joined: dict[Path, Path] = {}
         for shard in whole.shards:
@@ -118,11 +126,13 @@ class Update(LayerState):
                 about = {"sha256": journal.digest(made[target]), "bytes": made[target].stat().st_size}
                 files[whole.key(target)] = about | ({"rows": len(wanted)} if whole.sharded else {})
         in_order = [faults[name] for name in whole.images.names if name in faults]
+        entries = [one.entry for one in kept.placed] + entries
         record = record_of(whole, files, int((rows >= 0).sum()), in_order, entries, run)
         record["readers"] = dict(sorted({**whole.readers_of_old(old), **record["readers"]}.items()))
-        generation = {"date": run["started"], "images": int(needed.sum()), "device": _devices(record)}
+        new = (kept.rows == COMPUTE) | (kept.rows >= old["rows"])
+        generation = {"date": run["started"], "images": int(new.sum()), "device": _devices(record)}
         record["generations"] = [*(old.get("generations") or [_first_generation(old)]), generation]
-        noted = {name: values for entry in entries for name, values in entry.noted.items()}
+        noted = {name: values for one in placed for name, values in one.entry.noted.items()} | kept.noted
         noted = _count_anew(record, old, records.read_noted(whole.inputs_path), noted, whole.images.names, kept.rows)
         if in_order:
             disk.replace(self.folder / "errors.csv", errors_csv(in_order))
@@ -146,13 +156,64 @@ def plan(
     Raises:
         BadValueError: The list of the finished files' images is missing, or does not belong to them.
     """
-    found = {layer: _compare(state, images, is_unchanged) for layer, state in states.items() if state.old}
-    if not found:
-        return {}, None
-    to_compute = np.any([kept.rows == COMPUTE for kept in found.values()], axis=0)
-    if len(found) < len(states):  # a layer without files needs all rows; those of others may then be kept all the same
-        return found, np.arange(len(images))
-    return found, np.flatnonzero(to_compute)
+    updated = {layer: state for layer, state in states.items() if state.old}
+    finished = {layer: _compare(state, images, is_unchanged) for layer, state in updated.items()}
+    if not updated or len(updated) < len(states):  # a layer without files needs all rows, others may keep theirs
+        return finished, np.arange(len(images)) if updated else None
+    found, places = _take_over_all(finished, updated, images, slice(-1))
+    some = images.some(places)
+    if any(_interrupted(state)[-1:] != [Update(state, some, places).digest] for state in updated.values()):
+        found, places = _take_over_all(finished, updated, images, slice(None))
+    return found, places  # the last interrupted update is continued if it is of the same images
+
+
+def _take_over_all(
+    finished: dict[str, Kept], states: Mapping[str, LayerState], images: Any, which: slice
+) -> tuple[dict[str, Kept], Ints]:
+    found = {
+        layer: _take_over(kept, states[layer], images, _interrupted(states[layer])[which])
+        for layer, kept in finished.items()
+    }
+    return found, np.flatnonzero(np.any([kept.rows == COMPUTE for kept in found.values()], axis=0))
+
+
+def _interrupted(state: LayerState) -> list[str]:
+    """Return the digests of the updates that were interrupted since a layer was finished, if their rows can be used."""
+    run = records.read_run(state.folder / UPDATE / "run.json") or {}
+    is_same = run.get("identity") == json.loads(json.dumps(state.identity)) and run.get("readers") == state.readers
+    return list(run.get("updates", [])) if is_same else []
+
+
+def _list_name(digest: str) -> str:
+    return f"list-{digest[:16]}.gz"
+
+
+def _take_over(kept: Kept, state: LayerState, images: Any, digests: Sequence[str]) -> Kept:
+    """Return what is kept together with rows that interrupted updates computed of images that are still the same."""
+    assert state.old is not None
+    folder, rows, at = state.folder / UPDATE, kept.rows.copy(), state.old["rows"]
+    placed, noted, size = list[Placed](), dict[str, Noted](), state.identity["batch_size"]
+    places = np.flatnonzero(rows == COMPUTE) if digests else np.empty(0, np.int64)
+    wanted = {images.names[place]: (place, images.sizes[place], images.stamps[place]) for place in places}
+    for digest in digests:
+        try:
+            listed = records.read_inputs(folder / _list_name(digest))
+        except (OSError, EOFError, ValueError, zlib.error):
+            continue
+        for number, one in sorted(journal.read_parts(folder, state.parts, digest, ()).items()):
+            faults, before = {fault.path: fault for fault in one.entry.faults}, len(wanted)
+            of_batch = listed[number * size : (number + 1) * size]
+            with_row = [image for image in of_batch if image[0] not in faults or faults[image[0]].used]
+            for row, (name, *about) in enumerate(with_row, at):
+                place, *now = wanted.get(name, (COMPUTE,))
+                if about == now and name not in faults:
+                    del wanted[name]
+                    rows[place] = row
+                    noted |= {name: one.entry.noted[name]} if name in one.entry.noted else {}
+            if len(wanted) < before:
+                placed.append(one)
+                at += one.entry.rows
+    return kept._replace(rows=rows, placed=placed, noted=noted)
 
 
 def _compare(state: LayerState, images: Any, is_unchanged: Callable[[Fault], bool]) -> Kept:
@@ -184,7 +245,7 @@ def _compare(state: LayerState, images: Any, is_unchanged: Callable[[Fault], boo
                 continue
             still.append(fault)
         found[place] = row
-    return Kept(found, still, len(before) - kept)
+    return Kept(found, still, len(before) - kept, [], {})
 
 
 def _count_anew(
@@ -209,10 +270,10 @@ def _count_anew(
     """
     noted, kept = {}, set[str]()
     for name, row in zip(names, rows, strict=True):
-        if row >= 0 and name in before:
+        if 0 <= row < old["rows"] and name in before:
             noted[name] = before[name]
             kept.add(name)
-        elif row == COMPUTE and name in computed:
+        elif (row == COMPUTE or row >= old["rows"]) and name in computed:
             noted[name] = computed[name]
     changes = [(values, -1) for name, values in before.items() if name not in kept]
     changes += [(values, 1) for name, values in noted.items() if name not in kept]

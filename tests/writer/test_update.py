@@ -16,6 +16,7 @@ from conftest import make_image
 from PIL import Image
 from tiny import Scale, run
 
+from featx import FeatureWriter
 from featx.commands.verify import check_file
 from featx.errors import UserError
 from featx.results import load
@@ -305,3 +306,42 @@ def test_ten_updates_leave_nothing_behind(photos, tmp_path):
     assert len(check_file(tmp_path / "out/2.csv")["generations"]) == 11
     run(photos, tmp_path / "scratch", **ALL)
     assert (tmp_path / "out/2.csv").read_bytes() == (tmp_path / "scratch/2.csv").read_bytes()
+
+
+def interrupted(photos: Path, out: Path, images: int, monkeypatch: pytest.MonkeyPatch, **options: object) -> None:
+    """Update until so many images have been computed."""
+    real, left = FeatureWriter.write_on_batch_end, itertools.count(images - 8, -8)
+
+    def write_on_batch_end(*args):
+        real(*args)
+        if next(left) <= 0:
+            raise Killed
+
+    with monkeypatch.context() as patched, pytest.raises(Killed):
+        patched.setattr(FeatureWriter, "write_on_batch_end", write_on_batch_end)
+        run(photos, out, update=True, **options)
+
+
+@pytest.mark.parametrize("options", [{}, {"shard_rows": 16}], ids=str)
+def test_images_change_again_while_an_update_is_interrupted(photos, tmp_path, options, monkeypatch):
+    out, options = tmp_path / "out", ALL | options
+    run(photos, out, **options)
+    for i in range(30):
+        add(photos, f"b/{i:02}-new.png", 100 + i)
+    interrupted(photos, out, 16, monkeypatch, **options)
+    interrupted(photos, out, 8, monkeypatch, **options)  # the same update continues
+    for i in range(4):
+        add(photos, f"a/{i:02}-new.png", 200 + i)
+    add(photos, "b/02-new.png", 300)  # which had its row
+    (photos / "b/03-new.png").unlink()
+    interrupted(photos, out, 8, monkeypatch, **options)  # of 11: 6 of the first list, 4 added since and 1 changed
+    add(photos, "a/05-new.png", 400)
+    writer = run(photos, out, update=True, **options)
+    assert writer.computed == 4
+    run(photos, tmp_path / "scratch", **options)
+    for kind in FORMATS:
+        (names, rows), (expected, of_scratch) = values(out, kind), values(tmp_path / "scratch", kind)
+        assert names == expected and np.allclose(rows, of_scratch, rtol=2e-6)
+    assert sorted(path.name for path in (out / ".featx" / "2").iterdir()) == ["images.gz"]
+    record = json.loads((out / "2.json").read_text())
+    assert [one["images"] for one in record["generations"]] == [40, 34]

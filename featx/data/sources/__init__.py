@@ -7,16 +7,13 @@ from pathlib import Path
 
 from featx.data.selection import Selection
 from featx.data.sources.archive import Archives
-from featx.data.sources.base import Names, Some, Source, open_file
+from featx.data.sources.base import Names, Source, open_file
 from featx.data.sources.directory import ImageTree, check_list, read_list
 from featx.data.sources.patterns import archives_in, expand
 from featx.data.sources.table import SUFFIXES, Table, files_of
 from featx.errors import BadValueError, UserError
 
-__all__ = [
-    "Archives", "ImageTree", "Names", "Some", "Source", "check", "exists", "find", "is_folder", "open_file",
-    "read_list",
-]  # fmt: skip
+__all__ = ["Archives", "ImageTree", "Names", "Source", "check", "exists", "find", "is_folder", "open_file", "read_list"]
 
 
 def check(where: str, files: str | None) -> None:

@@ -102,6 +102,10 @@ class Source(ABC):
             image is at fault. What is raised ends the run.
         """
 
+    def some(self, places: NDArray[np.int64]) -> "Source":
+        """Return some of the images, by their places, in the same order."""
+        return Some(self, places)
+
     def path(self, place: int) -> str:
         """Return what an error message calls an image."""
         return os.path.join(self.where, self.names[place])
