@@ -127,6 +127,14 @@ def test_memory_files_and_the_command_line_give_the_same_bits(photos, tmp_path, 
     assert relative_error(others, expected) < 1e-5 and not np.array_equal(others, expected)
 
 
+def test_all_calls_of_a_module_are_a_dict(photos, tmp_path):
+    _, one = extract(photos, "2:1")
+    for out in ({}, {"out_dir": tmp_path}):
+        _, features = extract(photos, "2:all", **out)
+        assert list(features) == ["2:1"] and np.array_equal(features["2:1"], one)
+    assert np.array_equal(featx.load(tmp_path / "2%3A1.csv")[1], one) and featx.record(tmp_path / "2%3A1.csv")
+
+
 def test_compile_is_not_ignored_in_memory(photos, monkeypatch):
     asked = []
     monkeypatch.setattr(torch, "compile", lambda take, **how: asked.append(how) or take)

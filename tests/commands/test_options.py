@@ -45,6 +45,10 @@ def parser():
         (["--data.dir", ""], "--data.dir '': the value is empty."),
         (["--data.dir=p", "q"], "--data.dir p q: 2 values, expected one.\nQuote a value with spaces."),
         (["--model.layer", "[fc6", "fc7]"], "Write a list as '[fc6,fc7]'"),
+        (
+            ["--model.layer", "[4:3,fc]", "--data.dir", "p"],
+            "layer 243: expected text.\nYAML reads some text",
+        ),
         (["--data.batchsize", "3"], "--data.batchsize: no such option. Did you mean --data.batch_size"),
         (["--data.batch", "3"], "--data.batch: no such option. Did you mean --data.batch_size"),
         (["--data.dir", "p", "--model.lyer", "fc7"], "--model.lyer: no such option. Did you mean --model.layer?"),
@@ -87,6 +91,7 @@ def test_a_mistyped_option_is_refused_with_what_was_expected(words, said, tmp_pa
         (b"dir: photos\n", "dir: no such option. Did you mean --data.dir?"),
         (b"data:\n  dri: photos\n", "--data.dri: no such option. Did you mean --data.dir"),
         (b"data:\n  batch_size: many\n", "--data.batch_size many: expected a whole number."),
+        (b"model:\n  layer: 4:3\n", "--model.layer 243: expected text.\nYAML reads some text as a number, 4:3 as 243"),
         (b"model:\n  lyer: fc7\n", "--model.lyer: no such option. Did you mean --model.layer?"),
         (b"data:\n\tdir: photos\n", "line 2: found character '\\t' that cannot start any token. Indent YAML with"),
         (b"data:\n  dir: [\n", "line 3: "),
