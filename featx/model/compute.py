@@ -18,9 +18,10 @@ from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import Tensor, nn
 
 from featx.data.batch import Batch
-from featx.errors import UserError, first_line, log
+from featx.errors import UserError, first_few, first_line, log
 from featx.model.build import SEED
 from featx.model.layers import Found, Taps
+from featx.model.reads import attributes_set
 from featx.model.reduce import Reduction
 from featx.model.trace import first_difference
 from featx.process.cores import cores_per_process, usable_cores
@@ -119,6 +120,7 @@ class Passes:
         self._title = title
         self._stochastic = stochastic
         self.reduction = reduction
+        self._one_at_a_time = False  # whether the network keeps something in its modules during a pass
         self._compiled: Callable[[Tensor], dict[str, Tensor]] | None = None
         self._pools: dict[int, ThreadPoolExecutor] = {}
         self._running: deque[Future[Part]] = deque()
@@ -142,7 +144,12 @@ class Passes:
             with self._seeded():
                 return self.run(image, network)
 
-        one, other = run(self._taps), run(self._taps)
+        one = run(self._taps)
+        with attributes_set(self._network) as changed:
+            other = run(self._taps)
+        self._one_at_a_time = bool(changed)
+        if changed:
+            log.info("threads: one, since %s sets attributes in its passes: %s", self._title, first_few([*changed]))
         if all(torch.equal(one[layer].view(torch.int32), other[layer].view(torch.int32)) for layer in one):  # NaN too
             return found
         where = first_difference(self._network, run)
@@ -310,7 +317,7 @@ class Passes:
 
     @property
     def _threads(self) -> ThreadPoolExecutor:  # a Trainer set after the first batch may leave fewer cores
-        if (cores := self._cores) not in self._pools:
+        if (cores := 1 if self._one_at_a_time else self._cores) not in self._pools:
             self._pools[cores] = ThreadPoolExecutor(cores, "network", initializer=one_core)
         return self._pools[cores]
 

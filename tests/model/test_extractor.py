@@ -1,6 +1,7 @@
 """Activations against plain torch, with any number of threads, layout, precision and custom network."""
 
 import re
+import time
 from functools import partial
 from typing import ClassVar
 
@@ -412,6 +413,31 @@ def test_batches_at_once_fill_the_slices_of_all_cores(monkeypatch):
     model = Conv("fc")
     model.configure_model()
     assert model.batches_at_once(64) == 12 and model.batches_at_once(10000) == 1
+
+
+class Keeps(FeatureExtractor):
+    """Changes its modules in each pass, as CORnet-S does with its strides."""
+
+    def build_network(self) -> nn.Module:
+        class Step(nn.Module):
+            def forward(self, images):
+                self.kept = images.mean((2, 3))
+                time.sleep(0.01)
+                return self.kept
+
+        return nn.Sequential(nn.Identity(), Step())
+
+
+def test_a_network_that_changes_its_modules_is_run_by_one_thread(photos, monkeypatch, caplog):
+    caplog.set_level("INFO")
+    monkeypatch.setattr("featx.model.compute.usable_cores", lambda: 4)
+    found = extract(photos, Keeps(["0", "1"], pool="avg"), batch_size=37)
+    assert np.array_equal(found["1"], found["0"]) and len(np.unique(found["1"])) > 37
+    assert caplog.text.count("threads: one, since Keeps sets attributes in its passes: 1.kept") == 1
+    caplog.clear()
+    before = nn.Module.__setattr__
+    tried(FeatureExtractor("fc7", weights="random"), photos)
+    assert "threads: one" not in caplog.text and nn.Module.__setattr__ is before
 
 
 class Random(FeatureExtractor):
