@@ -40,7 +40,7 @@ def _layers(folder: Path) -> list[str]:
     """Return the layers that are finished or begun in an output folder."""
     begun = {path.parent.name for path in folder.glob(f"{HIDDEN}/*/run.json")}
     kept = {path.parent.name for path in folder.glob(f"{HIDDEN}/*/images.gz")}
-    return sorted(stem.replace("%2F", "/") for stem in begun | {stem for stem in kept if _path(folder, stem).exists()})
+    return sorted(map(records.layer_of, begun | {stem for stem in kept if _path(folder, stem).exists()}))
 
 
 def _path(folder: Path, stem: str) -> Path:

@@ -134,6 +134,11 @@ def file_stem(layer: str) -> str:
     return layer.replace("/", "%2F").replace(":", "%3A").replace("#", "%23")
 
 
+def layer_of(stem: str) -> str:
+    """Return the layer whose files have this name, as ``file_stem`` writes it."""
+    return stem.replace("%2F", "/").replace("%3A", ":").replace("%23", "#")
+
+
 def is_result_name(layer: str, name: str) -> bool:
     """Return whether a record of the layer may list this file, for example ``fc7.csv`` or ``fc7/00000.csv``."""
     stem, kinds = file_stem(layer), "|".join(map(re.escape, SUFFIXES))

@@ -51,3 +51,9 @@ def test_a_folder_without_a_run_is_a_mistake(tmp_path):
         status([str(tmp_path)])
     with pytest.raises(UserError, match=r"unrecognized arguments: --yaml"):
         status([str(tmp_path), "--yaml"])
+
+
+def test_a_layer_is_named_as_the_user_named_it(photos, tmp_path, capsys):
+    run(photos, tmp_path, layer=["2:1", "2"])
+    assert (tmp_path / "2%3A1.csv").exists() and status([str(tmp_path)]) == 0
+    assert capsys.readouterr().out == "2: finished, 37 images\n2:1: finished, 37 images\n"
