@@ -256,5 +256,5 @@ class Taps:
 def _other_calls(layer: str, source: Source, times: str) -> UserError:
     return UserError(
         f"--model.layer {layer}: the network calls {source.path or source.name} {times} for these images, but "
-        f"{count(source.times, 'time')} for the first one.\nExpected a module that it calls as often for all images."
+        f"{count(source.times, 'time')} in the first pass.\nExpected a module that it calls as often for all images."
     )

@@ -36,7 +36,7 @@ class Call:
     module: nn.Module
     received: Shape | None  # of the first tensor in the input
     returned: Shape | str  # the name of its type, if it is not a tensor
-    members: list[dict[str, Shape]]  # of each call, as ``named_tensors`` names them
+    members: list[dict[str, Shape]]  # of each call, as ``named_tensors`` names them; complex ones give no rows
 
     @property
     def times(self) -> int:
@@ -77,7 +77,8 @@ class Trace:
 
     def _note(self, path: str, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
         members = self.calls.pop(path).members if path in self.calls else []
-        members.append({name: tuple(tensor.shape) for name, tensor in named_tensors(output).items()})
+        tensors = named_tensors(output).items()
+        members.append({name: tuple(tensor.shape) for name, tensor in tensors if not tensor.is_complex()})
         received = next((tuple(value.shape) for value in inputs if isinstance(value, Tensor)), None)
         returned = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
         self.calls[path] = Call(module, received, returned, members)
@@ -112,7 +113,7 @@ class Trace:
         name = f"{path}:{number}" if number else path
         shapes = call.members[(number or 1) - 1]
         if member not in shapes:
-            kind = "tensor" if "" in shapes else call.returned
+            kind = call.returned if isinstance(call.returned, str) else "tensor" if "" in shapes else "complex tensor"
             rows = [f"{name}{other}" for other, shape in shapes.items() if shape[:1] == (self.images,)]
             expected = either(rows) if rows else "a module that returns one tensor"
             raise BadValueError(f"{name} returns a {kind}. Expected {expected}.")

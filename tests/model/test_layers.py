@@ -262,7 +262,7 @@ def test_a_module_that_later_images_do_not_reach_is_reported():
 
     taps = Taps(Moody(), {"layer": "layer"})
     taps(torch.ones(2, 3))
-    with pytest.raises(UserError, match="calls layer 0 times for these images, but 1 time for"):
+    with pytest.raises(UserError, match="calls layer 0 times for these images, but 1 time in"):
         taps(-torch.ones(2, 3))
 
 

@@ -218,9 +218,9 @@ def test_a_number_of_calls_that_depends_on_the_image_is_an_error_with_both_numbe
     two, one, three = (torch.full((2, 3), float(number)) for number in (2, 1, 3))
     taps = Taps(Moody(), {"step:2": "step:2", "end": "end"})
     assert torch.equal(taps(two)["step:2"], two)
-    with pytest.raises(UserError, match="calls step 1 time for these images, but 2 times for the first one"):
+    with pytest.raises(UserError, match="calls step 1 time for these images, but 2 times in the first pass"):
         taps(one)
-    with pytest.raises(UserError, match="calls step at least 3 times for these images, but 2 times for the first one"):
+    with pytest.raises(UserError, match="calls step at least 3 times for these images, but 2 times in the first pass"):
         taps(three)
     assert torch.equal(taps(two)["step:2"], two)
 
@@ -233,3 +233,17 @@ def test_what_can_be_a_layer_is_listed_by_its_name(network):
     blocks = [f"block:{number}#{member}" for number in (1, 2) for member in ("last", "states#0", "states#1")]
     others = ["attend#0", "attend#1", "lstm#0", "lstm#1#0", "lstm#1#1", "head"]  # of two images, as the LSTM's layers
     assert sorted(listed) == sorted([*steps, *linears, *blocks, *others])
+
+
+class Spectrum(nn.Module):
+    def forward(self, x):
+        return torch.fft.fft(x), x
+
+
+def test_complex_numbers_are_refused_instead_of_their_real_parts():
+    network = nn.Sequential(Spectrum())
+    with pytest.raises(BadValueError, match=r"0 returns a tuple. Expected 0#1\."):
+        take(network, ["0#0"], torch.rand(2, 3))
+    network[0].forward = torch.fft.fft
+    with pytest.raises(BadValueError, match=r"0 returns a complex tensor. Expected a module that returns one tensor"):
+        take(network, ["0"], torch.rand(2, 3))
