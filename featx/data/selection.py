@@ -154,6 +154,8 @@ class LeftOut:
         unread = [f"{_short(path)}: {why}" for path, why in sorted(self.unread.items())]
         missed = [suffix for suffix in OTHER_IMAGES if suffix in map(str.lower, self.suffixes)]
         hint = f"; --data.suffixes '[{','.join(missed)}]' reads images" if missed else ""
+        if ".tar" in self.suffixes:
+            hint += "; --data.dir 'FOLDER/*.tar' reads the images in archives"
         parts = (
             (self.excluded, "image", " by --data.exclude"),
             (loose, "image", " beside the class folders"),

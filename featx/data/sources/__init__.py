@@ -32,7 +32,7 @@ def exists(where: str) -> bool:
 
 def is_folder(where: str) -> bool:
     """Whether images are files of their own in a folder, or would be if it was there."""
-    return not exists(where) or not (_tables(where) or _archives(where))
+    return not exists(where) or not (_tables(paths := expand(where)) or _archives(paths))
 
 
 def find(
@@ -54,31 +54,30 @@ def find(
     Raises:
         UserError: There is no such source, it cannot be read, or there is no image in it.
     """
-    if tables := _tables(where):
+    paths = expand(where)
+    if tables := _tables(paths):
         if files is not None:
             raise BadValueError(
                 f"--data.files {files}: --data.dir {where} is a table, whose rows are read in their order. "
                 "--data.exclude leaves some out."
             )
         return Table(where, tables, selection, column)
-    if archives := _archives(where):
+    if archives := _archives(paths):
         return Archives(where, archives, files, selection, column, cache)
     if column is not None:
         raise BadValueError(
             f"--data.column {column}: --data.dir {where} is a folder of images, which has no columns. Leave it out."
         )
-    return ImageTree(where, files, selection)
+    return ImageTree(paths[0], files, selection)
 
 
-def _tables(where: str) -> list[str]:
+def _tables(paths: list[str]) -> list[str]:
     """Return the files of the table that a user names, in order, or []."""
-    paths = expand(where)
     if len(paths) == 1:
         return files_of(paths[0])
     return paths if all(path.lower().endswith(SUFFIXES) for path in paths) else []
 
 
-def _archives(where: str) -> list[str]:
-    """Return the archives that a user names, in order, or [] if it is a folder of images."""
-    paths = expand(where)
-    return archives_in(where) if paths == [where] and os.path.isdir(where) else paths
+def _archives(paths: list[str]) -> list[str]:
+    """Return the archives that a user names, in order, or [] if it is one folder of images."""
+    return archives_in(paths[0]) if len(paths) == 1 and os.path.isdir(paths[0]) else paths

@@ -204,6 +204,8 @@ def _index(path: str, saved: Saved) -> tuple[Archive, Members]:
     try:
         file = _File(path)
         found = os.fstat(file.fd)
+        if stat.S_ISDIR(found.st_mode):
+            raise BadValueError(f"--data.dir {path}: this is a folder. Expected one, or a pattern of tars or zips.")
         head = os.pread(file.fd, tar.BLOCK, 0) if stat.S_ISREG(found.st_mode) else b""
         if tar.is_tar(head):
             members, is_zip = saved.get(path, found), False
@@ -238,9 +240,7 @@ def _no_archive(path: str, head: bytes) -> BadValueError:
 def _nothing(where: str, unpacked: Unpacked, selection: Selection, column: str | None) -> BadValueError:
     if unpacked.columns:
         others = ", ".join(name for name, _ in unpacked.columns.most_common(5))
-        return BadValueError(
-            f"--data.column {column}: no such files in {where}. Expected one of its columns: {others}."
-        )
+        return BadValueError(f"--data.column {column}: no such images in {where}. Expected one of: {others}.")
     found = f" Left out: {unpacked.left_out}." if unpacked.left_out else ""
     return BadValueError(
         f"--data.dir {where}: no image in it.{found}\n"

@@ -48,11 +48,11 @@ class Members:
     def add(self, path: bytes, kind: int, offset: int = 0, size: int = 0, stamp: int = 0, stored: int = 0) -> None:
         """Add a member, and the folders that it is in."""
         name = clean(path)
-        if name is None:
-            self.outside += 1
-            return
-        if kind == FOLDER:
+        if kind == FOLDER and name is not None:
             self._add_folder(name)
+            return
+        if not name:
+            self.outside += 1
             return
         folder = name.rpartition(b"/")[0]
         if folder != self._last:
@@ -127,4 +127,4 @@ def clean(path: bytes) -> bytes | None:
         if b".." in parts:
             return None
         path = b"/".join(parts)
-    return None if not path or b"\0" in path else path
+    return None if b"\0" in path else path
