@@ -7,6 +7,7 @@ import random
 import shutil
 import signal
 import subprocess
+import tarfile
 import time
 from collections.abc import Callable
 from importlib.util import find_spec
@@ -178,6 +179,18 @@ def test_killed_on_some_processes_finished_on_others(place, tmp_path, first):
     wait_for_rows(process, tmp_path, 6)
     end(process, signal.SIGKILL)
     finish(place, tmp_path, run=featx if first == "ddp" else on_two_machines)
+
+
+def test_a_run_on_archives_is_killed_and_finished_on_two_processes(place, tmp_path):
+    (tmp_path / "tars").mkdir()
+    for folder in "abc":
+        with tarfile.open(tmp_path / "tars" / f"{folder}.tar", "w") as file:
+            file.add(place / "photos" / folder, folder)
+    out, where = tmp_path / "out", ("--data.dir", f"{tmp_path}/tars/{{a,b,c}}.tar")
+    process = begin(place, out, *where)
+    wait_for_rows(process, out, 30)
+    end(process, signal.SIGKILL)
+    finish(place, out, *where, *DDP)
 
 
 def test_shards_are_the_same_after_a_kill_and_on_another_number_of_processes(place, tmp_path):

@@ -1,6 +1,7 @@
 """Archives -> images: the rows of the folder that they would be unpacked to, whatever is in them."""
 
 import io
+import json
 import os
 import pickle
 import random
@@ -13,12 +14,15 @@ import zlib
 from pathlib import Path
 
 import pytest
+import tiny
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from featx import ImageFolderDataModule
+from featx.data.preprocess import Preprocessing
 from featx.data.selection import Selection
 from featx.data.sources import find, tar
-from featx.errors import BadValueError, UserError
+from featx.errors import BadValueError, LostFolderError, UserError
 
 WORDS = [
     "a",
@@ -395,3 +399,90 @@ def test_the_list_of_a_tar_is_kept_and_used_while_the_tar_is_the_same(tmp_path, 
     make_tar(path, [("b/1.jpg", b"1"), ("a/4.jpg", b"2")])
     assert list(find(path, cache=cache).names) == ["a/4.jpg", "b/1.jpg"]
     assert [one.name for one in cache.parent.iterdir()] == ["members.idx"]
+
+
+def csv_of(where, out, **data):
+    tiny.run(where, out, names="relative", data=data)
+    return (out / "2.csv").read_bytes()
+
+
+def members_of(root):
+    return [(str(path.relative_to(root)), path.read_bytes()) for path in sorted(root.rglob("*")) if path.is_file()]
+
+
+def test_rows_of_a_folder_and_of_archives_of_it_are_the_same_bytes(photos, tmp_path):
+    members = members_of(photos)
+    random.Random(2).shuffle(members)
+    folder = csv_of(photos, tmp_path / "folder")
+    assert csv_of(make_tar(tmp_path / "a.tar", members), tmp_path / "tar") == folder
+    assert csv_of(make_zip(tmp_path / "a.zip", members), tmp_path / "zip") == folder
+    assert csv_of(make_zip(tmp_path / "b.zip", members, zipfile.ZIP_DEFLATED), tmp_path / "deflated") == folder
+    record = json.loads((tmp_path / "tar" / "2.json").read_text())
+    assert record["run"]["options"]["data"]["dir"] == f"{tmp_path}/a.tar"
+    assert "a.tar" not in json.dumps(record["identity"])
+    with pytest.raises(BadValueError, match="37 images changed"):  # a time cannot be compared with a checksum
+        csv_of(tmp_path / "a.zip", tmp_path / "folder")
+
+
+def test_rows_of_webdatasets_shards_are_those_of_the_folder_in_the_order_of_the_samples(photos, tmp_path):
+    webdataset = pytest.importorskip("webdataset")
+    flat = tmp_path / "flat"
+    flat.mkdir()
+    with webdataset.ShardWriter(f"{tmp_path}/%03d.tar", maxcount=5, verbose=0) as shards:
+        for number, (name, data) in enumerate(members_of(photos)):
+            suffix = name.rpartition(".")[2]
+            shards.write({"__key__": f"{number:06}", suffix: data, "json": {"name": name}, "cls": number % 3})
+            (flat / f"{number:06}.{suffix}").write_bytes(data)
+    rows = csv_of(f"{tmp_path}/{{000..007}}.tar", tmp_path / "shards").splitlines()
+    expected = csv_of(flat, tmp_path / "one").splitlines()
+    assert [re.sub(rb"^\d+.tar/", b"", row) for row in rows] == expected and rows[5].startswith(b"001.tar/000005")
+
+
+def test_a_damaged_member_is_listed_and_a_repaired_archive_continues(photos, tmp_path):
+    members = dict(members_of(photos))
+    clean = csv_of(make_tar(tmp_path / "clean.tar", members.items()), tmp_path / "clean")
+    name = "bees/wild/image-01.JPEG"
+    path, out = tmp_path / "a.zip", tmp_path / "out"
+    make_zip(path, members.items())
+    place = path.read_bytes().index(members[name])
+    damaged = bytearray(path.read_bytes())
+    damaged[place + 300] ^= 255
+    path.write_bytes(damaged)
+    assert csv_of(path, out).count(b"\n") == 36
+    assert (out / "2.errors.csv").read_text().splitlines()[1].startswith(f"{name},damaged in its archive")
+    make_zip(path, members.items(), zipfile.ZIP_DEFLATED)
+    assert csv_of(path, out) == clean
+    half = {**members, name: members[name][: len(members[name]) // 2]}
+    out = tmp_path / "tars"
+    assert csv_of(make_tar(tmp_path / "a.tar", half.items()), out).count(b"\n") == 36
+    make_tar(tmp_path / "a.tar", reversed(members.items()))
+    assert csv_of(tmp_path / "a.tar", out) == clean
+    other = {**members, "ants/image-00.jpg": members["cats/image-02.jpg"]}
+    with pytest.raises(UserError, match="1 image changed"):
+        csv_of(make_tar(tmp_path / "a.tar", other.items()), out)
+
+
+def test_an_archive_that_changes_ends_the_run(photos, tmp_path):
+    path = make_tar(tmp_path / "a.tar", members_of(photos))
+
+    class Harm(tiny.Tiny):
+        def predict_step(self, batch):
+            os.utime(path)
+            return super().predict_step(batch)
+
+    with pytest.raises(LostFolderError, match=r"a.tar: the archive is gone, or has changed. It held ants/"):
+        tiny.run(path, tmp_path / "out", model=Harm)
+
+
+def test_a_reader_of_the_users_gets_a_copy_of_what_is_in_an_archive(tmp_path, monkeypatch):
+    (tmp_path / "copies.py").write_text(
+        "import numpy as np\n\ndef read(path):\n    assert path.endswith('.raw')\n"
+        "    return np.fromfile(path, np.uint8).reshape(8, 8)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    path = make_zip(tmp_path / "a.zip", [("a.raw", bytes(range(64))), ("b.raw", bytes(10))])
+    data = ImageFolderDataModule(path, suffixes=[".raw"], reader="copies.read", batch_size=2)
+    data.setup()
+    batch = data.read_batch(0, Preprocessing(None, None, "bilinear", (0, 0, 0), (1, 1, 1), ""))
+    assert batch.groups[0][1].flatten().tolist() == list(range(64)) * 3
+    assert [fault.path for fault in batch.faults] == ["b.raw"]
