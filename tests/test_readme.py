@@ -137,6 +137,10 @@ def store(tmp_path_factory):
     (store / "bin").mkdir()
     (store / "bin" / "featx").write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -m featx "$@"\n')
     (store / "bin" / "featx").chmod(0o755)
+    photos = sorted((store / "photos").glob("*/*"))
+    columns = {"image": [path.read_bytes() for path in photos], "label": [path.parent.name for path in photos]}
+    parquet = pytest.importorskip("pyarrow.parquet")
+    parquet.write_table(pytest.importorskip("pyarrow").table(columns), store / "photos.parquet")
     yield store
     for path in [*store.glob("*.pth*"), *cache.iterdir()]:  # a gigabyte
         path.unlink()
