@@ -345,3 +345,40 @@ def test_images_change_again_while_an_update_is_interrupted(photos, tmp_path, op
     assert sorted(path.name for path in (out / ".featx" / "2").iterdir()) == ["images.gz"]
     record = json.loads((out / "2.json").read_text())
     assert [one["images"] for one in record["generations"]] == [40, 34]
+
+
+def test_an_archive_has_other_members(photos, tmp_path):
+    def pack() -> Path:
+        (tmp_path / "photos.zip").unlink(missing_ok=True)
+        return Path(shutil.make_archive(str(tmp_path / "photos"), "zip", photos))
+
+    run(pack(), tmp_path / "out")
+    before = lines(tmp_path / "out/2.csv")
+    change(photos)
+    add(photos, "b/01.png", 1)
+    assert run(pack(), tmp_path / "out", update=True).computed == 14
+    run(pack(), tmp_path / "scratch")
+    after, scratch = lines(tmp_path / "out/2.csv"), lines(tmp_path / "scratch/2.csv")
+    assert list(after) == list(scratch) and after["01.png"] == before["01.png"]
+
+
+@pytest.mark.skipif("parquet" not in FORMATS, reason="needs pyarrow")
+def test_rows_of_a_table_without_names_move(photos, tmp_path):
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    def write(name: str, letter: str) -> None:
+        images = [path.read_bytes() for path in sorted((photos / letter).iterdir())]
+        (tmp_path / "table").mkdir(exist_ok=True)
+        parquet.write_table(pa.table({"image": pa.array(images[:12], pa.binary())}), tmp_path / "table" / name)
+        os.utime(tmp_path / "table" / name, (10**9, 10**9))
+
+    write("1.parquet", "a")
+    run(tmp_path / "table", tmp_path / "out")
+    write("2.parquet", "b")
+    assert run(tmp_path / "table", tmp_path / "out", update=True).computed == 12
+    write("0.parquet", "b")  # row 12 was the first of 2.parquet, and is the first of 1.parquet
+    run(tmp_path / "table", tmp_path / "out", update=True)
+    run(tmp_path / "table", tmp_path / "scratch")
+    (names, rows), (expected, of_scratch) = values(tmp_path / "out", "csv"), values(tmp_path / "scratch", "csv")
+    assert names == expected and np.allclose(rows, of_scratch, rtol=2e-6)

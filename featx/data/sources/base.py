@@ -141,7 +141,7 @@ class Some(Source):
         encoded = [source.names[place].encode("utf-8", "surrogateescape") for place in places]
         self.names = Names(b"".join(encoded), np.cumsum([0, *map(len, encoded)], dtype="<i8"))
         self.sizes, self.stamps = source.sizes[places], source.stamps[places]
-        self.where, self.classes = source.where, source.classes
+        self.where, self.classes, self.lost, self.column = source.where, source.classes, source.lost, source.column
 
     def read(self, places: Sequence[int]) -> Iterator[BinaryIO | Exception]:
         """Yield the files of some of them, as the source does."""

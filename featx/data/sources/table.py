@@ -42,7 +42,8 @@ class Table(Source):
     first column of ``NAMES`` that there is, else the number of its row. Where two have the same name, the number of the
     row comes before each path, as in ``cats/000007/felix.jpg``.
 
-    What identifies the content of an image is the size and the time of its file: bytes are read once, by the run.
+    What identifies the content of an image is the size and the time of its file, and its row there: bytes are read
+    once, by the run.
 
     Args:
         where: What the user calls the table.
@@ -73,7 +74,7 @@ class Table(Source):
             for rows in file.rows:
                 self._starts.append(self._starts[-1] + rows)
             self._stamps.append(_stamp(path))
-            stamps.append(np.full(sum(file.rows), self._stamps[-1]))
+            stamps.append(self._stamps[-1] + np.arange(sum(file.rows)))  # a name may be the number of another row
         if (parts := re.search(r"-of-(\d+)\.\w+$", files[0])) and os.path.isdir(where) and int(parts[1]) > len(files):
             log.warning("%s: ONLY %s OF %s FILES OF THE TABLE ARE THERE", where, len(files), int(parts[1]))
         self._path = next(filter(self._has_value, path_columns(schema, self.column)), None)
