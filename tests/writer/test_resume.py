@@ -89,7 +89,7 @@ def begin(place: Path, out: Path, *args: object, wait: float = 0.05) -> Process:
 
 
 def lines_in_journals(out: Path) -> int:
-    return sum(path.read_bytes().count(b"\n") for path in out.glob(".featx/*/*.journal"))
+    return sum(path.read_bytes().count(b"\n") for path in out.glob(".featx/**/*.journal"))
 
 
 def wait_for_rows(process: Process, out: Path, batches: int = 3) -> None:
@@ -207,6 +207,31 @@ def test_shards_are_the_same_after_a_kill_and_on_another_number_of_processes(pla
         assert np.array_equal(load(tmp_path / "2" / f"*.{kind}")[1], load(place / "clean" / f"2.{kind}")[1])
     for kind in FORMATS:
         assert [check_file(path)["rows"] for path in sorted((tmp_path / "2").glob(f"*.{kind}"))] == [20] * 7 + [10]
+
+
+@pytest.mark.parametrize("args", [(), DDP], ids=["one", "ddp"])
+def test_kill_9_during_an_update_leaves_the_old_files(place, tmp_path, args):
+    shutil.copytree(place / "photos", tmp_path / "photos")
+    shutil.copytree(place / "clean", tmp_path / "out")
+    shutil.copy(place / "slow.py", tmp_path)
+    for i in range(90):
+        make_image(200 + i, (40, 30)).save(tmp_path / "photos" / "abc"[i % 3] / f"{i:03}-new.png")
+    (tmp_path / "photos/b/100.png").unlink()
+    shutil.copytree(tmp_path / "out", tmp_path / "clean")
+    update = ("--writer.update", "true", *args)
+    predict("photos", tmp_path / "clean", *BASE, *update[:2], cwd=tmp_path)
+    for _ in range(3):
+        process = begin(tmp_path, tmp_path / "out", *update)
+        wait_for_rows(process, tmp_path / "out")
+        assert "2: 0 of" not in featx("status", tmp_path / "out").stdout
+        end(process, signal.SIGKILL)
+        for name in FILES:
+            assert (tmp_path / "out" / name).read_bytes() == (place / "clean" / name).read_bytes()
+            assert name.endswith((".json", ".txt")) or check_file(tmp_path / "out" / name)["rows"] == 150
+    done = featx("predict", "--data.dir", "photos", "--writer.out_dir", tmp_path / "out", *BASE, *update, cwd=tmp_path)
+    assert done.returncode == 0 and "2: update: 149 rows kept, 90 images to compute, 1 image removed" in done.stderr
+    assert "2: continuing, " in done.stderr and "Total length" not in done.stderr, done.stderr
+    assert_same_as_clean(tmp_path, tmp_path / "out")
 
 
 def test_sigterm_and_ctrl_c_end_with_a_message_and_the_run_continues(place, tmp_path):
