@@ -101,7 +101,7 @@ def extract(
         parser = command_line.Parser(default_env=False)  # which checks types and choices
         for group, owner in owners.items():
             parser.add_class_arguments(owner, group)
-        known = {group: list(vars(parser.get_defaults()[group])) for group in owners}  # with a subclass's **options
+        known = {group: list(parser.get_defaults()[group].as_dict()) for group in owners}  # with a subclass's **options
         groups = _sort_in(options, known, out_dir is not None)
         groups["model"]["layer"], groups["data"]["dir"] = layer, dir
         if out_dir is not None:

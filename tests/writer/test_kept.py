@@ -19,6 +19,7 @@ import pytest
 import torch
 import torchvision
 
+import featx
 from featx.cli import main
 from featx.process.cores import device_name
 from featx.results import load
@@ -95,6 +96,20 @@ def test_its_unreadable_image_is_repaired_and_the_other_rows_are_kept(kept):
     after = (kept / "2.csv").read_bytes().splitlines()
     assert [line.split(b",")[0] for line in after] == [b"%d.ppm" % i for i in (0, 2, 4, 6, 8, 1, 3, 5, 7)]
     assert after[:6] + after[8:] == before[:6] + before[7:]  # of the batch that is computed again, 3 and 5, not 3
+
+
+def test_its_images_change_and_its_rows_are_kept(kept):
+    shutil.copy("photos/a/2.ppm", "photos/a/3-new.ppm")
+    Path("photos/a/8.ppm").unlink()
+    before = (kept / "2.csv").read_bytes().splitlines()
+    assert main([*LINE, "--model.layer", "2", "--writer.update", "true"]) == 3
+    after = (kept / "2.csv").read_bytes().splitlines()
+    assert [line.split(b",")[0] for line in after] == [b"%s.ppm" % i for i in b"0 2 3-new 4 6 1 3 7".split()]
+    assert after[:2] + after[3:] == before[:4] + before[5:]
+    rows = load(kept / "2.csv")[1]
+    assert np.allclose(rows[1], rows[2], rtol=2e-6)  # of the same pixels
+    assert main([*LINE, "--model.layer", "2"]) == 3
+    assert [one["images"] for one in featx.record(kept / "2.csv")["generations"]] == [9, 1]
 
 
 def test_an_unfinished_run_of_an_earlier_version_is_completed(kept, caplog):

@@ -16,8 +16,9 @@ from conftest import make_image
 from PIL import Image
 from tiny import Scale, run
 
+import featx
 from featx import FeatureWriter
-from featx.commands.verify import check_file
+from featx.commands.verify import check_file, verify
 from featx.errors import UserError
 from featx.results import load
 from featx.writer import disk
@@ -382,3 +383,16 @@ def test_rows_of_a_table_without_names_move(photos, tmp_path):
     run(tmp_path / "table", tmp_path / "scratch")
     (names, rows), (expected, of_scratch) = values(tmp_path / "out", "csv"), values(tmp_path / "scratch", "csv")
     assert names == expected and np.allclose(rows, of_scratch, rtol=2e-6)
+
+
+def test_verify_recomputes_rows_in_other_batches_than_an_update(three_photos, tmp_path, capsys):
+    photos = tmp_path / "photos"
+    shutil.copytree(three_photos, photos)
+    options = {"arch": "squeezenet1_1", "weights": "random", "layer": "features", "pool": "avg", "batch_size": 2}
+    featx.extract(photos, out_dir=tmp_path / "out", **options)
+    shutil.copy(photos / "1.png", photos / "0-new.png")
+    names, rows = featx.extract(photos, out_dir=tmp_path / "out", update=True, **options)
+    assert names == ["0-new.png", "0.png", "1.png", "2.png"]
+    assert np.allclose(rows, featx.extract(photos, **options)[1], rtol=2e-6)
+    assert not verify([str(tmp_path / "out/features.csv"), "--images", str(photos)])
+    assert "4 rows recomputed in other batches, the largest relative difference is" in capsys.readouterr().out
