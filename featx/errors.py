@@ -51,6 +51,12 @@ class LostFolderError(UserError, FileNotFoundError):
     exit_status = 4
 
 
+class StoreError(UserError, OSError):
+    """The object store with the images failed: exit status 4."""
+
+    exit_status = 4
+
+
 def as_parameters(message: str) -> str:
     """Return a message about options as one about the parameters that they are.
 

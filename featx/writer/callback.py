@@ -75,6 +75,8 @@ class FeatureWriter(BasePredictionWriter):
             raise BadValueError(f"--writer.format {format}: expected csv, npy, parquet or a list such as '[csv,npy]'.")
         if dtype == "float16" and self.formats == ["csv"]:
             raise BadValueError("--writer.dtype float16: csv is always float32. Use --writer.format npy or parquet.")
+        if "://" in out_dir:
+            raise BadValueError(f"--writer.out_dir {out_dir}: expected a folder on a local or shared disk.")
         self.out_dir = out_dir
         self.format = format
         self.names = names
@@ -199,7 +201,8 @@ class FeatureWriter(BasePredictionWriter):
         self._states = {layer: self._all[layer] for layer in layers}
         if len({digest for *_, digest in gathered}) > 1:
             raise UserError(
-                f"--data.dir {data.dir}: the processes see different images. The folder changed or is not shared."
+                f"--data.dir {data.images.where}: the processes see different images. "
+                "The folder changed or is not shared."
             )
         seen = self._gather(all(state.run_path.exists() for state in self._states.values()))
         if not all(seen):
@@ -257,7 +260,7 @@ class FeatureWriter(BasePredictionWriter):
         lost = [fault for fault in batch.faults if not fault.used]
         if lost and data.on_error == "stop":  # the batch is in the journal, so that the image may be repaired
             raise ImageError(
-                f"{os.path.join(data.dir, lost[0].path)}: {lost[0].reason} ({lost[0].exception})\n"
+                f"{os.path.join(data.images.where, lost[0].path)}: {lost[0].reason} ({lost[0].exception})\n"
                 "--data.on_error list continues with the other images and lists those that cannot be read."
             )
 
@@ -327,7 +330,7 @@ def _run_info(writer: FeatureWriter, trainer: Trainer, started: datetime) -> dic
         "options": {
             "model_class": records.public_name(type(model)),
             "model": records.options(model),
-            "data": records.options(data) | {"dir": os.path.abspath(data.dir)},
+            "data": records.options(data) | {"dir": records.place(data.images.where)},
         },
         "host": platform.node(),
         "processes": trainer.world_size,

@@ -3,28 +3,38 @@
 from collections.abc import Sequence
 
 from featx.data.selection import Selection
+from featx.data.sources import store
 from featx.data.sources.base import Names, Source, open_file
 from featx.data.sources.directory import ImageTree, check_folder, check_list, read_list
+from featx.data.sources.store import ObjectStore, is_url, shown
 
-__all__ = ["ImageTree", "Names", "Source", "check", "find", "open_file", "read_list"]
+__all__ = ["ImageTree", "Names", "Source", "check", "find", "open_file", "read_list", "shown"]
 
 
 def check(where: str, files: str | None) -> None:
     """Raise UserError if there is no such source, or no such list."""
-    check_folder(where)
+    (store.check if is_url(where) else check_folder)(where)
     if files is not None:
         check_list(files)
 
 
-def find(where: str, files: str | Sequence[str] | None = None, selection: Selection | None = None) -> Source:
+def find(
+    where: str,
+    files: str | Sequence[str] | None = None,
+    selection: Selection | None = None,
+    retry_seconds: float = 300,
+) -> Source:
     """Return the source of images that a user names.
 
     Args:
-        where: A folder.
+        where: A folder, or the URL of a bucket or a prefix in it.
         files: A file that lists the images, or their paths, in the order of the rows; None: all.
         selection: The suffixes of images, and which images to leave out.
+        retry_seconds: How long requests that fail are made again.
 
     Raises:
         UserError: There is no such source, it cannot be read, or there is no image in it.
     """
+    if is_url(where):
+        return ObjectStore(where, files, selection, retry_seconds)
     return ImageTree(where, files, selection)
