@@ -20,13 +20,14 @@ from lightning.pytorch.callbacks import Callback
 from PIL import Image
 
 from featx.commands import options as command_line
-from featx.data.batch import Batch, Fault, Remarks, Sample, add_up, report
+from featx.data.batch import Batch, Fault, Remarks, Sample, add_up, report, zero_rows
 from featx.data.decode import describe
 from featx.data.module import Collate, ImageFolderDataModule
 from featx.data.pillow import to_rgb
-from featx.data.sources import ImageTree
+from featx.data.sources import find
 from featx.errors import SEE, BadValueError, ImageError, did_you_mean, either
 from featx.model.extractor import FeatureExtractor
+from featx.model.layers import DEFAULT
 from featx.process.lightning import PLAIN, keep_default_dtype, keep_signals, make_trainer
 from featx.process.progress import Progress
 from featx.process.shared import Shared, ignored, on_one_core
@@ -37,13 +38,14 @@ from featx.writer.folder import file_name, read_errors
 from featx.writer.formats import Floats, row_name
 
 Source = str | os.PathLike[str] | Iterable[str | os.PathLike[str]] | Iterable[Image.Image]
-LIBRARIES = r"(lightning|torch|torchvision|torchmetrics|timm|jsonargparse)\b"  # they warn about each other
+# which warn about each other
+LIBRARIES = r"(lightning|torch|torchvision|torchmetrics|timm|transformers|open_clip|huggingface_hub|jsonargparse)\b"
 NOT_HERE = ("dir", "out_dir", "layer", "on_error", "dry_run")  # extract's own parameters, or useless in it
 
 
 def extract(
     source: Source,
-    layer: str | list[str] = "fc7",
+    layer: str | list[str] = "auto",
     *,
     out_dir: str | os.PathLike[str] | None = None,
     errors: Literal["raise", "return"] = "raise",
@@ -58,7 +60,7 @@ def extract(
 
     Args:
         source: A folder of images; or paths of images; or PIL images, which are named 0, 1, 2 ...
-        layer: A layer, or a list of layers.
+        layer: A layer, or a list of layers; auto: fc7, or embedding of a network without it.
         out_dir: Write files there and continue an interrupted run, as ``featx predict`` does; only for a folder.
         errors: For images that cannot be read: ``raise`` the first one, or ``return`` them all.
         model: A subclass of FeatureExtractor.
@@ -68,8 +70,8 @@ def extract(
 
     Returns:
         The names of the rows, a list, and their values, ``(N, D) float32``, in the same order; for a list of layers
-        a dict of values by layer. ``errors="return"`` adds a third: the list of images that cannot be read, each with
-        ``path``, ``reason`` and ``exception``; only those that were ``used`` anyway have a row.
+        and for ``PATH:all`` a dict of values by layer. ``errors="return"`` adds a third: the list of images that cannot
+        be read, each with ``path``, ``reason`` and ``exception``; only those that were ``used`` anyway have a row.
         With ``out_dir`` the values come from the first format; an npy file stays on disk, mapped read-only, unless
         there are several shards.
 
@@ -111,7 +113,8 @@ def extract(
             f"{len(lost)} of {len(lost) + len(names):,} images cannot be read, the first is {lost[0].path}: "
             f"{lost[0].reason}\nThe files have the others. errors='return' returns their rows and these errors."
         )
-    values = features[layer] if isinstance(layer, str) else features
+    several = not isinstance(layer, str) or (layer != DEFAULT and layer not in features)  # PATH:all
+    values = features if several else next(iter(features.values()))
     return (names, values, faults) if errors == "return" else (names, values)
 
 
@@ -196,7 +199,8 @@ def _pictures(source: Any, data: ImageFolderDataModule) -> Iterator[Image.Image]
         return chain([first], images)
     paths = [os.path.abspath(path) for path in chain([first], images)]
     data.dir = os.path.commonpath([os.path.dirname(path) for path in paths])
-    data.images = ImageTree(data.dir, [os.path.relpath(path, data.dir) for path in paths], data.selection)
+    names = [os.path.relpath(path, data.dir) for path in paths]
+    data.images = find(data.dir, names, data.selection, data.column)
     return None
 
 
@@ -232,6 +236,7 @@ class _Rows(Callback):
         self.faults: list[Fault] = []
         self.remarks: Remarks = {}
         self.chunks: dict[str, list[Floats]] = defaultdict(list)
+        self.zeros: dict[str, Remarks] = defaultdict(dict)
 
     def on_predict_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Batch, *_: Any
@@ -246,10 +251,14 @@ class _Rows(Callback):
         self.faults += batch.faults
         self.remarks = add_up([self.remarks, batch.remarks])
         for layer, rows in outputs.items():
-            self.chunks[layer].append(rows.cpu().numpy())
+            self.chunks[layer].append(values := rows.cpu().numpy())
+            if pl_module.normalize:
+                self.zeros[layer] = add_up([self.zeros[layer], zero_rows(batch.names, values)])
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         report(self.remarks)
+        for layer, remarks in self.zeros.items():
+            report(remarks, layer)
 
 
 def _predict(trainer: Trainer, model: FeatureExtractor, **data: Any) -> None:

@@ -13,7 +13,8 @@ from featx import __version__
 from featx.process.signals import INTERRUPTED, Stopped, leave_at_once, listen
 from featx.process.start import import_fast
 
-MODULES = {name: name for name in ("predict", "images", "layers", "verify", "completion")} | {"show": "show.page"}
+SAME_NAME = ("predict", "images", "layers", "verify", "status", "completion")
+MODULES = {name: name for name in SAME_NAME} | {"show": "show.page"}
 
 HELP = """\
 usage: featx COMMAND [options]
@@ -24,6 +25,7 @@ commands:
   predict     write a network's activations for every image
   images      describe a folder of images: formats, sizes, what cannot be read
   layers      list a network's layers, with their columns and cost
+  status      show how far the run in an output folder is
   verify      check a finished file against its record and its images
   show        make a web page that maps a finished file's images
   completion  print a completion script for bash, zsh or tcsh

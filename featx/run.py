@@ -83,9 +83,13 @@ def set_up(
     model.configure_model()
     note("preprocessing", str(data.preprocessing(model.preprocessing)))
     sample = model.try_out(data.first_batch(model.preprocessing, samples))
-    layers = [f"{layer}{f' = {path}' if path != layer else ''}, {count(sample[layer].shape[1], 'column')}"
-              for layer, path in model.layers.items()]  # fmt: skip
-    note("layers" if len(layers) > 1 else "layer", "; ".join(layers))
+    layers = []
+    for layer, path in model.layers.items():
+        columns, width = sample[layer].shape[1], model.passes.reduction.widths.get(layer)
+        size = f"{count(width, 'column')} reduced to {columns:,}" if width else count(columns, "column")
+        layers.append(f"{layer}{f' = {path}' if path != layer else ''}, {size}")
+    default = " (by default, since it has no fc7)" if model.layer_by_default and "fc7" not in model.layers else ""
+    note("layers" if len(layers) > 1 else "layer", "; ".join(layers) + default)
     return sample
 
 

@@ -178,9 +178,9 @@ def act(command, folder):
     os.environ["PATH"] = f"{folder / 'bin'}:{os.environ['PATH']}"
     sys.path.insert(0, os.getcwd())
 
-    from featx.model import build
+    from featx.model.libraries import torchvision
 
-    build.fetch = lambda url: None  # the digests of the files in the cache are not those in their names
+    torchvision.fetch = lambda url: None  # the digests of the files in the cache are not those in their names
     if isinstance(command, list):
         from featx.cli import main
 
@@ -233,7 +233,7 @@ def do(store, forkserver, tmp_path_factory):
         of_files = "--model.layer fc7 --model.weights alexnet.pth --writer.format '[csv,npy,parquet]'"
         of_shards = f"{of_files} --data.batch_size 4 --writer.shard_rows 4"
         reads = {"features/pooled": "--model lite.Lite0", r"features/fc7(/|\s|$)": of_shards, "features/fc7": of_files}
-        reads["--data.resize 300"] = of_files
+        reads["--data.resize 300"] = reads["featx status"] = of_files
         options = next((made for pattern, made in reads.items() if re.search(pattern, command)), None)
         return run(command, finished(options) if options and "out_dir=" not in command else None)[1]
 
@@ -368,7 +368,7 @@ def test_every_option_is_in_docs(options, do):
     assert {"--data.dir", "--model.layer", "--writer.out_dir"} < options
     table = (REPO / "docs" / "options.md").read_text()
     assert {option for option in options if f"| `{option}` |" not in table} == set()
-    for command in ("verify", "show", "layers", "images"):
+    for command in ("verify", "show", "status", "layers", "images"):
         own = set(re.findall(r"^  (--[a-z]+)(?![\w.])", do(f"featx {command} --help").stdout, re.MULTILINE))
         assert own and {o for o in own - options if f"| `featx {command} {o}` |" not in table} == set()
 

@@ -63,6 +63,10 @@ def _parser(file: Any) -> argparse.ArgumentParser:
                 one.complete = file
         several: Any = sub.add_argument("files", nargs="*")
         several.complete = file
+    sub = commands.add_parser("status", help="status")
+    sub.add_argument("--json", action="store_true")
+    output: Any = sub.add_argument("out_dir")
+    output.complete = file
     commands.add_parser("completion", help="completion").add_argument("shell", choices=SHELLS)
     return parser
 

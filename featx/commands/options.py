@@ -244,6 +244,8 @@ def explain(message: str, known: dict[str, Any]) -> str:
     near = "" if as_list(value) else did_you_mean(value, [kind for kind in kinds if " " not in kind])
     help = TRAINER.get(option.removeprefix("--trainer."), str(known[option].help or ""))
     about = textwrap.wrap(f"{option}: {textwrap.shorten(help, 200, placeholder=' ...')}", 80, break_long_words=False)
+    if "text" in kinds and re.fullmatch("[0-9.]+", value):
+        about = ["YAML reads some text as a number, 4:3 as 243: put it in double quotes, as in '[\"4:3\",fc]'."]
     return "\n".join([f"{option} {value}: expected {either(kinds)}.{near}", *about, SEE])
 
 

@@ -90,6 +90,7 @@ REMARKS = {
     "one_colour": "{} of one single colour",
     "dark": "{} of 16-bit grey, nearly black without --data.value_range",
     "nodata": "nodata in {}",
+    "zero_row": "{} with a row of zeros, which cannot have length 1",
 }
 
 
@@ -127,9 +128,16 @@ def add_up(several: Iterable[Remarks]) -> Remarks:
     return dict(sorted(total.items()))
 
 
-def report(remarks: Remarks) -> None:
-    """Warn of each kind of remark, in a line."""
+def zero_rows(names: Iterable[str], values: Any) -> Remarks:
+    """Return the remark on images whose row, of ``(B, D)``, is zeros, if there are any."""
+    found = [name for name, row in zip(names, values, strict=True) if not row.any()]
+    return {"zero_row": Remark(images=len(found), first=found[0])} if found else {}
+
+
+def report(remarks: Remarks, layer: str = "") -> None:
+    """Warn of each kind of remark, in a line: of those on a layer's rows, or without a layer of those on images."""
     for kind, one in remarks.items():
-        more = ", …" if one["images"] > 1 else ""
-        found = REMARKS.get(kind, f"{{}} {kind}").format(count(one["images"], "image"))
-        log.warning("%s (%s%s)", found, one["first"], more)
+        if (kind == "zero_row") == bool(layer):
+            more = ", …" if one["images"] > 1 else ""
+            found = REMARKS.get(kind, f"{{}} {kind}").format(count(one["images"], "image"))
+            log.warning("%s%s (%s%s)", f"{layer}: " if layer else "", found, one["first"], more)

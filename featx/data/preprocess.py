@@ -36,6 +36,8 @@ class Preprocessing:
         source: Where these values come from.
         squash: Whether both sides are resized to ``resize``, so that the image is distorted.
         pad: Whether an image smaller than ``crop`` is padded with black; else it cannot be used.
+        floor: Whether half a pixel of a margin is left out at the top and left, as transformers crop; else it is
+            rounded to even, as torchvision does.
     """
 
     resize: int | None
@@ -46,6 +48,7 @@ class Preprocessing:
     source: str
     squash: bool = False
     pad: bool = False
+    floor: bool = False
 
     @classmethod
     def of_weights(cls, weights: Any) -> "Preprocessing":
@@ -83,6 +86,12 @@ class Preprocessing:
             squash=data["crop_mode"] == "squash",
             pad=data["crop_pct"] > 1,  # three of VOLO's, which timm evaluates so
         )
+
+    def at(self, size: int) -> "Preprocessing":
+        """Return the same for images of ``size`` pixels: that crop, and a resize in proportion."""
+        resize = self.resize if self.resize is None or self.crop is None else self.resize * size // self.crop
+        side = None if self.squash and self.crop is None else size
+        return replace(self, resize=size if self.crop is None else resize, crop=side)
 
     @property
     def may_pad(self) -> bool:
@@ -122,7 +131,11 @@ class Preprocessing:
                     raise BadValueError(
                         f"{width} x {height}: smaller than the crop of {self.crop}. --data.pad true pads it with black"
                     )
-                image = v2.center_crop(image, [self.crop, self.crop])
+                if self.floor:
+                    top, left = (height - self.crop) // 2, (width - self.crop) // 2
+                    image = v2.crop(image, top, left, self.crop, self.crop)  # outside the image it is black
+                else:
+                    image = v2.center_crop(image, [self.crop, self.crop])
         tensor: Tensor = v2.pil_to_tensor(image) if decoder == "exact" else image
         return tensor
 

@@ -21,6 +21,7 @@ from featx.data.batch import Batch
 from featx.errors import UserError, first_line, log
 from featx.model.build import SEED
 from featx.model.layers import Found, Taps
+from featx.model.reduce import Reduction
 from featx.model.trace import first_difference
 from featx.process.cores import cores_per_process, usable_cores
 from featx.process.shared import LOCK, Shared, one_core
@@ -92,9 +93,11 @@ class Passes:
         normalize: Turns images ``(B, 3, H, W) uint8`` into the network's input.
         title: The network's name in messages.
         stochastic: Whether the network may draw random numbers, which are then seeded for each batch.
+        reduction: What becomes of the rows afterwards.
 
     Attributes:
         memory_layout: contiguous or channels_last, chosen by ``try_out``.
+        reduction: As given.
         stages: Seconds of all cores in the network.
     """
 
@@ -104,7 +107,8 @@ class Passes:
         taps: Taps,
         normalize: Callable[[Tensor], Tensor],
         title: str,
-        stochastic: bool = False,
+        stochastic: bool,
+        reduction: Reduction,
     ) -> None:
         self.memory_layout = "contiguous"
         self.stages: dict[str, float] = defaultdict(float)
@@ -114,6 +118,7 @@ class Passes:
         self._normalize = normalize
         self._title = title
         self._stochastic = stochastic
+        self.reduction = reduction
         self._compiled: Callable[[Tensor], dict[str, Tensor]] | None = None
         self._pools: dict[int, ThreadPoolExecutor] = {}
         self._running: deque[Future[Part]] = deque()
@@ -252,7 +257,7 @@ class Passes:
         if not self._on_cpu:
             with self._seeded(batch.number):
                 rows = _join([self._model.forward(images) for _, images in slices], places)
-            return self._copied(rows) if self._model.device.type == "cuda" else rows
+            return self._copied(rows) if self._model.device.type == "cuda" else self.reduction(rows)
         threads = self._threads
         if self._stochastic:
             return self._finish(threads.submit(self._in_turn, batch.number, slices).result(), places)
@@ -273,13 +278,14 @@ class Passes:
 
         def finish() -> dict[str, Tensor]:
             arrived.synchronize()
-            return copies
+            return self.reduction(copies)
 
         return Rows(finish)
 
     def _timed(self, images: Tensor) -> Part:
         begin = time.thread_time()
-        return self._model.forward(images), time.thread_time() - begin
+        rows = self.reduction(self._model.forward(images))
+        return rows, time.thread_time() - begin
 
     def _in_turn(self, batch: int, slices: list[tuple[list[int], Tensor]]) -> list[Part]:
         with self._seeded(batch):

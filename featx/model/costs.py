@@ -2,6 +2,7 @@
 
 import statistics
 import time
+from collections import Counter
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -10,14 +11,14 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from featx.errors import BadValueError, count, log
 from featx.model.build import SEED
 from featx.model.embedding import find_penultimate
 from featx.model.extractor import SLICE, FeatureExtractor
 from featx.model.layers import find_aliases, to_rows
-from featx.model.trace import PENULTIMATE, Shape, Trace, watched
+from featx.model.trace import PENULTIMATE, Shape, Trace, named_tensors, watched
 
 PASSES = 3
 SECONDS_PER_PASS = 2.0
@@ -49,33 +50,40 @@ def measure(model: FeatureExtractor, size: int, bytes_of: Callable[[NDArray[np.f
     passes = f"median of {PASSES} passes of {count(batch, 'image')} on one core"
     log.info("images: random, 3x%dx%d; time: %s", size, size, passes)
     last = _report_unlisted(model, trace)
-    axes = {path: trace.channel_axis(path) for path in trace.calls if trace.gives_rows(path, model.pool)}
+    listed = trace.layers(model.pool)
+    axes = {name: axis for name, (_, axis) in listed.items()}
     if last and model.pool != "cls":
         axes[PENULTIMATE] = None
     costs: dict[str, tuple[Shape, int, int]] = {}  # shape, columns and bytes, in the order of execution
 
     def add_costs(name: str, value: Tensor) -> None:
-        if name in axes:
+        if name in axes and len(value) == 1:
             row = to_rows(value, model.pool, axes[name])[0].numpy()  # (D,) float32
             costs[name] = (tuple(value.shape[1:]), len(row), bytes_of(row))
 
-    _watch_pass(model, images[:1], last, add_costs)
-    times = [_watch_pass(model, images[:batch], last, lambda name, value: None) for _ in range(PASSES)]
+    _watch_pass(model, images[:1], trace, last, add_costs)
+    times = [_watch_pass(model, images[:batch], trace, last, lambda name, value: None) for _ in range(PASSES)]
     aliases = {path: alias for alias, path in (find_aliases(model.network) | model.layer_aliases).items()}
-    types = {path: type(call.module).__name__ for path, call in trace.calls.items()} | {PENULTIMATE: f"input of {last}"}
+    types = {name: type(trace.calls[path].module).__name__ for name, (path, _) in listed.items()}
+    types[PENULTIMATE] = f"input of {last}"
     time_of = {name: round(statistics.median(each[name] for each in times), 1) for name in costs}
     return [Row(name, aliases.get(name, ""), types[name], *cost, time_of[name]) for name, cost in costs.items()]
 
 
 def _watch_pass(
-    model: FeatureExtractor, images: Tensor, last: str | None, see: Callable[[str, Any], None]
+    model: FeatureExtractor, images: Tensor, trace: Trace, last: str | None, see: Callable[[str, Any], None]
 ) -> dict[str, float]:
     """Run a pass, call ``see(layer, value)`` after each layer, and return the percent of the pass's time by then."""
-    network, ends = model.network, dict[str, float]()
+    network, ends, calls = model.network, dict[str, float](), Counter[str]()
 
     def note(name: str, value: Any) -> None:
         ends[name] = time.perf_counter()
         see(name, value)
+
+    def note_output(path: str, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+        calls[path] += 1
+        for member, value in named_tensors(output).items():
+            note(trace.name(path, calls[path], member), value)
 
     def run(pixels: Tensor) -> dict[str, float]:
         start = time.perf_counter()
@@ -84,7 +92,7 @@ def _watch_pass(
         return {name: 100 * (end - start) / whole for name, end in ends.items()}
 
     with ExitStack() as hooks:
-        hooks.enter_context(watched(network, lambda path, module, inputs, output: note(path, output)))
+        hooks.enter_context(watched(network, note_output))
         if last:
             hook = network.get_submodule(last).register_forward_pre_hook(
                 lambda module, args, kwargs: note(PENULTIMATE, [*args, *kwargs.values()][0]), with_kwargs=True
@@ -96,9 +104,9 @@ def _watch_pass(
 def _report_unlisted(model: FeatureExtractor, trace: Trace) -> str | None:
     """Log which modules are not in the table, and return the path of the Linear after ``penultimate``, or None."""
     uncalled = [path for path, _ in model.network.named_modules() if path and path not in trace.calls]
-    repeated = [path for path, call in trace.calls.items() if call.times > 1]
-    others = [path for path in trace.calls if path not in repeated and not trace.gives_rows(path, model.pool)]
-    kinds = {"never called": uncalled, "called more than once": repeated, "without one row per image": others}
+    listed = {path for path, _ in trace.layers(model.pool).values()}
+    others = [path for path in trace.calls if path not in listed]
+    kinds = {"never called": uncalled, "without one row per image": others}
     notes = [f"{len(paths)} {kind} ({paths[0]}{', …' if paths[1:] else ''})" for kind, paths in kinds.items() if paths]
     if notes:
         log.info("not listed: %s", "; ".join(notes))

@@ -1,10 +1,13 @@
-"""Download weights into torch's cache, whole and checked."""
+"""Download weights into torch's cache, or the hub's, whole and checked."""
 
 import hashlib
 import os
+import re
 import shutil
 import threading
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 from urllib.error import HTTPError
 from urllib.parse import urlparse
 from urllib.request import Request, urlopen
@@ -13,7 +16,7 @@ import torch
 from filelock import FileLock
 from tqdm import tqdm
 
-from featx.errors import UserError, first_line, log
+from featx.errors import MissingPathError, UserError, first_line, log
 
 TIMEOUT = 20  # seconds without an answer
 
@@ -109,3 +112,65 @@ def check_server(url: str) -> None:
     thread.join(TIMEOUT)
     if failure:
         raise OSError(first_line(failure[0])) from failure[0]
+
+
+def from_hub(repo: str, *names: str) -> Path | None:
+    """Return the first of some files that a repository of Hugging Face's hub has, from its cache or downloaded into it.
+
+    The hub's own locks let one process download; a file whose name in the cache is a SHA-256 is compared with it.
+
+    Args:
+        repo: The repository, as ``facebook/dinov2-base``.
+        names: The files, the best first.
+
+    Returns:
+        The file's path, or None if the repository has none of them.
+
+    Raises:
+        UserError: There is no such repository, it is not open to this user, or the hub cannot be reached.
+    """
+    hub: Any = import_module("huggingface_hub")
+    errors, unknown = hub.errors, []
+    for name in names:
+        if isinstance(found := hub.try_to_load_from_cache(repo, name), str):
+            return _checked_by_blob(Path(found))
+        if found is None:  # else the cache knows that there is no such file
+            unknown.append(name)
+    if not unknown:
+        return None
+    try:
+        check_server(hub.constants.ENDPOINT)
+        for name in unknown:
+            try:
+                if not name.endswith(".json"):
+                    log.info("downloading %s of %s to %s", name, repo, hub.constants.HF_HUB_CACHE)
+                return _checked_by_blob(Path(hub.hf_hub_download(repo, name, etag_timeout=TIMEOUT)))
+            except errors.LocalEntryNotFoundError:  # no connection; one of the other kind, which says what is not there
+                raise
+            except errors.EntryNotFoundError:
+                continue
+    except UserError:
+        raise
+    except errors.GatedRepoError as err:
+        raise UserError(
+            f"{repo} is gated: its owner decides who may download it.\nAccept its terms at "
+            f"{hub.constants.ENDPOINT}/{repo} and log in with hf auth login, or set HF_TOKEN."
+        ) from err
+    except (errors.RepositoryNotFoundError, errors.HFValidationError) as err:
+        raise MissingPathError(
+            f"{repo}: the hub has no repository with this name, or it is private.\nExpected OWNER/NAME as in its "
+            "address; log in with hf auth login for a private one. A folder begins with / or ./"
+        ) from err
+    except Exception as err:  # of many types, from its HTTP client
+        raise UserError(
+            f"{repo} cannot be downloaded from {hub.constants.ENDPOINT}\n({type(err).__name__}: "
+            f"{first_line(err)[:200]}). Where there is a connection: hf download {repo} --local-dir FOLDER"
+        ) from err
+    return None
+
+
+def _checked_by_blob(path: Path) -> Path:
+    blob = path.resolve()
+    if re.fullmatch("[0-9a-f]{64}", blob.name) and digest(blob) != blob.name:  # a large file's name in the cache
+        raise UserError(f"{path} is damaged: its SHA-256 is not {blob.name[:8]}….\nRemove {blob} to download it again.")
+    return path

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torchvision.models import SqueezeNet
 
 from featx.errors import BadValueError
+from featx.model.libraries.base import Tower
 from featx.model.trace import Pool, Shape, Trace, same
 
 HEADS = {"head", "heads", "fc", "classifier"}  # replaced by an Identity, they make a network return its features
@@ -24,6 +25,9 @@ class Source(NamedTuple):
         shape: ``(B, ...)``.
         pool: How to reduce them.
         axis: Which dimension contains the channels, 1 or -1; None if it is unclear or there is nothing to reduce.
+        call: Which of the module's calls, from 1.
+        times: How often a pass calls the module.
+        member: Of the module's output, as ``named_tensors`` names it.
     """
 
     name: str
@@ -32,6 +36,9 @@ class Source(NamedTuple):
     shape: Shape
     pool: Pool = "none"
     axis: int | None = None
+    call: int = 1
+    times: int = 1
+    member: str = ""
 
 
 def find_penultimate(trace: Trace) -> Source:
@@ -51,6 +58,8 @@ def find_embedding(trace: Trace) -> Source:
 
 def _embeddings(trace: Trace) -> Iterator[Source]:
     """Yield the known embeddings that are not the input of a Linear, the best first."""
+    if isinstance(trace.network, Tower) and isinstance(trace.output, Tensor):
+        yield Source(trace.network.vector, "", "output", tuple(trace.output.shape))
     if isinstance(values := trace.pre_logits() if trace.pre_logits else None, Tensor):  # timm's with num_classes=0
         yield Source("forward_head with pre_logits=True", "", "pre_logits", tuple(values.shape))
     if isinstance(trace.network, SqueezeNet):

@@ -14,12 +14,15 @@ from featx.data.batch import Batch
 from featx.data.preprocess import Preprocessing
 from featx.errors import BadValueError, UserError, count, first_few, log, note
 from featx.model import build as networks
-from featx.model.build import SEED, Weights
+from featx.model.build import SEED
 from featx.model.checkpoint import digest, fit, normalizer, read_checkpoint, same
 from featx.model.compute import SLICE as SLICE
 from featx.model.compute import Passes, dtype_of
-from featx.model.layers import Taps, resolve_layers
+from featx.model.layers import DEFAULT, Taps, default_layer, resolve_layers
+from featx.model.libraries.base import Library, Tower, UnknownPresetError, Weights
+from featx.model.libraries.function import import_function, preset_of
 from featx.model.reads import tensors_read
+from featx.model.reduce import Reduction, import_projection
 from featx.model.trace import Pool
 
 REVISION = 1  # increase it whenever the pass gives different values, so that no run resumes with older rows
@@ -45,12 +48,16 @@ class FeatureExtractor(LightningModule):
     Args:
         layer: fc6, fc7 or fc8 of AlexNet and networks built like it, before the ReLU; embedding, the vector that the
             network's makers call an image's features; penultimate, the input of the Linear that gives the output; or
-            the path of any module (featx layers lists them). A list such as '[fc6,fc7]' takes several in one pass.
-        arch: Name of a torchvision classification network, timm/NAME, or package.module.name of a function that
-            returns a network.
+            the path of any module (featx layers lists them); PATH:2, its second call; PATH#0, the first member of its
+            output. A list such as '[fc6,fc7]' takes several in one pass. auto: fc7, or embedding if there is none.
+        arch: Name of a torchvision classification network; timm/NAME; hf/NAME or hf/./folder, of transformers;
+            open_clip/NAME; or package.module.name of a function that returns a network.
         weights: auto: the best published for the arch; DEFAULT or a name such as IMAGENET1K_V1; a file; random.
+        image_size: Side of the images that the network gets, in pixels; null: as the weights were trained.
         pool: How to reduce a layer with several values per channel or token: none keeps them all, C,H,W row-major;
             avg or max keeps one per channel, over all positions or tokens; cls keeps the first token.
+        reduce: Project wider layers at random to so many columns.
+        normalize: Whether to scale each row to length 1.
         checkpoint_key: Where the weights are in the file, for example model.ema; null: under one of the usual keys.
         strict: Whether the file must contain all that the layers need; false: load what fits, the rest stays random.
         mean: Mean of the three channels, on the scale 0..1; auto: as the weights were trained.
@@ -65,6 +72,7 @@ class FeatureExtractor(LightningModule):
         layers: Each layer with the path of its module.
         weights_used: Description of the weights.
         weights_notes: Exceptions to it: a resized classifier, tensors that stay random.
+        layer_by_default: Whether ``layer`` was auto; it is the layer itself once the network is known.
         packages: Versions of the installed packages that contain the network's code, besides torch and torchvision.
 
     Raises:
@@ -84,10 +92,13 @@ class FeatureExtractor(LightningModule):
 
     def __init__(
         self,
-        layer: str | list[str] = "fc7",
+        layer: str | list[str] = "auto",
         arch: str = "alexnet",
         weights: str = "auto",
+        image_size: int | None = None,
         pool: Pool = "none",
+        reduce: int | None = None,
+        normalize: bool = False,
         checkpoint_key: str | None = None,
         strict: bool = True,
         mean: Literal["auto"] | list[float] = "auto",
@@ -97,10 +108,15 @@ class FeatureExtractor(LightningModule):
         compile: bool = False,
     ) -> None:
         super().__init__()
+        if image_size is not None and image_size < 1:
+            raise BadValueError(f"--model.image_size {image_size}: expected a whole number of at least 1, or null.")
         self.layer = layer
         self.arch = arch
         self.weights = weights
+        self.image_size = image_size
         self.pool: Pool = pool
+        self.reduce = reduce
+        self.normalize = normalize
         self.checkpoint_key = checkpoint_key
         self.strict = strict
         self.mean = mean
@@ -109,7 +125,9 @@ class FeatureExtractor(LightningModule):
         self.stochastic = stochastic
         self.compile = compile  # type: ignore[assignment, method-assign]  # the option's name hides nn.Module's method
         self._compiles = compile
+        self.layer_by_default = False
         self._state: dict[str, Tensor] | None = None  # of the file, while the network is built
+        self._weights: Weights | None = None
         self._taps: Taps | None = None
         self._passes: Passes | None = None
         self._dtype_built = torch.float32
@@ -160,7 +178,7 @@ class FeatureExtractor(LightningModule):
         This is the method to override. The weights in a file are loaded afterwards.
         """
         self._named_network_built = True
-        return networks.named(self.arch).build(networks.choose_weights(self.arch, self.weights), self._state)
+        return networks.build(self._library, self._weights or Weights("none"), self._state)
 
     def check(self) -> None:
         """Raise UserError for mistakes that show before weights and images are read: arch, name of weights, layers."""
@@ -171,10 +189,14 @@ class FeatureExtractor(LightningModule):
             if not good or (name == "std" and values != "auto" and min(values) <= 0):
                 zero = "above 0, " if name == "std" else ""
                 raise BadValueError(f"--model.{name} {values}: expected three numbers {zero}such as '[0.5,0.5,0.5]'.")
+        if self.reduce is not None:
+            if self.reduce < 1:
+                raise BadValueError(f"--model.reduce {self.reduce}: expected a whole number of at least 1, or null.")
+            import_projection()
         if not self.own_network and networks.is_function(self.arch):
-            networks.import_function(self.arch)  # configure_model calls it
+            import_function(self.arch)  # configure_model calls it
         elif not self.own_network:
-            resolve_layers(networks.build_empty(self.arch), self.layer_list, self.title, self.layer_aliases)
+            self._resolve(networks.build_empty(self.arch, self.image_size))
         weights = networks.choose_weights(self.arch, self.weights)
         for name, usual in (("checkpoint_key", None), ("strict", True)):
             if not weights.file and (value := getattr(self, name)) != usual:
@@ -198,8 +220,10 @@ class FeatureExtractor(LightningModule):
             return
         self.check()
         weights = networks.choose_weights(self.arch, self.weights)
+        weights = self._library.fetch(weights)
         if weights.file:
             self._state = read_checkpoint(weights.file, self.checkpoint_key)
+        self._weights = weights
         network = self._build(SEED)
         if not self._named_network_built and not weights.file and self.weights != "auto":
             raise BadValueError(
@@ -207,26 +231,35 @@ class FeatureExtractor(LightningModule):
                 "name.\nExpected a file, or auto for the weights that build_network() returns."
             )
         networks.check_program(network, self.layer_list, self.title)
-        self.layers = resolve_layers(network, self.layer_list, self.title, self.layer_aliases)
+        self.layers = self._resolve(network)
         self.preprocessing = self._choose_preprocessing(weights, network)
         as_built = self.own_network and not weights.file
         self.weights_used = f"as {self.title}.build_network() made them" if as_built else weights.name
         self.weights_notes = []
         note("network", f"{self.title}, weights: {self.weights_used}")
         if self._state is not None:
+            state, file = self._state, str(weights.file)
+            if self._named_network_built:
+                state = dict(self._library.rename(network, state, file))
             self.weights_notes = fit(
-                network, self._state, self.weights, self.title, self.strict, networks.guess_arch, self._tensors_read
+                network, state, file, self.title, self.strict, networks.guess_arch, self._tensors_read
             )
             self._state = None
         elif weights.random:
             log.warning("RANDOM WEIGHTS (seed %d): these features say nothing about what the images show", SEED)
         elif as_built or networks.is_function(self.arch):
             self.weights_notes = self._random_tensors(network)
+        if self.image_size is not None:
+            networks.check_image_size(network, self.image_size, self.title)
         self.network = network.eval().requires_grad_(False)
         self._dtype_built = dtype_of(network)
         self.packages = networks.packages(network, type(self), self.arch if self._named_network_built else "")
         self._taps = Taps(network, self.layers, self.pool)
-        self._passes = Passes(self, self._taps, self.preprocessing.normalize, self.title, self.stochastic)
+        self._passes = self._new_passes(self._taps)
+
+    def _new_passes(self, taps: Taps) -> Passes:
+        reduction = Reduction(self.reduce, self.normalize)
+        return Passes(self, taps, self.preprocessing.normalize, self.title, self.stochastic, reduction)
 
     def _build(self, seed: int) -> nn.Module:
         self._named_network_built = False
@@ -237,12 +270,32 @@ class FeatureExtractor(LightningModule):
             raise BadValueError(f"--model {self.title}: build_network() returned {kind}. Expected an nn.Module.")
         return network
 
+    @property
+    def _library(self) -> Library:
+        return networks.named(self.arch, self.image_size)
+
+    def _resolve(self, network: nn.Module) -> dict[str, str]:
+        if self.layer == DEFAULT:
+            self.layer = default_layer(network, self.layer_aliases)
+            self.layer_by_default = True
+        return resolve_layers(network, self.layer_list, self.title, self.layer_aliases)
+
+    def _preset(self, weights: Weights, network: nn.Module, given: dict[str, Any]) -> Preprocessing:
+        """Return the preprocessing before ``given`` values; raise UserError if nothing says what it is."""
+        if self.preset or not self._named_network_built:
+            preset = self.preset or preset_of(network)
+            return preset if self.image_size is None else preset.at(self.image_size)
+        try:
+            return self._library.preset(weights, self._state, network)
+        except UnknownPresetError:
+            if self.image_size is None or len(given) < 2:
+                raise
+            return replace(Preprocessing.usual(), source="nothing with the network says more").at(self.image_size)
+
     def _choose_preprocessing(self, weights: Weights, network: nn.Module) -> Preprocessing:
-        preset = self.preset or networks.preset_of(network)
-        if self._named_network_built and not self.preset:
-            preset = networks.named(self.arch).preset(weights, self._state, network)
         options = {"mean": self.mean, "std": self.std}
         given: dict[str, Any] = {name: tuple(value) for name, value in options.items() if value != "auto"}
+        preset = self._preset(weights, network, given)
         if len(given) < 2 and (own := normalizer(network.state_dict(), self._state or {}, self.weights)):
             names = " and ".join(own.names[:2])
             preset = replace(preset, mean=own.mean, std=own.std, source=f"{preset.source}, with the file's {names}")
@@ -280,6 +333,9 @@ class FeatureExtractor(LightningModule):
             "revisions": {"pass": REVISION},
             "versions": {"torch": torch.__version__, "torchvision": torchvision.__version__, **self.packages},
             **({"stochastic": True} if self.stochastic else {}),
+            **({"image_size": self.image_size} if self.image_size is not None else {}),
+            **({"config": self.network.config_digest} if isinstance(self.network, Tower) else {}),
+            **self.passes.reduction.identity(layer),
         }
 
     def try_out(self, batch: Batch) -> dict[str, Tensor]:
@@ -291,7 +347,7 @@ class FeatureExtractor(LightningModule):
         assert self._taps is not None, "configure_model() comes first"
         self.network.eval()
         self._digest = None
-        self._passes = Passes(self, self._taps, self.preprocessing.normalize, self.title, self.stochastic)
+        self._passes = self._new_passes(self._taps)
         found = self._passes.try_out(batch.groups[0][1], self.channels_last, self._compiles)
         self.layers = {layer: each.module for layer, each in found.items()}
         rows = dict(self.predict_step(batch))
@@ -299,7 +355,8 @@ class FeatureExtractor(LightningModule):
         if many := [layer for layer, values in rows.items() if values.shape[1] > MANY_COLUMNS]:
             sizes = ", ".join(f"{layer} has {count(rows[layer].shape[1], 'column')}" for layer in many)
             poolable = self.pool == "none" and any(len(found[layer].shape) > 1 for layer in many)
-            log.warning("%s%s", sizes, ": --model.pool avg keeps one per channel" if poolable else "")
+            pool = "--model.pool avg keeps one per channel, " if poolable else ""
+            log.warning("%s: %s--model.reduce 1000 projects them to 1,000", sizes, pool)
         return rows
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:

@@ -3,15 +3,15 @@
 import inspect
 import zlib
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, fields, is_dataclass
 from functools import cached_property, partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from featx.errors import BadValueError
+from featx.errors import BadValueError, count, either
 
 Pool = Literal["none", "avg", "max", "cls"]
 Shape = tuple[int, ...]
@@ -26,6 +26,7 @@ _POOLS = (nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d, nn.MaxPool1d, nn.MaxPool2d, 
           nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d,
           nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d, nn.AdaptiveMaxPool3d)  # fmt: skip
 _CHANNELS_FIRST = (*_CONVS, *_NORMS, *_POOLS)  # their inputs and outputs are (B, C, ...) in any network
+_MOST_LEVELS = 8  # of containers in an output, which could contain itself
 
 
 @dataclass
@@ -33,9 +34,14 @@ class Call:
     """The calls of a module in a pass, with the shapes of the last call."""
 
     module: nn.Module
-    times: int
     received: Shape | None  # of the first tensor in the input
     returned: Shape | str  # the name of its type, if it is not a tensor
+    members: list[dict[str, Shape]]  # of each call, as ``named_tensors`` names them
+
+    @property
+    def times(self) -> int:
+        """How often the pass calls the module."""
+        return len(self.members)
 
 
 class Trace:
@@ -67,13 +73,14 @@ class Trace:
                 self.output = network(images)
         finally:
             unwatch()
-        self.outputs = list(_tensors(self.output))
+        self.outputs = list(named_tensors(self.output).values())
 
     def _note(self, path: str, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
-        times = self.calls.pop(path).times + 1 if path in self.calls else 1
+        members = self.calls.pop(path).members if path in self.calls else []
+        members.append({name: tuple(tensor.shape) for name, tensor in named_tensors(output).items()})
         received = next((tuple(value.shape) for value in inputs if isinstance(value, Tensor)), None)
         returned = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
-        self.calls[path] = Call(module, times, received, returned)
+        self.calls[path] = Call(module, received, returned, members)
         if isinstance(module, nn.Linear | nn.Identity) and isinstance(output, Tensor) and output.ndim == 2:
             self.vectors[path] = output.clone()
         if isinstance(module, nn.LayerNorm) and isinstance(output, Tensor):
@@ -83,38 +90,44 @@ class Trace:
         """Return the first path of a module that was called, or None."""
         return next((path for path, call in self.calls.items() if call.module is module), None)
 
-    def shape(self, path: str, pool: Pool) -> Shape:
+    def shape(self, path: str, pool: Pool, number: int | None = None, member: str = "") -> Shape:
         """Return the shape of a module's output, ``(B, ...)``.
 
+        Args:
+            path: The module.
+            pool: How to reduce the output.
+            number: Which of its calls, from 1; None if it must be the only one.
+            member: Of the output, as ``named_tensors`` names it.
+
         Raises:
-            BadValueError: The output does not have one row per image.
+            BadValueError: There is no such output, or it does not have one row per image.
         """
         if path not in self.calls:
             raise BadValueError(f"the network never calls {path}. Choose another module.")
         call = self.calls[path]
-        if call.times > 1:
-            raise BadValueError(
-                f"the network calls {path} {call.times} times per pass. Expected a module that it calls once."
-            )
-        if isinstance(call.returned, str):
-            raise BadValueError(f"{path} returns a {call.returned}. Expected a module that returns one tensor.")
-        if call.returned[:1] != (self.images,):
-            raise BadValueError(
-                f"{path} returns the shape {call.returned} for {self.images} images. "
-                "Expected one entry per image in the first dimension."
-            )
-        check_pool(path, call.returned, self.channel_axis(path), pool)
-        return call.returned
+        if call.times > 1 if number is None else not 1 <= number <= call.times:
+            every = f"{path}:1{member} to {path}:{call.times}{member}, or {path}:all{member} for all of them"
+            times, expected = (f"{call.times} times", every) if call.times > 1 else ("once", f"{path}{member}")
+            raise BadValueError(f"{path} is called {times}: expected {expected}.")
+        name = f"{path}:{number}" if number else path
+        shapes = call.members[(number or 1) - 1]
+        if member not in shapes:
+            kind = "tensor" if "" in shapes else call.returned
+            rows = [f"{name}{other}" for other, shape in shapes.items() if shape[:1] == (self.images,)]
+            expected = either(rows) if rows else "a module that returns one tensor"
+            raise BadValueError(f"{name} returns a {kind}. Expected {expected}.")
+        check_rows(f"{name}{member}", shape := shapes[member], self.images)
+        check_pool(f"{name}{member}", shape, self.channel_axis(path, number, member), pool)
+        return shape
 
-    def channel_axis(self, path: str) -> int | None:
+    def channel_axis(self, path: str, number: int | None = None, member: str = "") -> int | None:
         """Return which dimension of a module's output contains the channels, 1 or -1, or None if it is unclear.
 
         (B, C, H, W) and (B, N, D) are usual, but Swin and ConvNeXt use (B, H, W, C) inside, and Conv1d (B, C, L). The
         type of some modules decides: a Linear has the channels last, a Conv2d first. Others, such as blocks and
         activations, follow the modules that receive or return the same shape.
         """
-        shape = self.calls[path].returned
-        assert not isinstance(shape, str)
+        shape = self.calls[path].members[(number or 0) - 1][member]
         if own := _own_axis(self.calls[path].module, shape):
             return own
         usual, other = (-1, 1) if len(shape) == 3 else (1, -1)
@@ -154,13 +167,29 @@ class Trace:
             raise BadValueError(f"the Linear {path} receives the shape {call.received} for {self.images} images")
         return path
 
-    def gives_rows(self, path: str, pool: Pool) -> bool:
-        """Return whether a module's output has one row per image."""
-        try:
-            self.shape(path, pool)
-        except BadValueError:
-            return False
-        return True
+    def name(self, path: str, number: int, member: str = "") -> str:
+        """Return the name of a module's output as a layer; with the number of its call if there are several."""
+        return f"{path}:{number}{member}" if self.calls[path].times > 1 else f"{path}{member}"
+
+    def layers(self, pool: Pool) -> dict[str, tuple[str, int | None]]:
+        """Return all outputs that have one row per image by their names, each with its module and its channel axis."""
+        found = {}
+        for path, call in self.calls.items():
+            for number, members in enumerate(call.members, 1):
+                for member in members:
+                    with suppress(BadValueError):
+                        self.shape(path, pool, number, member)
+                        found[self.name(path, number, member)] = path, self.channel_axis(path, number, member)
+        return found
+
+
+def check_rows(what: str, shape: Shape, images: int) -> None:
+    """Raise BadValueError if an output does not have one entry per image in its first dimension."""
+    if shape[:1] != (images,):
+        raise BadValueError(
+            f"{what} returns the shape {shape} for {count(images, 'image')}. "
+            "Expected one entry per image in the first dimension."
+        )
 
 
 def check_pool(what: str, shape: Shape, axis: int | None, pool: Pool) -> None:
@@ -205,7 +234,7 @@ def first_difference(network: nn.Module, run: Callable[[Callable[[Tensor], Any]]
         found = []
 
         def see(path: str, module: nn.Module, inputs: Any, output: Any) -> None:
-            found.append((path, [_checksum(tensor) for tensor in _tensors(output)]))
+            found.append((path, [_checksum(tensor) for tensor in named_tensors(output).values()]))
 
         with watched(network, see):
             network(images)
@@ -240,13 +269,36 @@ def same(one: Tensor, other: Tensor) -> bool:
     return one.shape == other.shape and torch.allclose(one.float(), other.float(), rtol=0, atol=0, equal_nan=True)
 
 
-def _tensors(value: Any) -> Iterator[Tensor]:
-    """Yield the tensors in a module's output, which may be nested."""
+def named_tensors(value: Any) -> dict[str, Tensor]:
+    """Return the tensors in a module's output by their names.
+
+    A tensor's own is "". In a tuple or list they are numbers, in a dict keys, in a dataclass attributes.
+
+    Example:
+        >>> named_tensors((torch.zeros(2), {"hidden": torch.ones(2)})).keys()
+        dict_keys(['#0', '#1#hidden'])
+    """
+    found: dict[str, Tensor] = {}
+    _add_tensors("", value, found, _MOST_LEVELS)
+    return found
+
+
+def _add_tensors(name: str, value: Any, found: dict[str, Tensor], levels: int) -> None:
     if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, Mapping | list | tuple):
-        for each in value.values() if isinstance(value, Mapping) else value:
-            yield from _tensors(each)
+        found[name] = value
+    elif levels:
+        for key, member in _members(value):
+            _add_tensors(f"{name}#{key}", member, found, levels - 1)
+
+
+def _members(value: Any) -> list[tuple[Any, Any]]:
+    if isinstance(value, Mapping):  # transformers' ModelOutput, too
+        return list(value.items())
+    if isinstance(value, list | tuple):
+        return list(enumerate(value))
+    if is_dataclass(value) and not isinstance(value, type):
+        return [(field.name, getattr(value, field.name, None)) for field in fields(value)]
+    return []
 
 
 def _checksum(tensor: Tensor) -> int:
@@ -256,7 +308,7 @@ def _checksum(tensor: Tensor) -> int:
 def _own_axis(module: nn.Module, shape: Shape) -> int | None:
     if isinstance(module, _CHANNELS_FIRST):
         return 1
-    if isinstance(module, nn.Linear) or type(module) is nn.LayerNorm:
+    if isinstance(module, nn.Linear | nn.RNNBase) or type(module) is nn.LayerNorm:
         return -1
     if isinstance(module, nn.LayerNorm) and len(shape) > 1:  # torchvision's and timm's LayerNorm2d permute
         fits = [axis for axis in (1, -1) if tuple(module.normalized_shape) == (shape[axis],)]

@@ -280,6 +280,7 @@ class FeatureWriter(BasePredictionWriter):
                 if record["values_not_finite"]:
                     values, rows = count(record["values_not_finite"], "value"), count(record["rows_not_finite"], "row")
                     log.warning("%s: %s nan or infinite, in %s", layer, values, rows)
+                report(record["remarks"], layer)
             for layer in list(self._states)[:1]:  # the images of all are the same
                 report(self.records[layer]["remarks"])
         self.release()

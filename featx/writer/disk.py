@@ -2,6 +2,8 @@
 
 import errno
 import os
+import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -97,6 +99,16 @@ def replace(path: Path, data: bytes) -> None:
     finally:
         close(file, fresh)
     rename(fresh, path)
+
+
+def now(folder: Path) -> float:
+    """Return the time by the clock of a folder's file system, or by this machine's if the folder is read-only."""
+    try:
+        with tempfile.TemporaryFile(dir=folder) as file:
+            os.utime(file.fileno())  # a network file system takes its server's time
+            return os.fstat(file.fileno()).st_mtime
+    except OSError:
+        return time.time()
 
 
 def append_range(file: BinaryIO, path: Path, source: Path, start: int, end: int) -> None:

@@ -38,7 +38,9 @@ ADDED: Json = {
     "preprocessing.pad": True,
     "exclude": None,
     "suffixes": None,
+    "column": None,
     "stochastic": False,
+    "normalize": False,
 }
 
 
@@ -134,8 +136,8 @@ def _load(path: Path) -> Any:
 
 
 def file_stem(layer: str) -> str:
-    """Return a layer's name as it is in the names of its files: a slash becomes ``%2F``."""
-    return layer.replace("/", "%2F")
+    """Return a layer's name as it is in the names of its files, with ``%2F``, ``%3A`` and ``%23`` for /, : and #."""
+    return layer.replace("/", "%2F").replace(":", "%3A").replace("#", "%23")
 
 
 def is_result_name(layer: str, name: str) -> bool:

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
-from featx.data.batch import Batch
+from featx.data.batch import Batch, zero_rows
 from featx.errors import UserError
 from featx.writer.folder import LayerState
 from featx.writer.formats import row_name
@@ -162,8 +162,9 @@ class RowStream:
             begin, columns = time.monotonic(), state.columns
             overflowed = sum(number for _, number in encoded.values())
             counts = int(not_finite.any(axis=1).sum()), int(not_finite.sum()), overflowed
+            remarks = batch.remarks | (zero_rows(batch.names, values) if state.identity.get("normalize") else {})
             entry = Entry(
-                batch.number, len(names), columns, counts, {}, self._device, batch.faults, batch.readers, batch.remarks
+                batch.number, len(names), columns, counts, {}, self._device, batch.faults, batch.readers, remarks
             )
             self._parts[layer].add(entry, {part: data for part, (data, _) in encoded.items()})
             self.stages["disk"] += time.monotonic() - begin

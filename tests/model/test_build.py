@@ -15,9 +15,11 @@ from torchvision import models
 
 from featx import FeatureExtractor, Preprocessing
 from featx.errors import BadValueError, MissingPathError, UserError
-from featx.model.build import Weights, build_empty, choose_weights, import_function, named, seeded
+from featx.model.build import build_empty, choose_weights, named, seeded
 from featx.model.checkpoint import digest, fit
 from featx.model.download import digest_in
+from featx.model.libraries.base import Weights
+from featx.model.libraries.function import import_function
 
 RANDOM = Weights("random", random=True)
 
@@ -174,7 +176,7 @@ def test_timms_weights_that_cannot_be_downloaded_are_reported(monkeypatch):
     def no_way_out(url):
         raise OSError(f"no way to {url}")
 
-    monkeypatch.setattr("featx.model.build.check_server", no_way_out)
+    monkeypatch.setattr("featx.model.libraries.timm.check_server", no_way_out)
     monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda repo, name: None)
     with pytest.raises(UserError, match=r"timm cannot download the weights of timm/resnet10t.c3_in1k\n.*no way to"):
         named("timm/resnet10t").build(choose_weights("timm/resnet10t", "auto"))

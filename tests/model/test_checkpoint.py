@@ -38,7 +38,7 @@ def resnet():
 def few_archs(monkeypatch):
     """Compare a wrong file with a few archs; building the nearest of all takes half a second."""
     monkeypatch.setattr(
-        build.models, "list_models", lambda module: ["resnet18", "resnet34", "squeezenet1_1", "mobilenet_v3_small"]
+        models, "list_models", lambda module: ["resnet18", "resnet34", "squeezenet1_1", "mobilenet_v3_small"]
     )
 
 
@@ -262,7 +262,7 @@ def test_a_prefix_that_fits_a_few_names_only_is_not_used(tmp_path, resnet):
 @pytest.mark.parametrize("shape", [(), (0,), (1, 0, 3), (1, 9, 1), (2, 3, 20, 20)])
 @pytest.mark.parametrize("arch", ["resnet18", "vit_b_32"])
 def test_tensors_of_odd_shapes_are_refused(tmp_path, monkeypatch, shape, arch):
-    monkeypatch.setattr(build.models, "list_models", lambda module: ["resnet18", "vit_b_32"])
+    monkeypatch.setattr(models, "list_models", lambda module: ["resnet18", "vit_b_32"])
     state = {name: torch.ones(shape) for name in build_empty(arch).state_dict()}
     if len(shape) == 4:
         state["encoder.pos_embedding"] = torch.ones(1, 50, 3)  # 7 x 7 patches of 20 pixels

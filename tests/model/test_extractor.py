@@ -293,7 +293,7 @@ def test_a_layer_without_one_row_per_image_is_refused_before_the_first_batch(thr
     model = FeatureExtractor("layer1.0.relu", arch="resnet18", weights="random")
     model.configure_model()
     data, _ = loader(three_photos)
-    with pytest.raises(UserError, match=r"^--model.layer layer1.0.relu: .* 2 times per pass"):
+    with pytest.raises(UserError, match=r"^--model.layer layer1.0.relu: .* 2 times: expected layer1.0.relu:1 to"):
         model.try_out(data.first_batch(model.preprocessing))
 
 
@@ -533,8 +533,8 @@ def test_an_error_in_featx_itself_stays_a_traceback(monkeypatch):
     monkeypatch.setattr("featx.model.layers.Taps.find", Taps.take)  # before the layers are found
     model = of(Tiny)("fc")
     model.configure_model()
-    monkeypatch.setattr(model._taps, "_found", None)
-    with pytest.raises(AttributeError, match="items"):
+    monkeypatch.setattr(model._taps, "_sources", None)
+    with pytest.raises(TypeError, match="not iterable"):
         model(torch.zeros(1, 3, 8, 8, dtype=torch.uint8))
 
 

@@ -82,7 +82,11 @@ class Pair(nn.Module):
 
 @pytest.mark.parametrize(
     ("path", "words"),
-    [("unused", "never calls unused"), ("used", "calls used 2 times per pass"), ("pair", "pair returns a tuple")],
+    [
+        ("unused", "never calls unused"),
+        ("used", "used is called 2 times: expected used:1 to used:2, or used:all for all of them"),
+        ("pair", "pair returns a tuple. Expected pair#0 or pair#1"),
+    ],
 )
 def test_modules_without_one_call_or_one_tensor_are_refused(path, words):
     with pytest.raises(UserError, match=words):
@@ -258,7 +262,7 @@ def test_a_module_that_later_images_do_not_reach_is_reported():
 
     taps = Taps(Moody(), {"layer": "layer"})
     taps(torch.ones(2, 3))
-    with pytest.raises(UserError, match="did not call layer for these images"):
+    with pytest.raises(UserError, match="calls layer 0 times for these images, but 1 time for"):
         taps(-torch.ones(2, 3))
 
 

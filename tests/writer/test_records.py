@@ -143,6 +143,8 @@ def test_a_record_of_another_layer_is_refused_before_files_are_replaced(copy):
     ("fc7", "fc7/123456.names.txt", True),
     ("blocks/0", "blocks%2F0.npy", True),
     ("blocks/0", "blocks/0.npy", False),
+    ("relu:3#0", "relu%3A3%230.csv", True),
+    ("relu:3#0", "relu:3#0.csv", False),
     ("fc7", "fc7.json", False),
     ("fc7", "fc7.errors.csv", False),
     ("fc7", "fc6.csv", False),

@@ -39,6 +39,25 @@ class Slow(FeatureExtractor):
         return torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(8), torch.nn.Flatten(), Wait(192, 600))
 
 
+class Steps(FeatureExtractor):
+    def build_network(self):
+        torch.manual_seed(4)
+        return Twice()
+
+
+class Twice(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.pool, self.step, self.relu = torch.nn.AdaptiveAvgPool2d(8), Wait(192, 192), torch.nn.ReLU(inplace=True)
+        self.lstm = torch.nn.LSTM(8, 40, batch_first=True)
+
+    def forward(self, images):
+        rows = self.pool(images).flatten(1)
+        for _ in range(2):
+            rows = self.relu(self.step(rows))
+        return self.lstm(rows.unflatten(1, (-1, 8)))
+
+
 class Wait(torch.nn.Linear):
     def forward(self, rows):
         time.sleep(float(os.environ.get("WAIT", "0")))
@@ -120,6 +139,22 @@ def kill_and_finish(place: Path, out: Path, chance: random.Random, kills: int, *
         assert not any((out / name).exists() for name in FILES)
         end(process, signal.SIGKILL)
     finish(place, out, *args)
+
+
+def test_calls_and_members_reduced_and_scaled_are_the_same_after_a_kill_on_two_processes(place, tmp_path):
+    line = ("--model", "slow.Steps", "--model.layer", '["step:all","relu:1","lstm#0"]')
+    line += ("--model.reduce", "150", "--model.normalize", "true")
+    predict(place / "photos", tmp_path / "clean", *BASE, *line, cwd=place)
+    process = begin(place, tmp_path / "out", *line, *DDP)
+    wait_for_rows(process, tmp_path / "out", 20)  # of two processes and four layers, each with a first line
+    end(process, signal.SIGKILL)
+    assert "relu:1: continuing, " in predict(place / "photos", tmp_path / "out", *BASE, *line, *DDP, cwd=place).stderr
+    stems = {"step%3A1": 150, "step%3A2": 150, "relu%3A1": 150, "lstm%230": 150}
+    names = [f"{stem}.{suffix}" for stem in stems for suffix in ("names.txt", *FORMATS)]
+    assert all((tmp_path / "out" / name).read_bytes() == (tmp_path / "clean" / name).read_bytes() for name in names)
+    for stem, columns in stems.items():
+        _, values = load(tmp_path / "out" / f"{stem}.npy")
+        assert values.shape == (150, columns) and np.allclose(np.linalg.norm(values, axis=1), 1, atol=1e-6)
 
 
 @pytest.mark.parametrize("first", ["ddp", "one"])

@@ -6,6 +6,7 @@ from featx.data.selection import Selection
 from featx.data.sources import store
 from featx.data.sources.base import Names, Source, open_file
 from featx.data.sources.directory import ImageTree, check_folder, check_list, read_list
+from featx.errors import BadValueError
 from featx.data.sources.store import ObjectStore, is_url, shown
 
 __all__ = ["ImageTree", "Names", "Source", "check", "find", "open_file", "read_list", "shown"]
@@ -22,6 +23,7 @@ def find(
     where: str,
     files: str | Sequence[str] | None = None,
     selection: Selection | None = None,
+    column: str | None = None,
     retry_seconds: float = 300,
 ) -> Source:
     """Return the source of images that a user names.
@@ -30,6 +32,7 @@ def find(
         where: A folder, or the URL of a bucket or a prefix in it.
         files: A file that lists the images, or their paths, in the order of the rows; None: all.
         selection: The suffixes of images, and which images to leave out.
+        column: The column of a table that is the image; None: the only one.
         retry_seconds: How long requests that fail are made again.
 
     Raises:
@@ -37,4 +40,8 @@ def find(
     """
     if is_url(where):
         return ObjectStore(where, files, selection, retry_seconds)
+    if column is not None:
+        raise BadValueError(
+            f"--data.column {column}: --data.dir {where} is a folder of images, which has no columns. Leave it out."
+        )
     return ImageTree(where, files, selection)
