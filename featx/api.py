@@ -24,7 +24,7 @@ from featx.data.batch import Batch, Fault, Remarks, Sample, add_up, report
 from featx.data.decode import describe
 from featx.data.module import Collate, ImageFolderDataModule
 from featx.data.pillow import to_rgb
-from featx.data.sources import ImageTree
+from featx.data.sources import find
 from featx.errors import SEE, BadValueError, ImageError, did_you_mean, either
 from featx.model.extractor import FeatureExtractor
 from featx.process.lightning import PLAIN, keep_default_dtype, keep_signals, make_trainer
@@ -196,7 +196,8 @@ def _pictures(source: Any, data: ImageFolderDataModule) -> Iterator[Image.Image]
         return chain([first], images)
     paths = [os.path.abspath(path) for path in chain([first], images)]
     data.dir = os.path.commonpath([os.path.dirname(path) for path in paths])
-    data.images = ImageTree(data.dir, [os.path.relpath(path, data.dir) for path in paths], data.selection)
+    names = [os.path.relpath(path, data.dir) for path in paths]
+    data.images = find(data.dir, names, data.selection, data.column)
     return None
 
 

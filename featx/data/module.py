@@ -61,6 +61,7 @@ class ImageFolderDataModule(LightningDataModule):
         bands: Channels to see as red, green and blue, or one as grey, from 1, as '[4,3,2]'; null: grey and RGB.
         page: Page of files with several, from 1; null: the first that is not a thumbnail.
         reader: A function that reads the files, as my_module.read; it takes a path and returns an array.
+        column: The column of a table, or the member of a sample, that is the image; null: the only one.
 
     Raises:
         UserError: From ``setup``: no folder, no image, or all images need an option, such as ``value_range``.
@@ -89,6 +90,7 @@ class ImageFolderDataModule(LightningDataModule):
         bands: list[int] | None = None,
         page: int | None = None,
         reader: str | None = None,
+        column: str | None = None,
     ) -> None:
         super().__init__()
         for name, value, least in (
@@ -113,6 +115,7 @@ class ImageFolderDataModule(LightningDataModule):
         self.pad = pad
         self.files = files
         self.selection = Selection(suffixes, exclude)
+        self.column = column
         self.exclude = exclude
         self.suffixes = suffixes
         self.on_error = on_error
@@ -139,7 +142,7 @@ class ImageFolderDataModule(LightningDataModule):
         if self.images is not None and not self._used:
             return
         self._used = False
-        images = sources.find(self.dir, self.files, self.selection)
+        images = sources.find(self.dir, self.files, self.selection, self.column)
         classes = f" in {count(len(images.classes), 'class folder')}" if images.classes != [""] else ""
         listed = f", listed in {self.files}" if self.files else ""
         note("images", f"{len(images):,}{classes} of {self.dir}{listed}")
@@ -179,7 +182,7 @@ class ImageFolderDataModule(LightningDataModule):
         del preprocessing["source"]  # it decides no value
         if not self.preprocessing(preset).may_pad:
             del preprocessing["pad"]
-        asked = {"exclude": self.selection.exclude, "suffixes": self.selection.more}
+        asked = {"exclude": self.selection.exclude, "suffixes": self.selection.more, "column": self.column}
         return {name: value for name, value in asked.items() if value} | {
             "preprocessing": json.loads(json.dumps(preprocessing)),
             "decoder": self.decoder,

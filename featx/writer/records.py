@@ -37,6 +37,7 @@ ADDED: Json = {
     "preprocessing.pad": True,
     "exclude": None,
     "suffixes": None,
+    "column": None,
     "stochastic": False,
 }
 

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from featx.data.selection import Selection
 from featx.data.sources.base import Names, Source, open_file
 from featx.data.sources.directory import ImageTree, check_folder, check_list, read_list
+from featx.errors import BadValueError
 
 __all__ = ["ImageTree", "Names", "Source", "check", "find", "open_file", "read_list"]
 
@@ -16,15 +17,25 @@ def check(where: str, files: str | None) -> None:
         check_list(files)
 
 
-def find(where: str, files: str | Sequence[str] | None = None, selection: Selection | None = None) -> Source:
+def find(
+    where: str,
+    files: str | Sequence[str] | None = None,
+    selection: Selection | None = None,
+    column: str | None = None,
+) -> Source:
     """Return the source of images that a user names.
 
     Args:
         where: A folder.
         files: A file that lists the images, or their paths, in the order of the rows; None: all.
         selection: The suffixes of images, and which images to leave out.
+        column: The column of a table that is the image; None: the only one.
 
     Raises:
         UserError: There is no such source, it cannot be read, or there is no image in it.
     """
+    if column is not None:
+        raise BadValueError(
+            f"--data.column {column}: --data.dir {where} is a folder of images, which has no columns. Leave it out."
+        )
     return ImageTree(where, files, selection)

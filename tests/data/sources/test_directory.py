@@ -17,7 +17,7 @@ from torchvision.datasets import ImageFolder
 
 from featx.data.module import ImageFolderDataModule
 from featx.data.selection import Selection
-from featx.data.sources import ImageTree, Names
+from featx.data.sources import ImageTree, Names, find
 from featx.errors import BadValueError, MissingPathError, UserError
 
 
@@ -402,3 +402,8 @@ def test_a_name_is_found_among_all(photos):
     names = ImageTree(str(photos)).names
     assert [names.find(name) for name in names] == list(range(len(names)))
     assert names.find("ants/nowhere.jpg") is None and names.find("ants") is None
+
+
+def test_a_folder_of_images_has_no_columns(photos):
+    with pytest.raises(UserError, match=r"--data.column image: --data.dir .* is a folder of images"):
+        find(str(photos), column="image")
