@@ -246,7 +246,7 @@ class ImageFolderDataModule(LightningDataModule):
         """
         if batch.faults and self.images is not None and self.images.is_lost():
             raise LostFolderError(
-                f"--data.dir {self.dir}: the folder is gone, or empty. It held {batch.faults[0].path}.\n"
+                f"--data.dir {self.dir}: {self.images.lost}. It held {batch.faults[0].path}.\n"
                 "If its disk or network share was lost, reconnect it and run the same command again."
             )
         if "dark" in batch.remarks and not self._dark_reported:

@@ -1,18 +1,21 @@
 """Where images are: each kind of source is a file here, and ``find`` chooses the one that ``--data.dir`` names."""
 
+import os
 from collections.abc import Sequence
 
 from featx.data.selection import Selection
+from featx.data.sources.archive import Archives
 from featx.data.sources.base import Names, Source, open_file
-from featx.data.sources.directory import ImageTree, check_folder, check_list, read_list
+from featx.data.sources.directory import ImageTree, check_list, read_list
+from featx.data.sources.patterns import archives_in, expand
 from featx.errors import BadValueError
 
-__all__ = ["ImageTree", "Names", "Source", "check", "find", "open_file", "read_list"]
+__all__ = ["Archives", "ImageTree", "Names", "Source", "check", "find", "open_file", "read_list"]
 
 
 def check(where: str, files: str | None) -> None:
     """Raise UserError if there is no such source, or no such list."""
-    check_folder(where)
+    expand(where)
     if files is not None:
         check_list(files)
 
@@ -26,14 +29,19 @@ def find(
     """Return the source of images that a user names.
 
     Args:
-        where: A folder.
+        where: A folder, an archive, or a pattern of archives' paths.
         files: A file that lists the images, or their paths, in the order of the rows; None: all.
         selection: The suffixes of images, and which images to leave out.
-        column: The column of a table that is the image; None: the only one.
+        column: The column of a table, or the file of a sample in an archive, that is the image; None: the only one.
 
     Raises:
         UserError: There is no such source, it cannot be read, or there is no image in it.
     """
+    paths = expand(where)
+    if paths != [where] or not os.path.isdir(where):
+        return Archives(where, paths, files, selection, column)
+    if archives := archives_in(where):
+        return Archives(where, archives, files, selection, column)
     if column is not None:
         raise BadValueError(
             f"--data.column {column}: --data.dir {where} is a folder of images, which has no columns. Leave it out."
