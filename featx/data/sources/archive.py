@@ -12,6 +12,7 @@ from io import BytesIO
 from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from featx.data.selection import LeftOut, Selection
 from featx.data.sources import tar
@@ -146,7 +147,19 @@ class Archives(Source):
         return tar.read(file.fd, offset, size)
 
     def _take(self, tables: list[Members], rows: list[Places]) -> None:
-        """Make these members of the archives the rows; the tables are emptied."""
+        """Make these members of the archives the rows; the tables are emptied on the way, to save memory."""
+        self.names = self._names(tables, rows)
+        packed = any(members.stored is not members.sizes for members in tables)
+        stored = _gather(tables, "stored", rows) if packed else None
+        for members in tables:
+            members.stored = members.sizes
+        self.sizes, self.stamps = _gather(tables, "sizes", rows), _gather(tables, "stamps", rows).astype("<i8")
+        self._offsets, self._kinds = _gather(tables, "offsets", rows), _gather(tables, "kinds", rows)
+        self.sizes[self._kinds < 0] = self.stamps[self._kinds < 0] = -1
+        self._stored = self.sizes if stored is None else stored
+        self._which = np.repeat(np.arange(len(tables), dtype=np.int32), [len(places) for places in rows])
+
+    def _names(self, tables: list[Members], rows: list[Places]) -> Names:
         blob, ends = bytearray(), array("q", [0])
         for archive, members, places in zip(self.archives, tables, rows, strict=True):
             prefix = os.fsencode(os.path.relpath(archive.path, self.where or ".")) + b"/" if len(tables) > 1 else b""
@@ -155,18 +168,7 @@ class Archives(Source):
                 blob += members.blob[members.ends[place] : members.ends[place + 1]]
                 ends.append(len(blob))
             members.blob, members.ends = bytearray(), array("q")
-
-        def gather(column: str, kind: str) -> Any:
-            columns = [np.asarray(getattr(table, column))[places] for table, places in zip(tables, rows, strict=True)]
-            return (np.concatenate(columns) if columns[1:] else columns[0]).astype(kind, copy=False)
-
-        self.names = Names(bytes(blob), np.asarray(ends))
-        self.sizes, self.stamps = gather("sizes", "<i8"), gather("stamps", "<i8")
-        self._offsets, self._kinds = gather("offsets", "<i8"), gather("kinds", "<i2")
-        self.sizes[self._kinds < 0] = self.stamps[self._kinds < 0] = -1
-        packed = any(members.stored is not members.sizes for members in tables)
-        self._stored = gather("stored", "<i8") if packed else self.sizes
-        self._which = np.repeat(np.arange(len(tables), dtype="<i4"), [len(places) for places in rows])
+        return Names(bytes(blob), np.asarray(ends))
 
     def _pick(self, names: list[str], selection: Selection) -> None:
         """Make some of the rows, and what is not in the archives, the rows."""
@@ -181,6 +183,14 @@ class Archives(Source):
             values[places < 0] = 0 if column in ("_kinds", "_which") else -1
             setattr(self, column, values)
         self.left_out = left.describe()
+
+
+def _gather(tables: list[Members], column: str, rows: list[Places]) -> NDArray[Any]:
+    """Return a column of some members, which the tables then no longer have."""
+    columns = [np.asarray(vars(table)[column])[places] for table, places in zip(tables, rows, strict=True)]
+    for table in tables:
+        setattr(table, column, vars(table)[column][:0])
+    return np.concatenate(columns)
 
 
 def _index(path: str) -> tuple[Archive, Members]:
