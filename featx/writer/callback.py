@@ -102,6 +102,11 @@ class FeatureWriter(BasePredictionWriter):
         return {layer: [folder / name for name in record["files"]] for layer, record in self.records.items()}
 
     @property
+    def cache(self) -> Path:
+        """A file for what the data keep there for the next run."""
+        return Path(self.out_dir) / HIDDEN / "members.idx"
+
+    @property
     def computed(self) -> int:
         """The number of images that this process has computed."""
         return self._stream.computed if self._stream else 0
@@ -257,7 +262,7 @@ class FeatureWriter(BasePredictionWriter):
         lost = [fault for fault in batch.faults if not fault.used]
         if lost and data.on_error == "stop":  # the batch is in the journal, so that the image may be repaired
             raise ImageError(
-                f"{os.path.join(data.dir, lost[0].path)}: {lost[0].reason} ({lost[0].exception})\n"
+                f"{os.path.join(data.images.where, lost[0].path)}: {lost[0].reason} ({lost[0].exception})\n"
                 "--data.on_error list continues with the other images and lists those that cannot be read."
             )
 

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Sequence
+from pathlib import Path
 
 from featx.data.selection import Selection
 from featx.data.sources.archive import Archives
@@ -25,6 +26,7 @@ def find(
     files: str | Sequence[str] | None = None,
     selection: Selection | None = None,
     column: str | None = None,
+    cache: Path | None = None,
 ) -> Source:
     """Return the source of images that a user names.
 
@@ -33,15 +35,16 @@ def find(
         files: A file that lists the images, or their paths, in the order of the rows; None: all.
         selection: The suffixes of images, and which images to leave out.
         column: The column of a table, or the file of a sample in an archive, that is the image; None: the only one.
+        cache: A file that keeps what takes long to list, for the next run; None: nothing is kept.
 
     Raises:
         UserError: There is no such source, it cannot be read, or there is no image in it.
     """
     paths = expand(where)
     if paths != [where] or not os.path.isdir(where):
-        return Archives(where, paths, files, selection, column)
+        return Archives(where, paths, files, selection, column, cache)
     if archives := archives_in(where):
-        return Archives(where, archives, files, selection, column)
+        return Archives(where, archives, files, selection, column, cache)
     if column is not None:
         raise BadValueError(
             f"--data.column {column}: --data.dir {where} is a folder of images, which has no columns. Leave it out."

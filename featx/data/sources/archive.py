@@ -9,6 +9,7 @@ from array import array
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from io import BytesIO
+from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
@@ -20,6 +21,7 @@ from featx.data.sources import zip as zipped
 from featx.data.sources.base import Names, Source
 from featx.data.sources.directory import read_list
 from featx.data.sources.members import FOLDER, Members
+from featx.data.sources.saved import Saved
 from featx.data.sources.unpacked import NOT_FILES, Places, Unpacked
 from featx.errors import BadValueError, ImageError, UserError
 
@@ -68,6 +70,7 @@ class Archives(Source):
         selection: The suffixes of images, and which images to leave out.
         column: Of the files of a sample, as WebDataset names them (``0001.left.jpg`` is the file ``left.jpg`` of the
             sample ``0001``), the one to read; None: all images.
+        cache: A file that keeps the lists of tars' members for the next run; None: none does.
 
     Raises:
         BadValueError: A file is not an archive, or damaged, or there is no image in it.
@@ -83,16 +86,19 @@ class Archives(Source):
         files: str | Sequence[str] | None = None,
         selection: Selection | None = None,
         column: str | None = None,
+        cache: Path | None = None,
     ) -> None:
         self.where = paths[0] if len(paths) == 1 else os.path.commonpath([os.path.dirname(path) for path in paths])
         self._pid, self._open = 0, lru_cache(OPEN_FILES)(_File)
         selection = selection or Selection()
         unpacked = Unpacked(selection, column)
-        self.archives, tables = list[Archive](), list[Members]()
+        self.archives, tables, saved = list[Archive](), list[Members](), Saved(cache)
         for path in paths:
-            archive, members = _index(path)
+            archive, members = _index(path, saved)
             self.archives.append(archive)
             tables.append(members)
+        saved.save()
+        del saved
         if files is None:
             for members in tables:
                 unpacked.add(members)
@@ -193,14 +199,17 @@ def _gather(tables: list[Members], column: str, rows: list[Places]) -> NDArray[A
     return np.concatenate(columns)
 
 
-def _index(path: str) -> tuple[Archive, Members]:
+def _index(path: str, saved: Saved) -> tuple[Archive, Members]:
     """Open an archive and list its members."""
     try:
         file = _File(path)
         found = os.fstat(file.fd)
         head = os.pread(file.fd, tar.BLOCK, 0) if stat.S_ISREG(found.st_mode) else b""
         if tar.is_tar(head):
-            members, is_zip = tar.index(path, file.fd, found.st_size), False
+            members, is_zip = saved.get(path, found), False
+            if members is None:
+                members = tar.index(path, file.fd, found.st_size)
+                saved.add(path, found, members)
         elif head and zipped.is_zip(file.fd, found.st_size):
             members, is_zip = zipped.index(path, file.fd, found.st_size), True
         else:
