@@ -49,6 +49,7 @@ def prepare(
         writer.check()
         writer.check_shards(data.batch_size)
         data.check()
+        data.cache = None if writer.dry_run else writer.cache
         sample = set_up(model, data)
         assert data.images is not None
         columns = {layer: rows.shape[1] for layer, rows in sample.items()}

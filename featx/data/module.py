@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib.metadata import version
 from itertools import islice
+from pathlib import Path
 from statistics import median
 from typing import Any, Literal
 
@@ -126,6 +127,7 @@ class ImageFolderDataModule(LightningDataModule):
         self.decoder = decoder
         self.view = View(value_range, strict, exif_rotate, srgb, background, bands, page, reader)
         vars(self).update(vars(self.view))  # its options, for the record
+        self.cache: Path | None = None  # of lists that take long to make; ``prepare`` knows where
         self.images: Source | None = None
         self.batches: Sequence[int] | None = None  # those of this process; None: all
         self.readers = READERS
@@ -146,7 +148,7 @@ class ImageFolderDataModule(LightningDataModule):
         if self.images is not None and not self._used:
             return
         self._used = False
-        images = sources.find(self.dir, self.files, self.selection, self.column, self.retry_seconds)
+        images = sources.find(self.dir, self.files, self.selection, self.column, self.cache, self.retry_seconds)
         classes = f" in {count(len(images.classes), 'class folder')}" if images.classes != [""] else ""
         listed = f", listed in {self.files}" if self.files else ""
         note("images", f"{len(images):,}{classes} of {images.where}{listed}")
@@ -255,7 +257,7 @@ class ImageFolderDataModule(LightningDataModule):
             raise batch
         if batch.faults and self.images is not None and self.images.is_lost():
             raise LostFolderError(
-                f"--data.dir {self.images.where}: the folder is gone, or empty. It held {batch.faults[0].path}.\n"
+                f"--data.dir {self.images.where}: {self.images.lost}. It held {batch.faults[0].path}.\n"
                 "If its disk or network share was lost, reconnect it and run the same command again."
             )
         if "dark" in batch.remarks and not self._dark_reported:

@@ -4,7 +4,7 @@ import fnmatch
 import os
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence, Set
 
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
@@ -63,6 +63,11 @@ def _strings(option: str, value: Sequence[str] | None, example: str) -> list[str
     return [value] if isinstance(value, str) else list(value or [])
 
 
+def is_hidden(folder: str) -> bool:
+    """Whether a folder, by its name, is one that systems keep among people's files."""
+    return folder.startswith(".") or folder.lower() in SYSTEM_FOLDERS
+
+
 class LeftOut:
     """What is in a data folder and not read.
 
@@ -77,25 +82,47 @@ class LeftOut:
         loops: Links to folders that they are in.
         unread: Why folders cannot be read, by path.
         excluded: The number of images left out by patterns.
+        members: The number of members of archives by what is wrong with them, as a noun and more words.
     """
 
     def __init__(self, selection: Selection) -> None:
         self._selection = selection
         self.images = self.excluded = 0
         self.suffixes, self.files, self.folders = Counter[str](), Counter[str](), Counter[str]()
+        self.members = Counter[tuple[str, str]]()
         self.loops: list[str] = []
         self.unread: dict[str, str] = {}
 
-    def add_folder(self, path: str) -> None:
+    def takes(self, folder: str, name: str) -> bool:
+        """Whether to read a file; one that is not an image, or is excluded, is counted.
+
+        Args:
+            folder: The path of its folder below the data folder, with / at its end, or ``""``.
+            name: Its name.
+        """
+        if name.startswith(".") or not self._selection.is_image(name):
+            self.add_file(name)
+            return False
+        return not self.excludes(folder + name)
+
+    def excludes(self, path: str) -> bool:
+        """Whether to leave out an image, which is counted."""
+        excluded = self._selection.excludes(path)
+        self.excluded += excluded
+        return excluded
+
+    def add_folder(self, name: str, files: Iterable[str]) -> None:
         """Count a hidden or system folder, and the images in a hidden one.
 
         Folders in it are not searched: a file server's ``.snapshot`` contains everything several times.
+
+        Args:
+            name: Its name.
+            files: The names of the files that are directly in it; those of a system folder are not looked at.
         """
-        name = os.path.basename(path)
         self.folders[name] += 1
         if name.lower() not in SYSTEM_FOLDERS:
-            _, _, names = next(os.walk(path), ("", [], []))
-            self.images += sum(map(self._selection.is_image, names))
+            self.images += sum(map(self._selection.is_image, files))
 
     def add_file(self, name: str) -> None:
         """Count a file that is hidden or not an image.
@@ -110,14 +137,20 @@ class LeftOut:
         known = (*self._selection.suffixes, *OTHER_IMAGES)
         self.images += not name.startswith("._") and name.removesuffix(".icloud").lower().endswith(known)
 
-    def describe(self, loose: int, empty: set[str]) -> str:
+    def add_members(self, noun: str, what: str, number: int = 1, images: int = 0) -> None:
+        """Count members of archives, ``noun`` and ``what`` in words, and the images among them."""
+        if number:
+            self.members[noun, what] += number
+            self.images += images
+
+    def describe(self, loose: int = 0, empty: Set[str] = frozenset()) -> str:
         """Return one line with all counts, or ``""``.
 
         Args:
             loose: The number of images beside the class folders.
             empty: Class folders without images.
         """
-        empty -= {path.split("/")[0] for path in self.unread}
+        empty = empty - {path.split("/")[0] for path in self.unread}
         unread = [f"{_short(path)}: {why}" for path, why in sorted(self.unread.items())]
         missed = [suffix for suffix in OTHER_IMAGES if suffix in map(str.lower, self.suffixes)]
         hint = f"; --data.suffixes '[{','.join(missed)}]' reads images" if missed else ""
@@ -130,6 +163,7 @@ class LeftOut:
             (self.files.total(), "hidden file", _some(_often(self.files))),
             (len(self.loops), "link", f" back to a folder around{_some(sorted(self.loops))}"),
             (len(unread), "folder", f" that cannot be read{_some(unread)}"),
+            *((number, noun, what) for (noun, what), number in self.members.items()),
         )
         return ", ".join(f"{count(number, noun)}{what}" for number, noun, what in parts if number)
 

@@ -104,6 +104,11 @@ class FeatureWriter(BasePredictionWriter):
         return {layer: [folder / name for name in record["files"]] for layer, record in self.records.items()}
 
     @property
+    def cache(self) -> Path:
+        """A file for what the data keep there for the next run."""
+        return Path(self.out_dir) / HIDDEN / "members.idx"
+
+    @property
     def computed(self) -> int:
         """The number of images that this process has computed."""
         return self._stream.computed if self._stream else 0

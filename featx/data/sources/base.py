@@ -73,6 +73,7 @@ class Source(ABC):
         classes: Names of the class folders, sorted, or ``[""]``.
         left_out: One line that counts what was left out, or ``""``.
         images_left_out: How many images that is.
+        lost: What is reported if ``is_lost`` during a run.
     """
 
     where: str
@@ -82,6 +83,7 @@ class Source(ABC):
     classes: list[str]
     left_out: str = ""
     images_left_out: int = 0
+    lost: str = "the folder is gone, or empty"
 
     def __len__(self) -> int:
         return len(self.names)

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torchvision.datasets import ImageFolder, VisionDataset
 
-from featx.data.selection import SYSTEM_FOLDERS, LeftOut, Selection
+from featx.data.selection import LeftOut, Selection, is_hidden
 from featx.data.sources.base import Names, Source, open_file
 from featx.errors import BadValueError, ImageError, MissingPathError, UserError
 
@@ -159,24 +159,20 @@ class ImageTree(Source, ImageFolder):  # type: ignore[misc]
         return folder
 
     def _sort_in(self, entry: os.DirEntry[str], folder: _Folder) -> None:
-        name, hidden = entry.name, entry.name.startswith(".")
+        name = entry.name
         if _is_folder(entry):
-            if hidden or name.lower() in SYSTEM_FOLDERS:
-                self._left.add_folder(entry.path)
+            if is_hidden(name):
+                self._left.add_folder(name, _files_in(entry.path))
             elif entry.is_symlink() and self._leads_back(folder.path + name):
                 self._left.loops.append(folder.path + name)
             else:
                 folder.folders.append(name)
-        elif self._selection.is_image(name) and not hidden:
-            self._add(name, folder, entry)
-        else:
-            self._left.add_file(name)
+        elif self._left.takes(folder.path, name):
+            folder.add(name, *_look(entry))
 
-    def _add(self, name: str, folder: _Folder, file: str | os.DirEntry[str] | None = None) -> None:
+    def _add(self, name: str, folder: _Folder, file: str | None = None) -> None:
         """Add an image to its folder, unless it is excluded; without a file, the image is a folder."""
-        if self._selection.excludes(folder.path + name):
-            self._left.excluded += 1
-        else:
+        if not self._left.excludes(folder.path + name):
             folder.add(name, *(_look(file) if file is not None else ()))
 
     def _listed(self, files: str | Sequence[str]) -> _Folder:
@@ -258,6 +254,11 @@ def _look(path: str | os.DirEntry[str]) -> tuple[int, int]:
     except OSError:
         return -1, -1
     return found.st_size, found.st_mtime_ns
+
+
+def _files_in(path: str) -> Iterator[str]:
+    """Yield the names of a folder's files; it is read when the first is asked for."""
+    yield from next(os.walk(path), ("", [], []))[2]
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:

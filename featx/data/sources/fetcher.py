@@ -93,9 +93,9 @@ def without_secrets(text: str) -> str:
 
 
 def stamp(meta: Any) -> int:
-    """Return what changes with an object's content, from its ETag where it has one, as 63 bits."""
+    """Return what changes with an object's content, from its ETag where it has one, as 32 bits."""
     tag = (meta["e_tag"] or "").removeprefix("W/").strip('"') or str(int(meta["last_modified"].timestamp()))
-    return int.from_bytes(hashlib.blake2b(tag.encode(), digest_size=8).digest()) >> 1
+    return int.from_bytes(hashlib.blake2b(tag.encode(), digest_size=4).digest())
 
 
 def _attempt(call: Callable[[], Any]) -> Any:

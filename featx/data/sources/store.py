@@ -14,12 +14,13 @@ from typing import Any, BinaryIO
 
 from torch.utils.data import get_worker_info
 
-from featx.data.selection import SYSTEM_FOLDERS, LeftOut, Selection
-from featx.data.sources.directory import ImageTree, _Folder, _pack, read_list
+from featx.data.selection import Selection
+from featx.data.sources.archive import Archives
 from featx.data.sources.fetcher import REFUSED_TO_ALL, Trouble, without_secrets
+from featx.data.sources.members import FOLDER, Members
 from featx.errors import BadValueError, ImageError, StoreError, UserError, rank
 
-SCHEMES = ("s3", "gs", "az")
+SCHEMES, HTTP = ("s3", "gs", "az"), ("http", "https")
 CONTINUES = "the same command continues where it stopped"
 
 
@@ -39,11 +40,12 @@ class Fetcher:
     Args:
         url: As ``s3://bucket``.
         prefix: What is below it that matters.
-        retry_seconds: How long a request that fails is made again.
+        where: What messages call it.
+        retry_seconds: How long requests are repeated.
     """
 
-    def __init__(self, url: str, prefix: str, retry_seconds: float) -> None:
-        self.where = f"{url}/{prefix}".rstrip("/")
+    def __init__(self, url: str, prefix: str, where: str, retry_seconds: float) -> None:
+        self.where = where
         self._maker, self._number = os.getpid(), 0
         self._connection, theirs = Pipe()
         worker = get_worker_info()
@@ -111,22 +113,78 @@ def _refused(where: str, trouble: Trouble) -> BadValueError:
     return BadValueError(f"--data.dir {where}: {what} ({trouble.words}).\n{remedy}")
 
 
-class ObjectStore(ImageTree):
-    """Images below a prefix in an object store, in the order that they would have as files of a folder.
+class Bucket:
+    """What is below a prefix of a store, read through fetchers: each process has its own, and each of its threads.
 
-    Each process reads through a ``Fetcher`` of its own, which it starts at its first ``read``; threads that read at the
-    same time have one each.
+    Args:
+        where: As ``s3://bucket/photos``, or the URL of a file.
+        retry_seconds: How long requests are repeated before the run ends.
+
+    Attributes:
+        where: What messages call it.
+    """
+
+    def __init__(self, where: str, retry_seconds: float) -> None:
+        self.where = shown(where)
+        scheme, _, rest = where.partition("://")
+        bucket, _, prefix = rest.partition("/")
+        self._place = (where, "") if scheme in HTTP else (f"{scheme}://{bucket}", prefix.strip("/"))
+        self._retry_seconds = retry_seconds
+        self._maker, self._idle = os.getpid(), list[Fetcher]()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what another process needs."""
+        return vars(self) | {"_maker": 0, "_idle": []}
+
+    def ask(self, method: str, *args: Any) -> Iterator[tuple[str, Any]]:
+        """Yield the answers to a request, each with its kind.
+
+        Raises:
+            BadValueError: The store refuses it.
+            StoreError: The store failed.
+        """
+        if self._maker != os.getpid():  # a fork: those of its parent are not for it
+            self._maker, self._idle = os.getpid(), []
+        try:
+            fetcher = self._idle.pop()
+        except IndexError:
+            fetcher = Fetcher(*self._place, self.where, self._retry_seconds)
+        try:
+            yield from fetcher.ask(method, *args)
+        except UserError:  # it has ended
+            raise
+        except GeneratorExit:
+            self._idle.append(fetcher)
+            raise
+        self._idle.append(fetcher)
+
+    def list(self) -> Members:
+        """Return what is below the prefix."""
+        members = Members()
+        for _, page in self.ask("list"):
+            if page is None:  # from the start
+                members = Members()
+            for name, size, stamp in page or ():
+                is_marker = not size and "." not in name.rpartition("/")[2]  # of a folder, as consoles make them
+                members.add(name.encode(), FOLDER if is_marker else 0, 0, size, stamp)
+        return members
+
+
+class ObjectStore(Archives):
+    """Images below a prefix in an object store, in the order that they would have as files of a folder.
 
     Args:
         where: As ``s3://bucket/photos``.
         files: A list of the images, or their paths, as for a folder.
         selection: The suffixes of images, and which images to leave out.
-        retry_seconds: How long a request that fails is made again before the run ends.
+        retry_seconds: How long requests are repeated before the run ends.
 
     Raises:
         BadValueError: There is no such bucket, no permission, or no image.
         StoreError: The store failed.
     """
+
+    lost = "nothing is left of it"
 
     def __init__(
         self,
@@ -135,21 +193,23 @@ class ObjectStore(ImageTree):
         selection: Selection | None = None,
         retry_seconds: float = 300,
     ) -> None:
-        check(where)
-        self.where = shown(where)
-        scheme, _, rest = self.where.partition("://")
-        bucket, _, self._prefix = rest.partition("/")
-        self._url = f"{scheme}://{bucket}"
-        self._retry_seconds = retry_seconds
-        self._maker, self._idle = os.getpid(), list[Fetcher]()
-        self._listing = self._list()
-        self._arrange(files, selection)
+        check_url(where)
+        self.archives, self._bucket = [], Bucket(where, retry_seconds)
+        self.where = self._bucket.where
+        selection = selection or Selection()
+        if (nothing := self._arrange([self._bucket.list()], files, selection, None)) is not None:
+            found = f" Left out: {nothing.left_out}." if nothing.left_out else ""
+            known = " ".join(selection.suffixes)
+            raise BadValueError(
+                f"--data.dir {self.where}: no image below it.{found}\n"
+                f"Expected a prefix of images, or of one folder per class, with the suffixes {known}."
+            )
         self._check_permission()
 
     def read(self, places: Sequence[int]) -> Iterator[BinaryIO | Exception]:
         """Yield the contents of objects, fetched together, or why there is none."""
         wanted = [(self.names[place], int(self.sizes[place]), int(self.stamps[place])) for place in places]
-        for kind, value in self._ask("read", wanted):
+        for kind, value in self._bucket.ask("read", wanted):
             if kind == "data":
                 yield io.BytesIO(value)
             elif kind == "denied" and not value:
@@ -163,86 +223,7 @@ class ObjectStore(ImageTree):
 
     def is_lost(self) -> bool:
         """Whether there is nothing below the prefix any more."""
-        return bool(dict(self._ask("is_empty"))["empty"])
-
-    def _ask(self, method: str, *args: Any) -> Iterator[tuple[str, Any]]:
-        """Yield the answers of a fetcher that nothing else uses meanwhile."""
-        if self._maker != os.getpid():  # a fork: the parent's are not for it
-            self._maker, self._idle = os.getpid(), []
-        try:
-            fetcher = self._idle.pop()
-        except IndexError:
-            fetcher = Fetcher(self._url, self._prefix, self._retry_seconds)
-        try:
-            yield from fetcher.ask(method, *args)
-        except UserError:  # it has ended
-            raise
-        except GeneratorExit:
-            self._idle.append(fetcher)
-            raise
-        self._idle.append(fetcher)
-
-    def _list(self) -> dict[str, _Folder]:
-        """Return what is directly in each folder below the prefix."""
-        found: dict[str, _Folder] = {"": _Folder("")}
-        for _, page in self._ask("list"):
-            if page is None:  # from the start
-                found = {"": _Folder("")}
-            for name, size, stamp in page or ():
-                above, _, last = name.rpartition("/")
-                _folder(found, above).add(last, size, stamp)
-        return found
-
-    def _arrange(self, files: str | Sequence[str] | None, selection: Selection | None) -> None:
-        self.root = self.where
-        self.classes = [""]
-        self._selection = selection or Selection()
-        self._left = LeftOut(self._selection)
-        self.names, self.sizes, self.stamps = _pack(self._find() if files is None else [self._listed(files)])
-        self._listing = {}
-        if not self.names:
-            found = f" Left out: {self.left_out}." if self.left_out else ""
-            known = " ".join(self._selection.suffixes)
-            raise BadValueError(
-                f"--data.dir {self.where}: no image below it.{found}\n"
-                f"Expected a prefix of images, or of one folder per class, with the suffixes {known}."
-            )
-
-    def _scan(self, path: str) -> _Folder:
-        listed = self._listing.pop(path)
-        folder = _Folder(listed.path)
-        for name in listed.folders:
-            if name.startswith(".") or name.lower() in SYSTEM_FOLDERS:
-                self._left.add_folder(name)
-            else:
-                folder.folders.append(name)
-        folders = set(listed.folders)
-        for name, size, stamp in zip(listed.names, listed.sizes, listed.stamps, strict=True):
-            if size == 0 and (name in folders or "." not in name):  # a marker of a folder, as consoles make them
-                continue
-            if self._selection.is_image(name) and not name.startswith("."):
-                if self._selection.excludes(folder.path + name):
-                    self._left.excluded += 1
-                else:
-                    folder.add(name, size, stamp)
-            else:
-                self._left.add_file(name)
-        return folder
-
-    def _listed(self, files: str | Sequence[str]) -> _Folder:
-        names = read_list(files) if isinstance(files, str) else files
-        wanted = dict.fromkeys(name for name in names if not self._selection.excludes(name))
-        self._left.excluded += len(names) - len(wanted)
-        known = {}
-        for listed in self._listing.values():
-            for name, size, stamp in zip(listed.names, listed.sizes, listed.stamps, strict=True):
-                if listed.path + name in wanted:
-                    known[listed.path + name] = size, stamp
-        folder = _Folder("")
-        for name in wanted:
-            folder.add(name, *known.get(name, (-1, -1)))
-        self.left_out = self._left.describe(0, set())
-        return folder
+        return bool(dict(self._bucket.ask("is_empty"))["empty"])
 
     def _check_permission(self) -> None:
         """Raise BadValueError if none of three images may be read."""
@@ -254,19 +235,10 @@ class ObjectStore(ImageTree):
             )
 
 
-def _folder(found: dict[str, _Folder], path: str) -> _Folder:
-    """Return a folder's listing, which is made with those above it."""
-    if path not in found:
-        above, _, last = path.rpartition("/")
-        _folder(found, above).folders.append(last)
-        found[path] = _Folder(f"{path}/")
-    return found[path]
-
-
-def check(where: str) -> None:
+def check_url(where: str) -> None:
     """Raise BadValueError unless this is a URL of a store, and obstore is installed."""
     scheme, _, rest = where.partition("://")
-    if scheme in ("http", "https"):
+    if scheme in HTTP:
         raise BadValueError(
             f"--data.dir {shown(where)}: over HTTP images cannot be listed.\n"
             "Expected a bucket, such as s3://bucket/photos, gs://bucket/photos or az://container/photos."

@@ -9,8 +9,9 @@ import tiny
 from conftest import make_image
 from proxy import Proxy
 
-from featx.data.sources import ImageTree, find, shown
+from featx.data.sources import ImageTree, find
 from featx.data.sources.fetcher import without_secrets
+from featx.data.sources.store import shown
 from featx.errors import StoreError, UserError
 
 pytestmark = pytest.mark.xdist_group("store")  # one server
