@@ -51,8 +51,11 @@ class LostFolderError(UserError, FileNotFoundError):
     exit_status = 4
 
 
-class StoreError(UserError, OSError):
-    """The object store with the images failed: exit status 4."""
+class StoreError(UserError):
+    """The object store with the images failed: exit status 4.
+
+    It is no OSError, which could be a single image's.
+    """
 
     exit_status = 4
 

@@ -232,7 +232,8 @@ async function main() {
     } else {
       reveal(row);
       const name = el("figcaption", {}, el("b", {}, named(row)), el("br"),
-        el("small", { textContent: `row ${row + 1} ` }), el("a", { href: link(row), target: "_blank", textContent: "the file" }));
+        el("small", { textContent: `row ${row + 1} ` }),
+        page.folder ? el("a", { href: link(row), target: "_blank", textContent: "the file" }) : null);
       $("one").replaceChildren(
         el("figure", {}, picture(row), name,
           el("button", { type: "button", textContent: "✕", ariaLabel: "Close", onclick: () => select(-1) })),

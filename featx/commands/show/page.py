@@ -7,7 +7,7 @@ import io
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
@@ -25,7 +25,11 @@ from tqdm import tqdm
 from featx import results
 from featx.commands.options import PlainParser, import_from_here
 from featx.commands.show.points import NEAREST, Floats, choose, find_twins, flatten, nearest, usual_distance
-from featx.data.decode import read_or_fault
+from featx.data import sources
+from featx.data.decode import decode_or_fault, read_or_fault
+from featx.data.depth import Pixels
+from featx.data.selection import Selection
+from featx.data.sources import Source
 from featx.data.view import View
 from featx.errors import BadValueError, MissingPathError, UserError, count, log, size_in_words
 from featx.results import Finished, find
@@ -43,7 +47,7 @@ def show(argv: list[str]) -> int:
     """Run ``featx show FILE [--images DIR] [--map pca|tsne]`` and print the page's path."""
     parser = PlainParser("featx show", description="Write a page that shows a file's images.")
     parser.add_argument("file", metavar="FILE", help="features/fc7.csv or a folder of shards; writes features/fc7.html")
-    parser.add_argument("--images", metavar="DIR", help="folder of the images, if they have moved")
+    parser.add_argument("--images", metavar="DIR", help="folder or archive of the images, if they have moved")
     parser.add_argument(
         "--map", choices=("pca", "tsne"), default="pca", help="pca: fast (default); tsne: slower, separates groups"
     )
@@ -56,7 +60,7 @@ def show(argv: list[str]) -> int:
             "Expected what featx predict wrote, with its record."
         )
     script = _bokeh()
-    if options.images is not None and not Path(options.images).is_dir():
+    if options.images is not None and not sources.exists(options.images):
         raise MissingPathError(f"--images {options.images}: no such folder. Expected the one that featx predict read.")
     shard = f"-{file.path.stem}" if file.is_shard else ""  # next to the folder: inside, it would be read as one
     page = file.record_path.with_name(f"{file.record_path.stem}{shard}.html")
@@ -108,6 +112,7 @@ def make_page(file: Finished, folder: str, kind: str, script: str, reader: str |
     alone = np.argsort(-distances[:, 0], kind="stable")[:NEAREST] if near.size else np.arange(0)
     twins = find_twins(near, distances, TWINS * usual)
     classes, labels = np.unique([os.path.dirname(name).split("/")[0] for name in names], return_inverse=True)
+    is_folder = sources.is_folder(folder)
     page: Json = {
         "names": names,
         "classes": classes.tolist(),
@@ -128,7 +133,8 @@ def make_page(file: Finished, folder: str, kind: str, script: str, reader: str |
         "faults": list(map(error_row, file.faults)),
         "notes": notes,
         "record": file.record,
-        "folder": quote(os.fsencode(os.path.relpath(folder, file.record_path.parent))) + "/",
+        # of files in an archive there is no link
+        "folder": quote(os.fsencode(os.path.relpath(folder, file.record_path.parent))) + "/" if is_folder else "",
         "thumbnails": {},
     }
     wanted = {*page["alone"], *chain.from_iterable(page["twins"])}
@@ -137,7 +143,8 @@ def make_page(file: Finished, folder: str, kind: str, script: str, reader: str |
     view = replace(View.of(file.record["identity"]), strict=False)
     if view.reader == reader:
         import_from_here()
-        page["thumbnails"], more = _thumbnails(folder, names, view, wanted, parts, room)
+        read = partial(_read, None if is_folder else _open(folder, file.record, notes), folder, view)
+        page["thumbnails"], more = _thumbnails(folder, names, read, wanted, parts, room)
         notes += more
     else:
         notes.append(
@@ -173,13 +180,34 @@ def _some_rows(file: Finished) -> tuple[list[str], Floats]:
     return names, results.stack(chunks)
 
 
+def _open(where: str, record: Json, notes: list[str]) -> Source | None:
+    """Return the images in an archive, or None if they cannot be listed, which is noted."""
+    recorded = record["run"]["options"]["data"]
+    try:
+        selection = Selection(recorded.get("suffixes"), recorded.get("exclude"))
+        return sources.find(where, None, selection, recorded.get("column"))
+    except UserError as err:
+        notes.append(str(err))
+        return None
+
+
+def _read(images: Source | None, folder: str, view: View, name: str) -> Pixels | None:
+    """Return an image by its name, ``(H, W, 3) uint8``, or None if it cannot be read."""
+    if images is None:
+        return read_or_fault(folder, name, view).pixels
+    if (place := images.names.find(name)) is None:
+        return None
+    (found,) = images.read([place])
+    return decode_or_fault(found, images.path(place), name, view).pixels
+
+
 def _thumbnails(
-    folder: str, names: Sequence[str], view: View, wanted: set[int], parts: Floats, room: int
+    folder: str, names: Sequence[str], read: Callable[[str], Pixels | None], wanted: set[int], parts: Floats, room: int
 ) -> tuple[dict[int, str], list[str]]:
     """Return thumbnails in base64 by row, of all images or of those chosen, and notes about them."""
 
     def make(side: int, index: int) -> bytes:
-        pixels, *_ = read_or_fault(folder, names[index], view)
+        pixels = read(names[index])
         if pixels is None:
             return b""
         image, data = Image.fromarray(pixels), io.BytesIO()

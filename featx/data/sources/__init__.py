@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from featx.data.selection import Selection
@@ -9,10 +10,10 @@ from featx.data.sources.archive import Archives
 from featx.data.sources.base import Names, Source, open_file
 from featx.data.sources.directory import ImageTree, check_list, read_list
 from featx.data.sources.patterns import archives_in, expand
-from featx.data.sources.store import ObjectStore, check_url, is_url
-from featx.errors import BadValueError
+from featx.data.sources.store import check_url, find_in_store, is_url
+from featx.errors import BadValueError, UserError
 
-__all__ = ["Archives", "ImageTree", "Names", "Source", "check", "find", "open_file", "read_list"]
+__all__ = ["Archives", "ImageTree", "Names", "Source", "check", "exists", "find", "is_folder", "open_file", "read_list"]
 
 
 def check(where: str, files: str | None) -> None:
@@ -20,6 +21,20 @@ def check(where: str, files: str | None) -> None:
     (check_url if is_url(where) else expand)(where)
     if files is not None:
         check_list(files)
+
+
+def exists(where: str) -> bool:
+    """Whether a user names anything that is there."""
+    if is_url(where):
+        return True
+    with suppress(UserError):
+        return bool(expand(where))
+    return False
+
+
+def is_folder(where: str) -> bool:
+    """Whether images are files of their own in a folder, or would be if it was there."""
+    return not is_url(where) and (not exists(where) or not _archives(where))
 
 
 def find(
@@ -44,14 +59,17 @@ def find(
         UserError: There is no such source, it cannot be read, or there is no image in it.
     """
     if is_url(where):
-        return ObjectStore(where, files, selection, retry_seconds)
-    paths = expand(where)
-    if paths != [where] or not os.path.isdir(where):
-        return Archives(where, paths, files, selection, column, cache)
-    if archives := archives_in(where):
+        return find_in_store(where, files, selection, column, cache, retry_seconds)
+    if archives := _archives(where):
         return Archives(where, archives, files, selection, column, cache)
     if column is not None:
         raise BadValueError(
             f"--data.column {column}: --data.dir {where} is a folder of images, which has no columns. Leave it out."
         )
     return ImageTree(where, files, selection)
+
+
+def _archives(where: str) -> list[str]:
+    """Return the archives that a user names, in order, or [] if it is a folder of images."""
+    paths = expand(where)
+    return archives_in(where) if paths == [where] and os.path.isdir(where) else paths

@@ -4,9 +4,9 @@ import hashlib
 import os
 import stat
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
-from typing import BinaryIO, overload
+from typing import BinaryIO, Protocol, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -56,6 +56,59 @@ class Names(Sequence[str]):
         hashes = np.fromiter(map(hash, self), np.int64, len(self))
         order = np.argsort(hashes)
         return order, hashes[order]
+
+
+class Ranged(Protocol):
+    """A file of many images, open, of which several threads read some bytes each.
+
+    Attributes:
+        size: Its bytes.
+        stamp: What changes with its content: a time in ns, or a checksum.
+    """
+
+    @property
+    def size(self) -> int: ...  # noqa: D102, in the class's docstring
+    @property
+    def stamp(self) -> int: ...  # noqa: D102
+
+    def read(self, length: int, at: int) -> bytes:
+        """Return bytes from a place on, fewer at the end."""
+
+    def ahead(self, ranges: Sequence[tuple[int, int]]) -> None:
+        """Get ready what will be read soon: the begin and the end of each range, in their order."""
+
+
+class LocalFile:
+    """A file on a disk, as ``Ranged``; closed when nothing uses it any more.
+
+    Args:
+        path: The file.
+    """
+
+    def __init__(self, path: str) -> None:
+        self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+
+    @property
+    def size(self) -> int:
+        """Return its bytes now, 0 if it is a pipe or a device."""
+        found = os.fstat(self._fd)
+        return found.st_size if stat.S_ISREG(found.st_mode) else 0
+
+    @property
+    def stamp(self) -> int:
+        """Return the time of its last change, in ns."""
+        return os.fstat(self._fd).st_mtime_ns
+
+    def __del__(self, close: Callable[[int], None] = os.close) -> None:  # as Python ends, os may be gone
+        if hasattr(self, "_fd"):
+            close(self._fd)
+
+    def read(self, length: int, at: int) -> bytes:
+        """Return bytes from a place on, fewer at the end."""
+        return os.pread(self._fd, length, at)
+
+    def ahead(self, ranges: Sequence[tuple[int, int]]) -> None:
+        """Do nothing: the system reads ahead."""
 
 
 class Source(ABC):

@@ -17,6 +17,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
+from functools import partial
 from itertools import count
 from multiprocessing.connection import Connection
 from typing import Any, NamedTuple
@@ -124,15 +125,19 @@ class Store:
     """
 
     def __init__(self, url: str, prefix: str, shown: str, retry_seconds: float, reports: bool) -> None:
-        from obstore.store import from_url
+        from obstore.store import HTTPStore, from_url
 
         self.prefix = prefix
         self.shown = shown
         self.retry_seconds = retry_seconds
         self.reports = reports
-        self.store: Any = from_url(url, retry_config={"max_retries": 0})
         pages: Any = {"max_retries": 1000, "retry_timeout": timedelta(seconds=retry_seconds)}
-        self.lister: Any = from_url(url, retry_config=pages)  # a listing cannot go on where it broke off
+        if url.startswith("http"):  # whatever the host is, such as that of a bucket
+            options: Any = {"allow_http": True} | {name.lower(): value for name, value in TIMEOUTS.items()}
+            self.store: Any = HTTPStore(url, client_options=options, retry_config={"max_retries": 0})
+        else:
+            self.store = from_url(url, retry_config={"max_retries": 0})
+            self.lister: Any = from_url(url, retry_config=pages)  # a listing cannot go on where it broke off
         self.threads = ThreadPoolExecutor(REQUESTS)
         self.lock = threading.Lock()
 
@@ -179,17 +184,29 @@ class Store:
         for future, _ in ahead:
             yield future.result()
 
-    def _get(self, name: str, listed: int) -> Answer:
-        path = f"{self.prefix}/{name}" if self.prefix else name
+    def open(self, name: str) -> Iterator[Answer]:
+        """Yield the size and the stamp of an object; a URL may be signed for no other request than this."""
+        found = self._persist(partial(self._request, name, (0, 1)), min(UNANSWERED, self.retry_seconds))
+        if isinstance(found, Trouble):
+            yield Answer("failed", found.words) if found.may_pass else Answer("refused", tuple(found))
+        else:
+            yield Answer("opened", (found[0]["size"], stamp(found[0])))
 
-        def get() -> Any:
-            found = self.store.get(path)
-            return stamp(found.meta), found.bytes()
+    def ranges(self, name: str, listed: int, wanted: Iterable[tuple[int, int]]) -> Iterator[Answer]:
+        """Yield parts of an object, fetched together; each is the begin and the end of a range."""
+        for future in [self.threads.submit(self._get, name, listed, one) for one in wanted]:
+            yield future.result()
 
-        found = self._persist(get)
+    def _request(self, name: str, part: tuple[int, int] | None) -> Any:
+        path = "/".join(filter(None, (self.prefix, name)))
+        found = self.store.get(path, options={"range": part} if part else None)
+        return found.meta, found.bytes()
+
+    def _get(self, name: str, listed: int, part: tuple[int, int] | None = None) -> Answer:
+        found = self._persist(partial(self._request, name, part))
         if not isinstance(found, Trouble):
-            now, data = found
-            return Answer("data", data) if now == listed else Answer("fault", "changed since the listing")
+            about, data = found
+            return Answer("data", data) if stamp(about) == listed else Answer("fault", "changed since the listing")
         if found.status == 404 and found.code not in NO_BUCKET:
             return Answer("fault", "gone since the listing")
         may_list = found.status == 403 and found.code not in REFUSED_TO_ALL and self._persist(self._first)

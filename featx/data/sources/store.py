@@ -5,7 +5,8 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from importlib.util import find_spec
 from multiprocessing import Pipe
@@ -15,12 +16,15 @@ from typing import Any, BinaryIO
 from torch.utils.data import get_worker_info
 
 from featx.data.selection import Selection
-from featx.data.sources.archive import Archives
-from featx.data.sources.fetcher import REFUSED_TO_ALL, Trouble, without_secrets
+from featx.data.sources.archive import SUFFIXES, Archives
+from featx.data.sources.fetcher import NO_BUCKET, REFUSED_TO_ALL, Trouble, without_secrets
 from featx.data.sources.members import FOLDER, Members
-from featx.errors import BadValueError, ImageError, StoreError, UserError, rank
+from featx.data.sources.patterns import select
+from featx.errors import BadValueError, ImageError, MissingPathError, StoreError, UserError, rank
 
-SCHEMES, HTTP = ("s3", "gs", "az"), ("http", "https")
+SCHEMES, HTTP = ("s3://", "gs://", "az://"), ("http://", "https://")
+WINDOW = 1 << 20  # bytes that are fetched where one after the other is read
+GAP, LONGEST = 1 << 16, 1 << 23  # bytes between ranges that are fetched in one request, and of that
 CONTINUES = "the same command continues where it stopped"
 
 
@@ -81,7 +85,9 @@ class Fetcher:
             if kind == "end":
                 return
             if kind == "refused":
-                raise _refused(self.where, Trouble(*value))
+                raise _refused(
+                    f"{self.where}/{args[0]}" if method == "open" and args[0] else self.where, Trouble(*value)
+                )
             if kind == "failed":
                 raise StoreError(f"--data.dir {self.where}: the store failed: {value}\nWhen it is back, {CONTINUES}.")
             yield kind, value
@@ -94,22 +100,24 @@ class Fetcher:
             what = "the process that reads from the store died, most often for lack of memory"
             raise StoreError(f"--data.dir {self.where}: {what}.\nWith more of it, {CONTINUES}.") from err
 
-    def __del__(self) -> None:
+    def __del__(self, own_pid: Callable[[], int] = os.getpid) -> None:  # as Python ends, os may be gone
         self._connection.close()
-        if os.getpid() == self._maker:
+        if own_pid() == self._maker:
             self._process.kill()
             self._process.wait()
 
 
-def _refused(where: str, trouble: Trouble) -> BadValueError:
+def _refused(where: str, trouble: Trouble) -> UserError:
     """Return what is wrong with a place that cannot be listed."""
+    if trouble.status == 404 and trouble.code not in NO_BUCKET:
+        return MissingPathError(f"--data.dir {where}: there is no such object ({trouble.words}).")
     if trouble.status == 404:
         what, remedy = "there is no such bucket", "Expected a bucket that exists, in the region of AWS_REGION."
     elif trouble.status in (401, 403) or trouble.code in REFUSED_TO_ALL:
-        what = "no permission to list it" if trouble.code not in REFUSED_TO_ALL else "these credentials are not valid"
+        what = "no permission" if trouble.code not in REFUSED_TO_ALL else "these credentials are not valid"
         remedy = "Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_SKIP_SIGNATURE=true for public data."
     else:
-        what, remedy = "the store refuses to list it", "docs/stores.md says what the environment has to say."
+        what, remedy = "the store refuses it", "docs/stores.md says what the environment has to say."
     return BadValueError(f"--data.dir {where}: {what} ({trouble.words}).\n{remedy}")
 
 
@@ -128,7 +136,7 @@ class Bucket:
         self.where = shown(where)
         scheme, _, rest = where.partition("://")
         bucket, _, prefix = rest.partition("/")
-        self._place = (where, "") if scheme in HTTP else (f"{scheme}://{bucket}", prefix.strip("/"))
+        self._place = (where, "") if where.startswith(HTTP) else (f"{scheme}://{bucket}", prefix.strip("/"))
         self._retry_seconds = retry_seconds
         self._maker, self._idle = os.getpid(), list[Fetcher]()
 
@@ -158,8 +166,18 @@ class Bucket:
             raise
         self._idle.append(fetcher)
 
+    def urls(self, members: Members) -> Iterator[str]:
+        """Yield the URLs of all objects that were listed."""
+        for place in range(len(members)):
+            if members.kinds[place] >= 0:
+                yield f"{self.where}/{members.name(place)}"
+
+    def open(self, path: str) -> "RemoteFile":
+        """Open a file by its URL as it is shown."""
+        return RemoteFile(self, path.removeprefix(self.where).lstrip("/"))
+
     def list(self) -> Members:
-        """Return what is below the prefix."""
+        """Return all that is below the prefix, with stamps."""
         members = Members()
         for _, page in self.ask("list"):
             if page is None:  # from the start
@@ -170,34 +188,78 @@ class Bucket:
         return members
 
 
+class RemoteFile:
+    """A file in a store, as ``Ranged``.
+
+    Args:
+        bucket: What it is in.
+        name: Its name there.
+    """
+
+    def __init__(self, bucket: Bucket, name: str) -> None:
+        ((_, (self.size, self.stamp)),) = bucket.ask("open", name)
+        self._bucket, self._name = bucket, name
+        self._held = threading.local()  # what is ready, by its begin
+
+    def read(self, length: int, at: int) -> bytes:
+        """Return bytes from a place on, fewer at the end."""
+        end = min(at + length, self.size)
+        if at >= end:
+            return b""
+        for window in (0, WINDOW):  # what follows is mostly next
+            if window:
+                self.ahead([(at, max(end, at + window))])
+            parts: list[tuple[int, bytes]] = getattr(self._held, "parts", [])
+            for begin, data in parts:
+                if begin <= at and end <= begin + len(data):
+                    return data[at - begin : end - begin]
+        raise ImageError("truncated: the store sent less than it was asked for")
+
+    def ahead(self, ranges: Sequence[tuple[int, int]]) -> None:
+        """Fetch ranges together, in one request what lies side by side."""
+        joined = list[list[int]]()
+        for begin, end in sorted(ranges):
+            end = min(end, self.size)
+            if joined and begin - joined[-1][1] <= GAP and end - joined[-1][0] <= LONGEST:
+                joined[-1][1] = max(end, joined[-1][1])
+            elif begin < end:
+                joined.append([begin, end])
+        self._held.parts, parts = [], list[tuple[int, bytes]]()
+        for (begin, _), (kind, value) in zip(joined, self._ask(joined), strict=False):
+            if kind == "data":
+                parts.append((begin, value))
+            elif kind == "denied":
+                raise PermissionError(value or "no permission")
+            else:
+                raise ImageError(f"its archive is {value}".replace("is changed", "has changed"))
+        self._held.parts = parts
+
+    def _ask(self, ranges: list[list[int]]) -> Iterator[tuple[str, Any]]:
+        wanted = [(begin, end) for begin, end in ranges]
+        yield from self._bucket.ask("ranges", self._name, self.stamp, wanted)
+
+
 class ObjectStore(Archives):
     """Images below a prefix in an object store, in the order that they would have as files of a folder.
 
     Args:
-        where: As ``s3://bucket/photos``.
+        bucket: The prefix.
+        members: What is below it.
         files: A list of the images, or their paths, as for a folder.
         selection: The suffixes of images, and which images to leave out.
-        retry_seconds: How long requests are repeated before the run ends.
 
     Raises:
-        BadValueError: There is no such bucket, no permission, or no image.
+        BadValueError: There is no image, or no permission to read any.
         StoreError: The store failed.
     """
 
     lost = "nothing is left of it"
 
     def __init__(
-        self,
-        where: str,
-        files: str | Sequence[str] | None = None,
-        selection: Selection | None = None,
-        retry_seconds: float = 300,
+        self, bucket: Bucket, members: Members, files: str | Sequence[str] | None, selection: Selection
     ) -> None:
-        check_url(where)
-        self.archives, self._bucket = [], Bucket(where, retry_seconds)
-        self.where = self._bucket.where
-        selection = selection or Selection()
-        if (nothing := self._arrange([self._bucket.list()], files, selection, None)) is not None:
+        self.archives, self._bucket, self.where = [], bucket, bucket.where
+        if (nothing := self._arrange([members], files, selection, None)) is not None:
             found = f" Left out: {nothing.left_out}." if nothing.left_out else ""
             known = " ".join(selection.suffixes)
             raise BadValueError(
@@ -237,16 +299,43 @@ class ObjectStore(Archives):
 
 def check_url(where: str) -> None:
     """Raise BadValueError unless this is a URL of a store, and obstore is installed."""
-    scheme, _, rest = where.partition("://")
-    if scheme in HTTP:
+    if where.startswith(HTTP) and not re.search(r"\.\w+$", shown(where)):
         raise BadValueError(
             f"--data.dir {shown(where)}: over HTTP images cannot be listed.\n"
-            "Expected a bucket, such as s3://bucket/photos, gs://bucket/photos or az://container/photos."
+            "Expected an archive, or a bucket, such as s3://bucket/photos, gs://bucket/photos or az://container/photos."
         )
-    if scheme not in SCHEMES or not rest.strip("/"):
+    if not where.startswith(SCHEMES + HTTP) or not where.partition("://")[2].strip("/"):
         raise BadValueError(
             f"--data.dir {shown(where)}: expected a folder, or the URL of a bucket, such as s3://bucket/photos, "
             "gs://bucket/photos or az://container/photos."
         )
     if find_spec("obstore") is None:
         raise BadValueError(f"--data.dir {where}: obstore is not installed: pip install 'featx[remote]'")
+
+
+def find_in_store(
+    where: str,
+    files: str | Sequence[str] | None = None,
+    selection: Selection | None = None,
+    column: str | None = None,
+    cache: Path | None = None,
+    retry_seconds: float = 300,
+) -> Archives:
+    """Return the source of images that a URL names, as ``sources.find`` does for a path."""
+    check_url(where)
+    url, selection = shown(where), selection or Selection()
+    pattern = re.search(r"[*?]|\{[^{}]*(,|\.\.)[^{}]*\}", url)
+    if where.startswith(HTTP):
+        bucket, paths = Bucket(where, retry_seconds), [url]
+    elif pattern:
+        bucket = Bucket(url[: pattern.start()].rpartition("/")[0], retry_seconds)
+        paths = select(url, bucket.urls(bucket.list()))
+    elif url.lower().endswith(SUFFIXES):
+        bucket, paths = Bucket(url.rpartition("/")[0], retry_seconds), [url]
+    else:
+        bucket = Bucket(where, retry_seconds)
+        members = bucket.list()
+        paths = [url for url in bucket.urls(members) if url.lower().endswith(SUFFIXES)]
+        if not paths or any(map(selection.is_image, bucket.urls(members))):
+            return ObjectStore(bucket, members, files, selection)
+    return Archives(url, sorted(paths), files, selection, column, cache, bucket.open)

@@ -149,7 +149,7 @@ def test_a_url_without_images_is_refused(bucket, url, words):
 @pytest.mark.parametrize(
     ("key", "secret", "words"),
     [
-        ("reader", "reader", "no permission to list it (403 Forbidden, AccessDenied: Access Denied)"),
+        ("reader", "reader", "no permission (403 Forbidden, AccessDenied: Access Denied)"),
         ("lister", "lister", "no permission to read ants/image-00.jpg, although it may be listed"),
         ("reader", "wrong", "these credentials are not valid (403 Forbidden, SignatureDoesNotMatch: The request"),
         ("nobody", "wrong", "these credentials are not valid (403 Forbidden, InvalidAccessKeyId: The access key"),
