@@ -7,7 +7,7 @@ import signal
 import sys
 import threading
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Sized
+from collections.abc import Iterable, Iterator, Mapping, Sized
 from contextlib import contextmanager
 from functools import partial
 from itertools import chain, islice, tee
@@ -18,6 +18,7 @@ from lightning.fabric.utilities.warnings import PossibleUserWarning
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from PIL import Image
+from torch.utils.data import Dataset
 
 from featx.commands import options as command_line
 from featx.data.batch import Batch, Fault, Remarks, Sample, add_up, report, zero_rows
@@ -25,6 +26,7 @@ from featx.data.decode import describe
 from featx.data.module import Collate, ImageFolderDataModule
 from featx.data.pillow import to_rgb
 from featx.data.sources import find
+from featx.data.sources.dataset import items, picture_of
 from featx.errors import SEE, BadValueError, ImageError, did_you_mean, either
 from featx.model.extractor import FeatureExtractor
 from featx.model.layers import DEFAULT
@@ -37,7 +39,7 @@ from featx.writer.callback import FeatureWriter
 from featx.writer.folder import file_name, read_errors
 from featx.writer.formats import Floats, row_name
 
-Source = str | os.PathLike[str] | Iterable[str | os.PathLike[str]] | Iterable[Image.Image]
+Source = str | os.PathLike[str] | Iterable[str | os.PathLike[str]] | Iterable[Image.Image] | Dataset[Any]
 # which warn about each other
 LIBRARIES = r"(lightning|torch|torchvision|torchmetrics|timm|transformers|open_clip|huggingface_hub|jsonargparse)\b"
 NOT_HERE = ("dir", "out_dir", "layer", "on_error", "dry_run")  # extract's own parameters, or useless in it
@@ -59,7 +61,8 @@ def extract(
         names, values = featx.extract("photos", layer="fc7", weights="alexnet.pth", batch_size=32)
 
     Args:
-        source: A folder of images; or paths of images; or PIL images, which are named 0, 1, 2 ...
+        source: A folder of images, an archive or a table; or paths of images; or PIL images, which are named 0, 1, 2
+            ...; or a map-style Dataset of torch, or one of Hugging Face, that has PIL images, alone or beside labels.
         layer: A layer, or a list of layers; auto: fc7, or embedding of a network without it.
         out_dir: Write files there and continue an interrupted run, as ``featx predict`` does; only for a folder.
         errors: For images that cannot be read: ``raise`` the first one, or ``return`` them all.
@@ -90,7 +93,9 @@ def extract(
         raise BadValueError(f"errors={errors!r}: expected 'raise' or 'return'.")
     dir = os.fspath(source) if isinstance(source, str | os.PathLike) else ""
     if out_dir is not None and not dir:
-        raise BadValueError(f"out_dir={str(out_dir)!r}: expected a folder as source. Select its images with files=.")
+        raise BadValueError(
+            f"out_dir={str(out_dir)!r}: expected a folder as source, or a table. Select a folder's images with files=."
+        )
     owners = {"model": model, "data": ImageFolderDataModule, "writer": FeatureWriter}
     with QUIET, on_one_core():
         parser = command_line.Parser(default_env=False)  # which checks types and choices
@@ -187,11 +192,14 @@ def _in_memory(
     return names, {layer: stack(rows.chunks[layer]) for layer in made.model.layers}, rows.faults
 
 
-def _pictures(source: Any, data: ImageFolderDataModule) -> Iterator[Image.Image] | None:
+def _pictures(source: Any, data: ImageFolderDataModule) -> Iterator[Any] | None:
     """Return PIL images, or None if the source is paths, which then go to the data module."""
     if isinstance(source, str | os.PathLike):
         return None
-    images = iter(source)
+    if isinstance(source, Mapping):
+        parts = ", ".join(map(str, source))
+        raise BadValueError(f"source: a {type(source).__name__} of {parts}. Expected one of them, as source[...].")
+    images = items(source, data.column)
     first = next(images, None)
     if first is None:
         raise BadValueError("source: nothing in it. Expected a folder, paths of images, or PIL images.")
@@ -204,17 +212,15 @@ def _pictures(source: Any, data: ImageFolderDataModule) -> Iterator[Image.Image]
     return None
 
 
-def _samples(pictures: Iterator[Image.Image], data: ImageFolderDataModule, model: FeatureExtractor) -> Iterator[Sample]:
-    """Yield PIL images as the data module's samples; the model must be configured."""
+def _samples(pictures: Iterator[Any], data: ImageFolderDataModule, model: FeatureExtractor) -> Iterator[Sample]:
+    """Yield PIL images, or items of a dataset, as the data module's samples; the model must be configured."""
     preprocessing = data.preprocessing(model.preprocessing)
-    for index, picture in enumerate(pictures):
+    for index, item in enumerate(pictures):
         name, pixels, fault = str(index), None, None
-        if not isinstance(picture, Image.Image):
-            raise BadValueError(
-                f"source: item {name} is a {type(picture).__name__}. Expected only PIL images, like the first, or only "
-                "paths of images."
-            )
+        picture = item if isinstance(item, Exception) else picture_of(item, name, data.column)
         try:
+            if isinstance(picture, Exception):
+                raise picture
             pixels = preprocessing.to_tensor(to_rgb(picture, data.view), data.decoder)
         except Exception as err:  # PIL may decode it only now
             fault = describe(err, name, name)

@@ -60,6 +60,12 @@ class StoreError(UserError):
     exit_status = 4
 
 
+class BrokenSourceError(UserError, OSError):
+    """A part of a file with many images cannot be read: exit status 4."""
+
+    exit_status = 4
+
+
 def as_parameters(message: str) -> str:
     """Return a message about options as one about the parameters that they are.
 

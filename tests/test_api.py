@@ -23,6 +23,7 @@ import torch
 from conftest import ENV, REPO, make_image, oracle, random_network, relative_error
 from PIL import Image, ImageFile
 from tiny import Tiny, run
+from torchvision.datasets import ImageFolder
 
 import featx
 from featx.cli import main
@@ -143,6 +144,96 @@ def test_pil_images_of_16_bits_are_scaled_and_broken_ones_are_listed(tmp_path):
     names, values, errors = extract([deep, Image.open(tmp_path / "broken.png"), grey], errors="return")
     assert names == ["0", "2"] and np.array_equal(values[0], values[1])
     assert [(fault.path, fault.reason) for fault in errors] == [("1", "truncated")]
+
+
+class Deck(torch.utils.data.Dataset):
+    """A map-style dataset, which has no end for ``iter``: its items are made from its numbers."""
+
+    def __init__(self, make):
+        self.make = make
+
+    def __len__(self):
+        return 5
+
+    def __getitem__(self, index):
+        return self.make(index)
+
+
+CARDS = [make_image(seed, (60, 40)) for seed in range(5)]
+
+
+@pytest.mark.parametrize(
+    "make",
+    [CARDS.__getitem__, lambda i: (CARDS[i], i), lambda i: {"id": i, "photo": CARDS[i]}],
+    ids=["images", "tuples", "dicts"],
+)
+def test_a_dataset_gives_the_rows_of_its_images(make):
+    names, values = extract(Deck(make), batch_size=2)
+    expected = extract(CARDS, batch_size=2)
+    assert names == expected[0] == ["0", "1", "2", "3", "4"] and np.array_equal(values, expected[1])
+
+
+def test_torchvisions_imagefolder_is_a_dataset(photos):
+    found, expected = extract(ImageFolder(str(photos)), batch_size=8), extract(photos, batch_size=8)
+    assert found[0] == list(map(str, range(37))) and np.array_equal(found[1], expected[1])
+
+
+def test_what_a_dataset_raises_is_the_fault_of_that_image():
+    def make(index):
+        if index in (0, 3):
+            raise KeyError(f"no card {index}")
+        return CARDS[index], index
+
+    names, values, errors = extract(Deck(make), errors="return")
+    assert names == ["1", "2", "4"] and [fault.path for fault in errors] == ["0", "3"]
+    assert np.array_equal(values, extract([CARDS[i] for i in (1, 2, 4)])[1])
+    with pytest.raises(featx.ImageError, match=r"0: .*no card 0"):
+        extract(Deck(make))
+
+
+@pytest.mark.parametrize(
+    ("make", "column", "words"),
+    [
+        (lambda i: (torch.zeros(3, 8, 8), i), None, "item 0 is a Tensor.*\n.*no transform"),
+        (lambda i: CARDS[i] if i < 2 else np.zeros((8, 8, 3)), None, "item 2 is a ndarray"),
+        (
+            lambda i: {"left": CARDS[i], "right": CARDS[i]},
+            None,
+            r"column=None: expected one column of PIL images. Item 0 has left, right",
+        ),
+        (lambda i: {"left": CARDS[i]}, "right", r"column right: expected one column of PIL images. Item 0 has left"),
+        (lambda i: CARDS[i], "right", "column right: item 0 is a Image, without columns"),
+    ],
+)
+def test_a_dataset_without_pil_images_is_refused(make, column, words):
+    with pytest.raises(featx.UserError, match=words):
+        extract(Deck(make), column=column)
+
+
+def test_a_dataset_of_hugging_face_gives_its_images_in_memory():
+    datasets = pytest.importorskip("datasets")
+    images = [*CARDS[:3], None]
+    dataset = datasets.Dataset.from_dict(
+        {"photo": images, "mask": images[::-1], "label": [1, 0, 1, 0]},
+        datasets.Features({"photo": datasets.Image(), "mask": datasets.Image(), "label": datasets.Value("int64")}),
+    )
+    expected = extract(CARDS[:3])
+    names, values, errors = extract(dataset, column="photo", errors="return")
+    assert names == expected[0] and np.array_equal(values, expected[1])
+    assert [(fault.path, fault.reason) for fault in errors] == [("3", "no image: the value is null")]
+    one = dataset.remove_columns("mask")
+    assert np.array_equal(extract(one.select(range(3)))[1], values)
+    assert np.array_equal(extract(one.select(range(3)).to_iterable_dataset())[1], values)
+    with pytest.raises(
+        featx.UserError, match=r"column=None: expected one column of type Image. The dataset has photo \(Image\)"
+    ):
+        extract(dataset)
+    with pytest.raises(featx.UserError, match=r"column label: expected one column of type Image"):
+        extract(dataset, column="label")
+    with pytest.raises(featx.UserError, match=r"item 0 is a Tensor.*\n.*no format"):
+        extract(one.with_format("torch"))
+    with pytest.raises(featx.UserError, match=r"source: a DatasetDict of train, test. Expected one of them"):
+        extract(datasets.DatasetDict(train=one, test=one))
 
 
 def test_images_of_one_colour_are_reported_at_the_end(caplog):
@@ -393,9 +484,8 @@ def test_each_of_two_processes_returns_all_rows(photos, expected, tmp_path):
 def test_a_notebook_shows_a_bar_and_nothing_else(photos, tmp_path):
     nbformat, client = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
     pytest.importorskip("ipykernel")
-    # torchmetrics imports transformers, if installed, whose tqdm asks for ipywidgets: of any program that has Lightning
-    cells = ["import warnings; warnings.filterwarnings('ignore', module='tqdm')\n"
-             f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); sys.path.insert(0, {str(REPO)!r})\n"
+    cells = [f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); sys.path.insert(0, {str(REPO)!r})\n"
+             "import warnings; warnings.filterwarnings('ignore', 'IProgress')\n"  # Lightning's import of transformers
              "import featx; from tiny import Tiny",
              f"names, values = featx.extract({str(photos)!r}, '2', model=Tiny)"]  # fmt: skip
     book = nbformat.v4.new_notebook(cells=list(map(nbformat.v4.new_code_cell, cells)))

@@ -41,8 +41,11 @@ INSTEAD = [
     (r"/shared/", ""),
     (r"(--config configs/gpu.yaml.*)", r"\1 --trainer.accelerator cpu --trainer.devices 1"),
     (r"(.*--model.arch (timm/|vit_b_16).*)", r"\1 --model.weights random"),
+    (r"hf/(facebook|openai)/[\w-]+", "hf/./clip"),
+    (r"--model.weights laion2b_s34b_b79k", "--model.weights random"),
     (r"(.*--trainer.strategy ddp.*)", r"\1 --model.weights alexnet.pth"),  # its processes compare digests with names
 ]
+SMALL = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
 STATUS = {"fc9": 2, "--data.resize 300": 2}
 
 
@@ -128,6 +131,10 @@ def store(tmp_path_factory):
     for name, network in finetuned.items():
         state = {f"module.{key}": value for key, value in network.state_dict().items()}
         torch.save({"state_dict": state, "epoch": 90}, store / f"{name}.pth.tar")
+    transformers = pytest.importorskip("transformers")
+    clip = transformers.CLIPConfig(projection_dim=4, vision_config=SMALL, text_config=SMALL)
+    transformers.CLIPModel(clip).save_pretrained(store / "clip")
+    transformers.CLIPImageProcessor().save_pretrained(store / "clip")
     (store / "bin").mkdir()
     (store / "bin" / "featx").write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -m featx "$@"\n')
     (store / "bin" / "featx").chmod(0o755)

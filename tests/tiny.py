@@ -31,6 +31,6 @@ def run(photos, out, layer="2", model=Tiny, trainer_options=None, data=None, **o
         enable_checkpointing=False,
         **(trainer_options or {}),
     )
-    data = ImageFolderDataModule(str(photos), **{"batch_size": 8, "num_workers": 0} | (data or {}))
+    data = ImageFolderDataModule(str(photos), **({"batch_size": 8, "num_workers": 0} | (data or {})))
     trainer.predict(model(layer), datamodule=data, return_predictions=False)
     return writer

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypedDict
 
-from featx.errors import BadValueError, count, log
+from featx.errors import BadValueError, BrokenSourceError, count, log
 
 if TYPE_CHECKING:  # reading a record needs no torch
     from torch import Tensor
@@ -54,6 +54,11 @@ class Fault(NamedTuple):
     def needs_option(self) -> bool:
         """Whether an option would make the image readable, as its reason says."""
         return self.exception.startswith(BadValueError.__name__)
+
+    @property
+    def ends_the_run(self) -> bool:
+        """Whether other images are lost with it, as their common file cannot be read."""
+        return self.exception.startswith(BrokenSourceError.__name__)
 
 
 class Sample(NamedTuple):

@@ -17,7 +17,7 @@ from featx.data.pillow import FORMATS, MOST_PIXELS, STRICT_PIL, convert, turn_to
 from featx.data.rendering import metadata, render, render_chosen
 from featx.data.sources.base import open_file
 from featx.data.view import PLAIN, View
-from featx.errors import BadValueError, ImageError
+from featx.errors import BadValueError, BrokenSourceError, ImageError
 
 # By kind of file, in Pillow's name for it (PPM16: above 8 bits), the number of its reader, which goes up whenever the
 # reader gives other values than before: a run takes no rows that a reader of another number read.
@@ -252,7 +252,7 @@ def describe(err: Exception, path: str, name: str) -> Fault:
 
 
 def _reason(err: Exception, words: str, path: str) -> str:
-    if isinstance(err, BadValueError | ImageError):
+    if isinstance(err, BadValueError | BrokenSourceError | ImageError):
         return str(err.args[0])
     if isinstance(err, FileNotFoundError):
         return "a link to nothing" if os.path.islink(path) else "no such file"

@@ -30,7 +30,7 @@ from featx.data.selection import Selection
 from featx.data.sources import Source
 from featx.data.view import View
 from featx.data.workers import Context, choose, send, start
-from featx.errors import BadValueError, ImageError, LostFolderError, UserError, count, log, note
+from featx.errors import BadValueError, BrokenSourceError, ImageError, LostFolderError, UserError, count, log, note
 from featx.process.cores import cores_per_process
 from featx.process.shared import on_one_core
 
@@ -161,7 +161,13 @@ class ImageFolderDataModule(LightningDataModule):
                 f"{images.images_left_out:,}", f"{len(images):,}", images.where,
             )  # fmt: skip
         self.images = images
-        _first_read(self._first_samples(Preprocessing(None, None, "bilinear", (), (), "")))
+        samples = partial(self._first_samples, Preprocessing(None, None, "bilinear", (), (), ""))
+        if _first_read(samples()) is None and images.column:
+            fault = next(samples()).fault
+            raise BadValueError(
+                f"--data.column {images.column}: none of its first {min(FIRST, len(images))} values is an image that "
+                f"can be read. The first is {fault and fault.path}: {fault and fault.reason}"
+            )
 
     def preprocessing(self, preset: Preprocessing) -> Preprocessing:
         """Return ``preset``, what the network was trained with, as changed by this module's options.
@@ -250,11 +256,13 @@ class ImageFolderDataModule(LightningDataModule):
         """Report, in the main process, what a batch says about the whole run.
 
         Raises:
+            BrokenSourceError: A part of a table cannot be read.
             LostFolderError: The images are gone.
             UserError: Their source failed.
         """
         if isinstance(batch, UserError):
             raise batch
+        self._end_if_broken(batch)
         if batch.faults and self.images is not None and self.images.is_lost():
             raise LostFolderError(
                 f"--data.dir {self.images.where}: {self.images.lost}. It held {batch.faults[0].path}.\n"
@@ -273,7 +281,16 @@ class ImageFolderDataModule(LightningDataModule):
         """Return a batch of the run, read in this process."""
         images = self._read_as(self.preprocessing(preset))
         first = number * self.batch_size
-        return Collate(self.batch_size)(list(images.read(range(first, min(first + self.batch_size, len(images))))))
+        batch = Collate(self.batch_size)(list(images.read(range(first, min(first + self.batch_size, len(images))))))
+        self._end_if_broken(batch)
+        return batch
+
+    def _end_if_broken(self, batch: Batch) -> None:
+        if broken := next((fault for fault in batch.faults if fault.ends_the_run), None):
+            raise BrokenSourceError(
+                f"{broken.reason}\nOther images are lost with it, so the run ends here. "
+                "If a disk or a network failed, run the same command again."
+            )
 
     def fault(self, name: str, preset: Preprocessing) -> Fault | None:
         """Return what is wrong with an image now."""
@@ -357,6 +374,8 @@ def _first_read(samples: Iterable[Sample]) -> Sample | None:
         if sample.image is not None:
             return sample
         faults += [sample.fault] if sample.fault is not None else []
+        if faults and faults[-1].ends_the_run:
+            raise BadValueError(faults[-1].reason)
     if needing := next((fault for fault in faults if fault.needs_option), None):
         among = f"\nNone of the first {len(faults)} images can be read." if faults[1:] else ""
         raise BadValueError(f"{needing.path}: {needing.reason}{among}")

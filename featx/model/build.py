@@ -91,11 +91,11 @@ def build(library: Library, weights: Weights, state: Mapping[str, Tensor] | None
         raise _wrong_size(library.image_size, library.arch, err) from err
 
 
-def check_image_size(network: nn.Module, size: int, title: str) -> None:
+def check_image_size(network: nn.Module, size: int, title: str, dtype: torch.dtype) -> None:
     """Raise BadValueError if a network cannot take images of ``size`` pixels."""
     try:
         with torch.inference_mode():
-            network.eval()(torch.zeros(1, 3, size, size))
+            network.eval()(torch.zeros(1, 3, size, size, dtype=dtype))
     except Exception as err:  # of any type, from a network
         raise _wrong_size(size, title, err) from err
 

@@ -250,7 +250,7 @@ class FeatureExtractor(LightningModule):
         elif as_built or networks.is_function(self.arch):
             self.weights_notes = self._random_tensors(network)
         if self.image_size is not None:
-            networks.check_image_size(network, self.image_size, self.title)
+            networks.check_image_size(network, self.image_size, self.title, dtype_of(network))
         self.network = network.eval().requires_grad_(False)
         self._dtype_built = dtype_of(network)
         self.packages = networks.packages(network, type(self), self.arch if self._named_network_built else "")

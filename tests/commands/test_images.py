@@ -222,3 +222,17 @@ def test_a_reader_of_ones_own_reads_some_of_the_images(images, tmp_path):
 
     status, out, _ = images("frames", "--data.suffixes", "[.raw]", "--data.reader", "raw_frames.read")
     assert status == 3 and "decoded:     50 of 200 images; --all decodes all" in out and "1 (004.raw): " in out
+
+
+def test_a_table_is_looked_at_like_a_folder(tmp_path, capsys):
+    parquet = pytest.importorskip("pyarrow.parquet")
+    from pyarrow import table
+
+    make_image(1, (30, 20)).save(tmp_path / "a.png")
+    image = (tmp_path / "a.png").read_bytes()
+    images = [image] * 300 + [image[:50], None]
+    parquet.write_table(table({"image": images}), tmp_path / "a.parquet", row_group_size=40)
+    assert main(["images", str(tmp_path / "a.parquet"), "--all"]) == 3
+    out = capsys.readouterr().out
+    assert "302 of " in out and "301 PNG" in out and "1 (000301): no image: the value is null" in out
+    assert re.search("decoded: +302 of 302 images", out)

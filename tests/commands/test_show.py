@@ -218,6 +218,20 @@ def error_of(capsys, *argv):
     return error
 
 
+def test_thumbnails_come_from_a_table(made, tmp_path):
+    parquet = pytest.importorskip("pyarrow.parquet")
+    from pyarrow import table
+
+    paths = sorted((made / "photos").glob("class-*/*.png"))
+    columns = {"image": [path.read_bytes() for path in paths], "label": [path.parent.name for path in paths]}
+    parquet.write_table(table(columns | {"path": [path.name for path in paths]}), tmp_path / "photos.parquet")
+    run(tmp_path / "photos.parquet", tmp_path / "features")
+    (tmp_path / "photos.parquet").rename(tmp_path / "moved.parquet")
+    page = shown(tmp_path / "features" / "2.csv", "--images", str(tmp_path / "moved.parquet"))
+    assert page["classes"] == ["class-0", "class-1"] and len(page["thumbnails"]) == len(paths) == 21
+    assert page["folder"] == ""  # no links to files, for there are none
+
+
 def test_mistakes_are_short_messages(copy, tmp_path, capsys, monkeypatch):
     assert "3.csv: no such file. Did you mean 2.csv?" in error_of(capsys, copy.with_name("3.csv"))
     (tmp_path / "x.csv").touch()

@@ -171,3 +171,19 @@ def test_thumbnails_are_seen_as_the_rows_were_by_a_reader_that_is_named(seen, ca
         assert ("If you trust that code: --data.reader npy_reader.read" in told) == (thumbnails == 0)
     shown = np.asarray(Image.open(io.BytesIO(base64.b64decode(data["thumbnails"]["0"]))))
     assert np.abs(shown.astype(int) - np.asarray(make_image(0, (30, 20), "L"))[::-1, :, None]).mean() < 8
+
+
+def test_rows_of_a_table_are_computed_again_from_it(made, tmp_path, capsys):
+    parquet = pytest.importorskip("pyarrow.parquet")
+    from pyarrow import table
+
+    images = [path.read_bytes() for path in sorted((made / "photos").glob("0*.png"))]
+    columns = {"preview": images[::-1], "photo": images, "label": ["x", "y"] * 5}
+    parquet.write_table(table(columns), tmp_path / "photos.parquet")
+    run(tmp_path / "photos.parquet", tmp_path / "out", data={"column": "photo"})
+    file, moved = str(tmp_path / "out" / "2.csv"), tmp_path / "moved.parquet"
+    (tmp_path / "photos.parquet").rename(moved)
+    assert main(["verify", file, "--images", str(moved), *TINY]) == 0
+    assert "10 rows recomputed, the largest relative difference is 0.0e+00" in capsys.readouterr().out
+    parquet.write_table(table(columns | {"photo": images[::-1]}), moved)
+    assert main(["verify", file, "--images", str(moved), *TINY]) == 1

@@ -228,3 +228,69 @@ def test_a_function_that_is_also_a_module_is_the_function():
     network = named("antialiased_cnns.alexnet").build(choose_weights("antialiased_cnns.alexnet", "auto"))
     assert type(network).__name__ == "AlexNet" and "blurpool" in type(network.features[2]).__module__
     import_function("torchvision.models.resnet.resnet18")
+
+
+PHOTOS = [make_image(i, size) for i, size in enumerate([(300, 280), (250, 333)])]
+
+
+def test_image_size_of_timm_resamples_positions_as_timm_does(tmp_path):
+    network = timm.create_model("vit_tiny_patch16_224", depth=1)
+    torch.save({f"module.{name}": value for name, value in network.state_dict().items()}, tmp_path / "w.pth")
+    larger = timm.create_model("vit_tiny_patch16_224", depth=1, img_size=240).eval()
+    larger.load_state_dict(timm.models.vision_transformer.checkpoint_filter_fn(network.state_dict(), larger))
+    cfg = timm.get_pretrained_cfg("vit_tiny_patch16_224").to_dict() | {"input_size": (3, 240, 240)}
+    theirs = timm.data.create_transform(**timm.data.resolve_data_config(pretrained_cfg=cfg))
+    library = named("timm/vit_tiny_patch16_224", 240)
+    assert library.preset(RANDOM).crop == 240 and library.preset(RANDOM).resize == 266
+    found = library.build(RANDOM)
+    state = library.rename(found, torch.load(tmp_path / "w.pth"), "w.pth")
+    assert torch.equal(state["pos_embed"], larger.pos_embed)
+    image = library.preset(RANDOM).to_tensor(np.asarray(PHOTOS[0]))
+    assert torch.equal(library.preset(RANDOM).normalize(image[None])[0], theirs(PHOTOS[0]))
+
+
+@pytest.mark.parametrize(
+    ("arch", "size", "crop"),
+    [("timm/resnet10t", 64, 64), ("resnet18", 96, 96), ("timm/vit_small_patch14_dinov2", 28, 28)],
+)
+def test_networks_take_another_image_size(arch, size, crop):
+    model = FeatureExtractor("embedding", arch=arch, weights="random", image_size=size)
+    model.configure_model()
+    assert model.preprocessing.crop == crop and model.identity("embedding", "32-true")["image_size"] == size
+
+
+def test_a_vit_of_torchvision_has_its_positions_interpolated(tmp_path, monkeypatch):
+    entry = models.ViT_B_16_Weights.IMAGENET1K_V1
+    with torch.device("meta"):
+        shapes = models.vit_b_16().state_dict()
+    state = {name: torch.zeros(value.shape) for name, value in shapes.items()}
+    state["encoder.pos_embedding"] = torch.rand(shapes["encoder.pos_embedding"].shape)
+    torch.save(state, tmp_path / "w.pth")
+    monkeypatch.setattr("featx.model.libraries.torchvision.fetch", lambda url: tmp_path / "w.pth")
+    library = named("vit_b_16", 256)
+    expected = models.vision_transformer.interpolate_embeddings(256, 16, dict(state))["encoder.pos_embedding"]
+    assert torch.equal(library.build(Weights("best", entry=entry)).encoder.pos_embedding, expected)
+    of_file = library.rename(
+        library.build(Weights("f", file="f"), state), {"module." + n: v for n, v in state.items()}, "f"
+    )
+    assert torch.equal(of_file["module.encoder.pos_embedding"], expected)
+    preset = library.preset(Weights("best", entry=entry))
+    assert (preset.resize, preset.crop) == (292, 256)
+
+
+@pytest.mark.parametrize(("arch", "size"), [("vit_b_32", 100), ("timm/vit_tiny_patch16_224", 10)])
+def test_a_network_that_cannot_take_an_image_size_is_refused(arch, size):
+    model = FeatureExtractor("embedding", arch=arch, weights="random", image_size=size)
+    with pytest.raises(BadValueError, match=rf"--model.image_size {size}: {arch} cannot take images of this size"):
+        model.configure_model()
+
+
+def test_the_default_layer_is_fc7_or_the_embedding():
+    for arch, layer in (("alexnet", "fc7"), ("vgg11", "fc7"), ("resnet18", "embedding")):
+        model = FeatureExtractor(arch=arch, weights="random")
+        model.check()
+        assert model.layer == layer
+    with pytest.raises(BadValueError, match=r"--model.layer fc7: resnet18 has no such layer"):
+        FeatureExtractor("fc7", arch="resnet18", weights="random").check()
+    with pytest.raises(BadValueError, match="image_size 0: expected a whole number"):
+        FeatureExtractor(image_size=0)

@@ -21,6 +21,7 @@ from huggingface_hub.errors import (
 from transformers import AutoImageProcessor, AutoModel
 
 import featx
+from featx.commands.layers import layers
 from featx.errors import BadValueError, MissingPathError, UserError
 from featx.model.build import build_empty, choose_weights, named
 from featx.model.extractor import FeatureExtractor
@@ -181,6 +182,28 @@ def test_a_classifiers_file_has_no_pooler_and_gives_the_class_token(tmp_path):
     transformers.ViTImageProcessorPil(**SQUASH).save_pretrained(tmp_path)
     _, rows = featx.extract(PHOTOS, ["embedding", "layernorm"], arch=f"hf/{tmp_path}", num_workers=0)
     assert np.array_equal(rows["embedding"], rows["layernorm"][:, :16])
+
+
+@pytest.mark.parametrize("kind", ["Dinov2", "CLIP", "ResNet"])
+def test_featx_layers_lists_what_the_model_calls(kind, tmp_path, capsys):
+    assert layers(["--model.arch", f"hf/{save(tmp_path, kind)}", "--json"]) == 0
+    paths = [row["path"] for row in json.loads(capsys.readouterr().out)]
+    last = {"Dinov2": "layernorm", "CLIP": "visual_projection", "ResNet": "pooler"}[kind]
+    assert len(paths) > 8 and paths[-1] == last, paths
+    _, rows = featx.extract(PHOTOS[:2], paths[:3], arch=f"hf/{tmp_path}", num_workers=0)
+    assert list(rows) == paths[:3]
+
+
+def test_a_masked_autoencoder_sees_the_whole_image(tmp_path):
+    config = transformers.ViTMAEConfig(**VISION, decoder_num_attention_heads=2, decoder_hidden_size=16)
+    transformers.ViTMAEForPreTraining(config).save_pretrained(tmp_path)
+    transformers.ViTImageProcessorPil(**SQUASH).save_pretrained(tmp_path)
+    processor = AutoImageProcessor.from_pretrained(tmp_path, backend="pil")
+    network = AutoModel.from_pretrained(tmp_path, mask_ratio=0.0).eval()
+    with torch.inference_mode():
+        expected = network(processor(images=PHOTOS, return_tensors="pt")["pixel_values"]).last_hidden_state[:, 0]
+    _, rows = featx.extract(PHOTOS, arch=f"hf/{tmp_path}", num_workers=0)
+    assert relative_error(rows, expected.numpy()) < 1e-5
 
 
 def test_shards_and_a_pickle_of_tensors_are_read_and_nothing_in_them_runs(vit, tmp_path, monkeypatch):

@@ -104,6 +104,13 @@ def test_weights_trained_with_quickgelu_are_refused_for_a_network_without(monkey
         named("open_clip/tiny-ViT").build(choose_weights("open_clip/tiny-ViT", "laion"))
 
 
+def test_a_file_trained_with_quickgelu_is_refused_if_its_config_says_so(tmp_path):
+    file, _ = save(tmp_path, "tiny-ViT-quickgelu")
+    (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": CONFIGS["tiny-ViT-quickgelu"]}))
+    with pytest.raises(BadValueError, match=r"model.safetensors: these were trained with QuickGELU"):
+        featx.extract(PHOTOS, arch="open_clip/tiny-ViT", weights=file, num_workers=0)
+
+
 @pytest.mark.parametrize("beside", ["open_clip_config.json", "preprocessor_config.json"])
 def test_a_file_gets_the_preprocessing_beside_it(beside, tmp_path):
     file, network = save(tmp_path, "tiny-ViT")

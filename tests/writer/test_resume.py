@@ -125,6 +125,21 @@ def test_kill_9_at_any_moment_costs_nothing_but_the_batches_in_flight(place, tmp
     kill_and_finish(place, tmp_path, random.Random(seed), 3)
 
 
+def test_kill_9_while_a_table_is_read_and_its_end_by_two_processes(place, tmp_path):
+    parquet = pytest.importorskip("pyarrow.parquet")
+    from pyarrow import table
+
+    paths = sorted((place / "photos").glob("*/*.png"))
+    columns = {"image": [path.read_bytes() for path in paths], "path": [path.name for path in paths]}
+    columns["label"] = [path.parent.name for path in paths]
+    parquet.write_table(table(columns), tmp_path / "photos.parquet", row_group_size=7)
+    options = ("--data.dir", tmp_path / "photos.parquet")  # of the two, the last counts
+    process = begin(place, tmp_path / "out", *options)
+    wait_for_rows(process, tmp_path / "out", 30)
+    end(process, signal.SIGKILL)
+    finish(place, tmp_path / "out", *options, *DDP)
+
+
 @pytest.mark.torture
 @pytest.mark.parametrize("seed", range(5))
 def test_kill_9_many_times(place, tmp_path, seed):

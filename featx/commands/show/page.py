@@ -47,7 +47,7 @@ def show(argv: list[str]) -> int:
     """Run ``featx show FILE [--images DIR] [--map pca|tsne]`` and print the page's path."""
     parser = PlainParser("featx show", description="Write a page that shows a file's images.")
     parser.add_argument("file", metavar="FILE", help="features/fc7.csv or a folder of shards; writes features/fc7.html")
-    parser.add_argument("--images", metavar="DIR", help="folder or archive of the images, if they have moved")
+    parser.add_argument("--images", metavar="DIR", help="folder, archive or table of the images, if they have moved")
     parser.add_argument(
         "--map", choices=("pca", "tsne"), default="pca", help="pca: fast (default); tsne: slower, separates groups"
     )
@@ -133,7 +133,7 @@ def make_page(file: Finished, folder: str, kind: str, script: str, reader: str |
         "faults": list(map(error_row, file.faults)),
         "notes": notes,
         "record": file.record,
-        # of files in an archive there is no link
+        # images in an archive or a table have no link
         "folder": quote(os.fsencode(os.path.relpath(folder, file.record_path.parent))) + "/" if is_folder else "",
         "thumbnails": {},
     }
@@ -181,7 +181,7 @@ def _some_rows(file: Finished) -> tuple[list[str], Floats]:
 
 
 def _open(where: str, record: Json, notes: list[str]) -> Source | None:
-    """Return the images in an archive, or None if they cannot be listed, which is noted."""
+    """Return the images in an archive or a table, or None if they cannot be listed, which is noted."""
     recorded = record["run"]["options"]["data"]
     try:
         selection = Selection(recorded.get("suffixes"), recorded.get("exclude"))

@@ -11,6 +11,7 @@ from featx.data.sources.base import Names, Source, open_file
 from featx.data.sources.directory import ImageTree, check_list, read_list
 from featx.data.sources.patterns import archives_in, expand
 from featx.data.sources.store import check_url, find_in_store, is_url
+from featx.data.sources.table import SUFFIXES, Table, files_of
 from featx.errors import BadValueError, UserError
 
 __all__ = ["Archives", "ImageTree", "Names", "Source", "check", "exists", "find", "is_folder", "open_file", "read_list"]
@@ -34,7 +35,7 @@ def exists(where: str) -> bool:
 
 def is_folder(where: str) -> bool:
     """Whether images are files of their own in a folder, or would be if it was there."""
-    return not is_url(where) and (not exists(where) or not _archives(where))
+    return not is_url(where) and (not exists(where) or not (_tables(where) or _archives(where)))
 
 
 def find(
@@ -48,7 +49,7 @@ def find(
     """Return the source of images that a user names.
 
     Args:
-        where: A folder, an archive, a pattern of archives' paths, or the URL of a bucket or of a prefix in it.
+        where: A folder, an archive, a table, a pattern of the paths of archives or tables, or a URL of any of them.
         files: A file that lists the images, or their paths, in the order of the rows; None: all.
         selection: The suffixes of images, and which images to leave out.
         column: The column of a table, or the file of a sample in an archive, that is the image; None: the only one.
@@ -60,6 +61,13 @@ def find(
     """
     if is_url(where):
         return find_in_store(where, files, selection, column, cache, retry_seconds)
+    if tables := _tables(where):
+        if files is not None:
+            raise BadValueError(
+                f"--data.files {files}: --data.dir {where} is a table, whose rows are read in their order. "
+                "--data.exclude leaves some out."
+            )
+        return Table(where, tables, selection, column)
     if archives := _archives(where):
         return Archives(where, archives, files, selection, column, cache)
     if column is not None:
@@ -67,6 +75,14 @@ def find(
             f"--data.column {column}: --data.dir {where} is a folder of images, which has no columns. Leave it out."
         )
     return ImageTree(where, files, selection)
+
+
+def _tables(where: str) -> list[str]:
+    """Return the files of the table that a user names, in order, or []."""
+    paths = expand(where)
+    if len(paths) == 1:
+        return files_of(paths[0])
+    return paths if all(path.lower().endswith(SUFFIXES) for path in paths) else []
 
 
 def _archives(where: str) -> list[str]:

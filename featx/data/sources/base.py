@@ -1,12 +1,13 @@
 """What every source of images has: names, sizes and stamps of all images, and the bytes of some."""
 
 import hashlib
+import io
 import os
 import stat
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
-from typing import BinaryIO, Protocol, overload
+from typing import Any, BinaryIO, Protocol, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -111,6 +112,41 @@ class LocalFile:
         """Do nothing: the system reads ahead."""
 
 
+class AsFile(io.RawIOBase):
+    """A ``Ranged`` as a file that can be sought.
+
+    Args:
+        file: The file.
+    """
+
+    def __init__(self, file: Ranged) -> None:
+        self._file, self._at = file, 0
+
+    def readable(self) -> bool:
+        """Whether it can be read: yes."""
+        return True
+
+    def seekable(self) -> bool:
+        """Whether it can be sought: yes."""
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        """Go to a place, and return it."""
+        self._at = offset + (0, self._at, self._file.size)[whence]
+        return self._at
+
+    def tell(self) -> int:
+        """Return the place."""
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        """Fill a buffer, and return how many bytes there were."""
+        data = self._file.read(len(buffer), self._at)
+        buffer[: len(data)] = data
+        self._at += len(data)
+        return len(data)
+
+
 class Source(ABC):
     """Images in the order of the rows, wherever they are.
 
@@ -120,13 +156,14 @@ class Source(ABC):
     Attributes:
         where: The folder, archive, table or URL, as it was given.
         names: Paths of the images below it, with ``/``, in the order of the rows.
-        sizes: Their sizes in bytes, ``(N,) int64``; -1 where there is no file.
+        sizes: Their sizes in bytes, ``(N,) int64``; -1 where they are not known, or there is no file.
         stamps: Besides the size, what changes with an image's content, ``(N,) int64``: the time of a file's last change
             in ns, or a checksum; -1 where there is no file.
         classes: Names of the class folders, sorted, or ``[""]``.
         left_out: One line that counts what was left out, or ``""``.
         images_left_out: How many images that is.
         lost: What is reported if ``is_lost`` during a run.
+        column: The column of a table that has the images, or ``""``.
     """
 
     where: str
@@ -137,6 +174,7 @@ class Source(ABC):
     left_out: str = ""
     images_left_out: int = 0
     lost: str = "the folder is gone, or empty"
+    column: str = ""
 
     def __len__(self) -> int:
         return len(self.names)

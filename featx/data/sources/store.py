@@ -17,12 +17,15 @@ from torch.utils.data import get_worker_info
 
 from featx.data.selection import Selection
 from featx.data.sources.archive import SUFFIXES, Archives
+from featx.data.sources.base import Source
 from featx.data.sources.fetcher import NO_BUCKET, REFUSED_TO_ALL, Trouble, without_secrets
 from featx.data.sources.members import FOLDER, Members
 from featx.data.sources.patterns import select
+from featx.data.sources.table import Table
 from featx.errors import BadValueError, ImageError, MissingPathError, StoreError, UserError, rank
 
 SCHEMES, HTTP = ("s3://", "gs://", "az://"), ("http://", "https://")
+TABLES = (".parquet", ".parq", ".pq")
 WINDOW = 1 << 20  # bytes that are fetched where one after the other is read
 GAP, LONGEST = 1 << 16, 1 << 23  # bytes between ranges that are fetched in one request, and of that
 CONTINUES = "the same command continues where it stopped"
@@ -320,7 +323,7 @@ def find_in_store(
     column: str | None = None,
     cache: Path | None = None,
     retry_seconds: float = 300,
-) -> Archives:
+) -> Source:
     """Return the source of images that a URL names, as ``sources.find`` does for a path."""
     check_url(where)
     url, selection = shown(where), selection or Selection()
@@ -330,12 +333,18 @@ def find_in_store(
     elif pattern:
         bucket = Bucket(url[: pattern.start()].rpartition("/")[0], retry_seconds)
         paths = select(url, bucket.urls(bucket.list()))
-    elif url.lower().endswith(SUFFIXES):
+    elif url.lower().endswith(SUFFIXES + TABLES):
         bucket, paths = Bucket(url.rpartition("/")[0], retry_seconds), [url]
     else:
         bucket = Bucket(where, retry_seconds)
         members = bucket.list()
-        paths = [url for url in bucket.urls(members) if url.lower().endswith(SUFFIXES)]
+        paths = [url for url in bucket.urls(members) if url.lower().endswith(SUFFIXES + TABLES)]
         if not paths or any(map(selection.is_image, bucket.urls(members))):
             return ObjectStore(bucket, members, files, selection)
+    if all(path.lower().endswith(TABLES) for path in paths):
+        if files is not None:
+            raise BadValueError(
+                f"--data.files {files}: --data.dir {url} is a table, whose rows are read in their order."
+            )
+        return Table(url, sorted(paths), selection, column, bucket.open)
     return Archives(url, sorted(paths), files, selection, column, cache, bucket.open)

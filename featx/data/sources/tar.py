@@ -1,6 +1,7 @@
 """A tar -> its members, by one reading of its headers: https://pubs.opengroup.org/onlinepubs/9799919799/utilities/pax.html."""
 
 import os
+import shlex
 from typing import NoReturn
 from zlib import crc32
 
@@ -74,7 +75,7 @@ class _Reading:
                 self._look_after_the_end(at)
                 return None
             if len(block) < BLOCK or not _has_checksum(block):
-                self._refuse(at)
+                self._refuse(at, is_between=at == begin)
             kind, size, data = block[156:157], self._number(block[124:136], at), at + BLOCK
             if kind not in b"LKxXg":
                 break
@@ -157,19 +158,19 @@ class _Reading:
                 return
             at += len(chunk)
 
-    def _refuse(self, at: int) -> NoReturn:
+    def _refuse(self, at: int, is_between: bool = False) -> NoReturn:
         """Raise BadValueError for an archive that ends, or makes no sense, at a header."""
         name = os.fsdecode(self._last)
         after = f"the last whole member is {name}" if name else "no member of it is whole"
-        if at == self._size and name:
+        if is_between and at == self._size and name:
             raise BadValueError(
                 f"--data.dir {self._path}: cut off: {after}, and the end marker is missing.\n"
                 "If it is whole, this adds the marker, two blocks of zeros: "
-                f"head -c 1024 /dev/zero >> {self._path}"
+                f"head -c 1024 /dev/zero >> {shlex.quote(self._path)}"
             )
         raise BadValueError(
-            f"--data.dir {self._path}: cut off or damaged: {after}, and at byte {at:,} of {self._size:,} there is no "
-            "whole member.\nCopy or download the archive again."
+            f"--data.dir {self._path}: cut off or damaged at byte {min(at, self._size):,} of {self._size:,}; {after}.\n"
+            "Copy or download the archive again."
         )
 
 

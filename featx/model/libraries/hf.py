@@ -133,6 +133,8 @@ class HuggingFace(Library):
                 f"--model.arch {self.arch}: a model of type {config.model_type} does not take images alone.\n"
                 "Expected a vision model, or one of images and text such as CLIP or SigLIP."
             )
+        if hasattr(config, "mask_ratio"):
+            config.mask_ratio = 0.0
         if (text := getattr(config, "text_config", None)) is not None:
             text.num_hidden_layers = 0  # of the part that is not used
         return model, config
@@ -158,6 +160,7 @@ class HuggingFace(Library):
         projects = hasattr(model, "get_image_features")
         takes = inspect.signature(model.get_image_features if projects else model.forward).parameters
         extra = {"interpolate_pos_encoding": True} if self.image_size and "interpolate_pos_encoding" in takes else {}
+        network.masks_at_random = config.model_type == "vit_mae"
         own = {"forward": _forward, "__module__": __name__}
         network.__class__ = type(model.__name__, (Tower, model), own)
         network.vector = "get_image_features" if projects else f"output of {model.__name__}"
@@ -289,7 +292,11 @@ def _forward(self: Any, images: Tensor) -> Tensor:
     if self.vector == "get_image_features":
         found = self.get_image_features(pixel_values=images, **self.extra)
     else:
-        found = super(Tower, self).forward(pixel_values=images, **self.extra)
+        extra = self.extra
+        if self.masks_at_random:  # https://github.com/huggingface/transformers/issues/16101: nothing masked, as sorted
+            side = images.shape[-1] // self.config.patch_size
+            extra = extra | {"noise": torch.arange(side**2, device=images.device).expand(len(images), -1)}
+        found = super(Tower, self).forward(pixel_values=images, **extra)
     vector = found
     if not isinstance(found, Tensor):
         named = (getattr(found, name, None) for name in ("image_embeds", "pooler_output"))

@@ -95,10 +95,14 @@ class OpenClip(Library):
             vision["image_size"] = self.image_size
         quick = bool(config.get("quick_gelu", False))
         is_resnet = isinstance(vision.get("layers"), list)  # which has no GELU
-        if isinstance(weights.entry, dict) and weights.entry.get("quick_gelu") and not quick and not is_resnet:
+        trained: dict[str, Any] = weights.entry or {}
+        if weights.file and self._repo is None and (path := Path(weights.file).with_name(CONFIG)).is_file():
+            trained = self._read(path).get("model_cfg", {})
+        if trained.get("quick_gelu") and not quick and not is_resnet:
+            # https://github.com/mlfoundations/open_clip/issues/771
             raise BadValueError(
-                f"--model.weights {weights.name.split()[-1]}: these were trained with QuickGELU, {self._name} has "
-                f"GELU.\nExpected --model.arch open_clip/{self._name}-quickgelu."
+                f"--model.weights {weights.file or weights.name.split()[-1]}: these were trained with QuickGELU, "
+                f"{self._name} has GELU.\nExpected --model.arch open_clip/{self._name}-quickgelu."
             )
         # open_clip.create_model() would build the text tower, too, and download the config of some.
         make = import_module("open_clip.model")._build_vision_tower

@@ -2,12 +2,16 @@
 
 import io
 import sys
+import tarfile
+import zipfile
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 import tiny
 from conftest import make_image
 from proxy import Proxy
+from pyarrow import parquet
 
 from featx.data.sources import ImageTree, find
 from featx.data.sources.fetcher import without_secrets
@@ -119,6 +123,55 @@ def test_an_object_that_is_gone_or_changed_since_the_listing_is_listed(some, buc
     found = list(store.read(range(20)))
     assert [str(found[3]), str(found[4])] == ["gone since the listing", "changed since the listing"]
     assert all(isinstance(file, io.BytesIO) for place, file in enumerate(found) if place not in (3, 4))
+
+
+@pytest.fixture
+def files_in_store(bucket, photos, tmp_path):
+    """The photographs as a zip, as two tars, and as a table, each of them in the bucket."""
+    names = list(ImageTree(str(photos)).names)
+    with zipfile.ZipFile(tmp_path / "all.zip", "w") as file:
+        for name in names:
+            file.write(photos / name, name)
+    for number, some in enumerate((names[:20], names[20:])):
+        with tarfile.open(tmp_path / f"{number}.tar", "w") as file:
+            for name in some:
+                file.add(photos / name, name)
+    rows = [{"path": name, "bytes": (photos / name).read_bytes()} for name in names]
+    parquet.write_table(pa.table({"image": rows}), tmp_path / "all.parquet", row_group_size=7)
+    for name in ("all.zip", "0.tar", "1.tar", "all.parquet"):
+        bucket.put(f"bucket/files/{name}", (tmp_path / name).read_bytes())
+    return names
+
+
+@pytest.mark.parametrize("what", ["all.zip", "all.parquet", "*.tar", "{0..1}.tar"])
+def test_archives_and_tables_are_read_by_ranges(photos, files_in_store, tmp_path, what):
+    tiny.run(photos, tmp_path / "folder")
+    tiny.run(f"s3://bucket/files/{what}", tmp_path / "store", data={"num_workers": 2})
+    assert rows(tmp_path / "store") == rows(tmp_path / "folder")
+
+
+@pytest.mark.parametrize("what", ["all.zip", "0.tar", "all.parquet"])
+def test_a_single_file_is_read_over_http_and_its_url_keeps_its_secrets(photos, files_in_store, proxy, what):
+    url = f"http://user:secret@{proxy.endpoint.removeprefix('http://')}/bucket/files/{what}?X-Amz-Signature=secret"
+    source = find(url)
+    assert source.where == f"{proxy.endpoint}/bucket/files/{what}" and "secret" not in source.path(0)
+    assert next(iter(source.read([0]))).read() == (photos / source.names[0]).read_bytes()
+    assert all("X-Amz-Signature=secret" in path for path in proxy.paths)
+
+
+@pytest.mark.parametrize("what", ["all.zip", "0.tar", "all.parquet"])
+def test_a_store_that_fails_within_a_file_ends_the_run(files_in_store, proxy, what):
+    source = find(f"s3://bucket/files/{what}", retry_seconds=0)
+    proxy.rule = lambda path: "503"
+    with pytest.raises(StoreError, match="the store failed: 503"):
+        list(source.read([len(source) - 1]))
+
+
+def test_neighbours_in_an_archive_are_one_request(files_in_store, proxy):
+    source = find("s3://bucket/files/0.tar")
+    before = len(proxy.paths)
+    assert len(list(source.read(range(20)))) == 20
+    assert len(proxy.paths) - before == 2  # one says whether it is still the same
 
 
 def refusal(url: str, **options: object) -> tuple[int, str]:
