@@ -29,7 +29,7 @@ SLOW := test_cli.py test_readme.py test_demo.py test_bench.py process/test_signa
 data/test_workers.py model/test_inplace.py writer/test_resume.py writer/test_disk.py
 
 test: lint browser
-	$(BIN)/python -m pytest -n 2 $(if $(FAST),$(SLOW:%=--ignore=tests/%))
+	$(BIN)/python -m pytest -n 2 --dist loadgroup $(if $(FAST),$(SLOW:%=--ignore=tests/%))
 
 # For the tests of the page of `featx show`; without a browser they are skipped.
 browser:

@@ -51,6 +51,15 @@ class LostFolderError(UserError, FileNotFoundError):
     exit_status = 4
 
 
+class StoreError(UserError):
+    """The object store with the images failed: exit status 4.
+
+    It is no OSError, which could be a single image's.
+    """
+
+    exit_status = 4
+
+
 class BrokenSourceError(UserError, OSError):
     """A part of a file with many images cannot be read: exit status 4."""
 

@@ -4,7 +4,7 @@ import csv
 import os
 import socket
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 from start import Process
+from store import Server
 from torch import nn
 from torchvision import models, transforms
 from torchvision.datasets import ImageFolder
@@ -65,6 +66,17 @@ def log_of_its_own() -> None:
     """Begin with the log as Python has it: a command, run in this process before, set it up as for its own."""
     log.handlers, log.propagate = [], True
     log.setLevel("NOTSET")
+
+
+@pytest.fixture(scope="session")
+def store_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """An S3 server with a bucket, ``bucket``."""
+    server = Server(tmp_path_factory.mktemp("store"))
+    try:
+        server.make_bucket("bucket")
+        yield server
+    finally:
+        server.close()
 
 
 def random_network(name: str, seed: int = 1, **options: object) -> nn.Module:

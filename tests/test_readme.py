@@ -29,6 +29,7 @@ NOT_RUN = {
     r"pip install ": "it installs",
     r"make (demo|test)\b": "it installs; test_demo.py runs what make demo runs, and make test runs this",
     r"make bench\b": "it installs, and measures for minutes; test_bench.py runs its parts",
+    r"featx predict --data.dir s3://": "it needs a bucket; data/sources/test_store.py reads one",
     r"srun ": "there is no SLURM here; test_cli.py starts two tasks with the variables that srun sets",
 }
 # What a test uses instead of what a reader has: machines, GPUs, and weights that only a server has.

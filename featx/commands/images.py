@@ -64,7 +64,7 @@ def as_json(overview: Overview) -> dict[str, Any]:
         for category in (*CATEGORIES, "remarks", "unreadable")
     }
     return {
-        "dir": overview.data.dir,
+        "dir": overview.images.where,
         "images": len(overview.images),
         "classes": [name for name in overview.images.classes if name],
         "left_out": overview.images.left_out,
@@ -87,7 +87,7 @@ def _table(overview: Overview) -> Iterator[tuple[str, str]]:
     """Yield lines, each as its label and its text."""
     data, tree = overview.data, overview.images
     classes = f" in {count(len(tree.classes), 'class folder')}" if tree.classes != [""] else ""
-    yield "images", f"{len(tree):,}{classes} of {data.dir}"
+    yield "images", f"{len(tree):,}{classes} of {tree.where}"
     if tree.left_out:
         yield "left out", tree.left_out
     if overview.sizes.any():

@@ -20,7 +20,7 @@ import torch
 from lightning.pytorch import LightningDataModule
 from numpy.typing import NDArray
 from torch import stack
-from torch.utils.data import DataLoader, Dataset, DistributedSampler
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, get_worker_info
 
 from featx.data import preprocess, sources
 from featx.data.batch import Batch, Fault, Sample
@@ -64,6 +64,7 @@ class ImageFolderDataModule(LightningDataModule):
         page: Page of files with several, from 1; null: the first that is not a thumbnail.
         reader: A function that reads the files, as my_module.read; it takes a path and returns an array.
         column: The column of a table, or the member of a sample, that is the image; null: the only one.
+        retry_seconds: How long requests are repeated while an object store fails, in seconds.
 
     Raises:
         UserError: From ``setup``: no folder, no image, or all images need an option, such as ``value_range``.
@@ -93,6 +94,7 @@ class ImageFolderDataModule(LightningDataModule):
         page: int | None = None,
         reader: str | None = None,
         column: str | None = None,
+        retry_seconds: int = 300,
     ) -> None:
         super().__init__()
         for name, value, least in (
@@ -100,6 +102,7 @@ class ImageFolderDataModule(LightningDataModule):
             ("num_workers", num_workers, 0),
             ("resize", resize, 1),
             ("crop", crop, 1),
+            ("retry_seconds", retry_seconds, 0),
         ):
             if isinstance(value, int) and value < least:
                 raise BadValueError(f"--data.{name} {value}: expected a whole number of at least {least}.")
@@ -121,6 +124,7 @@ class ImageFolderDataModule(LightningDataModule):
         self.exclude = exclude
         self.suffixes = suffixes
         self.on_error = on_error
+        self.retry_seconds = retry_seconds
         self.decoder = decoder
         self.view = View(value_range, strict, exif_rotate, srgb, background, bands, page, reader)
         vars(self).update(vars(self.view))  # its options, for the record
@@ -145,17 +149,17 @@ class ImageFolderDataModule(LightningDataModule):
         if self.images is not None and not self._used:
             return
         self._used = False
-        images = sources.find(self.dir, self.files, self.selection, self.column, self.cache)
+        images = sources.find(self.dir, self.files, self.selection, self.column, self.cache, self.retry_seconds)
         classes = f" in {count(len(images.classes), 'class folder')}" if images.classes != [""] else ""
         listed = f", listed in {self.files}" if self.files else ""
-        note("images", f"{len(images):,}{classes} of {self.dir}{listed}")
+        note("images", f"{len(images):,}{classes} of {images.where}{listed}")
         if images.left_out:
-            log.warning("left out of %s: %s", self.dir, images.left_out)
+            log.warning("left out of %s: %s", images.where, images.left_out)
         if images.images_left_out > len(images):
             log.warning(
                 "MORE IMAGES ARE LEFT OUT (%s) THAN READ (%s). featx reads the images in class folders, or in %s "
                 "itself if there are none; --data.files LIST reads exactly the images that it lists",
-                f"{images.images_left_out:,}", f"{len(images):,}", self.dir,
+                f"{images.images_left_out:,}", f"{len(images):,}", images.where,
             )  # fmt: skip
         self.images = images
         samples = partial(self._first_samples, Preprocessing(None, None, "bilinear", (), (), ""))
@@ -254,17 +258,20 @@ class ImageFolderDataModule(LightningDataModule):
             generator=torch.Generator(),  # else it would draw a number from the process's own
         )
 
-    def on_before_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
+    def on_before_batch_transfer(self, batch: Batch | UserError, dataloader_idx: int) -> Batch:
         """Report, in the main process, what a batch says about the whole run.
 
         Raises:
             BrokenSourceError: A part of a table cannot be read.
             LostFolderError: The images are gone.
+            UserError: Their source failed.
         """
+        if isinstance(batch, UserError):
+            raise batch
         self._end_if_broken(batch)
         if batch.faults and self.images is not None and self.images.is_lost():
             raise LostFolderError(
-                f"--data.dir {self.dir}: {self.images.lost}. It held {batch.faults[0].path}.\n"
+                f"--data.dir {self.images.where}: {self.images.lost}. It held {batch.faults[0].path}.\n"
                 "If its disk or network share was lost, reconnect it and run the same command again."
             )
         if "dark" in batch.remarks and not self._dark_reported:
@@ -316,7 +323,7 @@ class ImageFolderDataModule(LightningDataModule):
 
     def _first_samples(self, preprocessing: Preprocessing) -> Iterator[Sample]:
         images = self._read_as(preprocessing)
-        return images.read(range(min(FIRST, len(images))))
+        return map(images.__getitem__, range(min(FIRST, len(images))))  # one by one: the first is mostly enough
 
     def _read_as(self, preprocessing: Preprocessing) -> "_Images":
         assert self.images is not None
@@ -336,9 +343,14 @@ class _Images(Dataset[Sample]):
     def __getitem__(self, place: int) -> Sample:
         return next(self.read([place]))
 
-    def __getitems__(self, places: Sequence[int]) -> list[Sample]:
-        """Return the samples of a batch, as torch's DataLoader asks for them."""
-        return list(self.read(places))
+    def __getitems__(self, places: Sequence[int]) -> list[Sample] | UserError:
+        """Return the samples of a batch, as torch's DataLoader asks for them, or in a worker why there are none."""
+        try:
+            return list(self.read(places))
+        except UserError as err:
+            if get_worker_info() is None:
+                raise
+            return err  # raised, it would arrive with a traceback in its message
 
     def read(self, places: Sequence[int]) -> Iterator[Sample]:
         """Yield images as the network takes them, or their faults."""

@@ -40,7 +40,9 @@ class Overview:
 
     def __init__(self, data: ImageFolderDataModule, decode_all: bool = False) -> None:
         self.data = data
-        self.images = data.images = find(data.dir, data.files, data.selection, data.column)
+        self.images = data.images = find(
+            data.dir, data.files, data.selection, data.column, retry_seconds=data.retry_seconds
+        )
         data.batch_size = 1  # a batch is an image
         self.found: dict[str, Remarks] = defaultdict(dict)
         self.sizes = np.zeros((len(self.images), 2), np.int32)

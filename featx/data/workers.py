@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from featx.data.batch import Batch
-from featx.errors import BadValueError, first_line, log, size_in_words
+from featx.errors import BadValueError, UserError, first_line, log, size_in_words
 from featx.process.lightning import end_at_an_unsent_batch
 
 PATIENCE = 10.0  # seconds in which a forked worker has to begin
@@ -102,12 +102,14 @@ def start(worker: int) -> None:
     end_at_an_unsent_batch()
 
 
-def send(collate: Callable[[Any], Batch], samples: Any) -> Batch:
+def send(collate: Callable[[Any], Batch], samples: Any) -> Batch | UserError:
     """Return a batch whose images are in shared memory where there is room, else are pickled with their values.
 
     The DataLoader would do it in a thread of its queue, and where that fails the main process waits forever:
     https://github.com/pytorch/pytorch/issues/5040
     """
+    if isinstance(samples, UserError):
+        return samples
     batch = collate(samples)
     return batch._replace(groups=[(rows, share(images)) for rows, images in batch.groups])
 

@@ -84,6 +84,8 @@ class FeatureWriter(BasePredictionWriter):
                 "--writer.update true: keeps the rows of unchanged images, and --writer.overwrite true removes them.\n"
                 "Expected one of the two."
             )
+        if "://" in out_dir:
+            raise BadValueError(f"--writer.out_dir {out_dir}: expected a folder on a local or shared disk.")
         self.out_dir = out_dir
         self.format = format
         self.names = names
@@ -239,7 +241,8 @@ class FeatureWriter(BasePredictionWriter):
             self._restrict(data)
         if len({digest for *_, digest in gathered}) > 1:
             raise UserError(
-                f"--data.dir {data.dir}: the processes see different images. The folder changed or is not shared."
+                f"--data.dir {data.images.where}: the processes see different images. "
+                "The folder changed or is not shared."
             )
         seen = self._gather(all(state.run_path.exists() for state in self._states.values()))
         if not all(seen):
@@ -379,7 +382,7 @@ def _run_info(writer: FeatureWriter, trainer: Trainer, started: datetime) -> dic
         "options": {
             "model_class": records.public_name(type(model)),
             "model": records.options(model),
-            "data": records.options(data) | {"dir": os.path.abspath(data.dir)},
+            "data": records.options(data) | {"dir": records.place(data.images.where)},
         },
         "host": platform.node(),
         "processes": trainer.world_size,

@@ -4,6 +4,7 @@ import gzip
 import hashlib
 import inspect
 import json
+import os
 import re
 import zlib
 from collections.abc import Mapping, Set
@@ -70,6 +71,11 @@ def public_name(owner: type) -> str:
     """Return a class's name in ``--model`` and in records; it does not change when a class of featx moves."""
     package = owner.__module__.split(".")[0]
     return f"{package if package == 'featx' else owner.__module__}.{owner.__qualname__}"
+
+
+def place(where: str) -> str:
+    """Return where the images are, as a record has it: a URL, or a folder's absolute path."""
+    return where if "://" in where else os.path.abspath(where)
 
 
 def options(owner: object) -> Json:

@@ -10,6 +10,7 @@ from featx.data.sources.archive import Archives
 from featx.data.sources.base import Names, Source, open_file
 from featx.data.sources.directory import ImageTree, check_list, read_list
 from featx.data.sources.patterns import archives_in, expand
+from featx.data.sources.store import check_url, find_in_store, is_url
 from featx.data.sources.table import SUFFIXES, Table, files_of
 from featx.errors import BadValueError, UserError
 
@@ -18,13 +19,15 @@ __all__ = ["Archives", "ImageTree", "Names", "Source", "check", "exists", "find"
 
 def check(where: str, files: str | None) -> None:
     """Raise UserError if there is no such source, or no such list."""
-    expand(where)
+    (check_url if is_url(where) else expand)(where)
     if files is not None:
         check_list(files)
 
 
 def exists(where: str) -> bool:
     """Whether a user names anything that is there."""
+    if is_url(where):
+        return True
     with suppress(UserError):
         return bool(expand(where))
     return False
@@ -32,7 +35,9 @@ def exists(where: str) -> bool:
 
 def is_folder(where: str) -> bool:
     """Whether images are files of their own in a folder, or would be if it was there."""
-    return not exists(where) or not (_tables(paths := expand(where)) or _archives(paths))
+    if is_url(where) or not exists(where):
+        return not is_url(where)
+    return not (_tables(paths := expand(where)) or _archives(paths))
 
 
 def find(
@@ -41,19 +46,23 @@ def find(
     selection: Selection | None = None,
     column: str | None = None,
     cache: Path | None = None,
+    retry_seconds: float = 300,
 ) -> Source:
     """Return the source of images that a user names.
 
     Args:
-        where: A folder, an archive, a table, or a pattern of the paths of archives or tables.
+        where: A folder, an archive, a table, a pattern of the paths of archives or tables, or a URL of any of them.
         files: A file that lists the images, or their paths, in the order of the rows; None: all.
         selection: The suffixes of images, and which images to leave out.
         column: The column of a table, or the file of a sample in an archive, that is the image; None: the only one.
         cache: A file that keeps what takes long to list, for the next run; None: nothing is kept.
+        retry_seconds: How long requests are repeated while a store fails.
 
     Raises:
         UserError: There is no such source, it cannot be read, or there is no image in it.
     """
+    if is_url(where):
+        return find_in_store(where, files, selection, column, cache, retry_seconds)
     paths = expand(where)
     if tables := _tables(paths):
         if files is not None:

@@ -4,10 +4,12 @@ import errno
 import os
 import re
 import shlex
-import stat
 from array import array
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from functools import lru_cache
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from functools import lru_cache, partial
 from io import BytesIO
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -18,7 +20,7 @@ from numpy.typing import NDArray
 from featx.data.selection import LeftOut, Selection
 from featx.data.sources import tar
 from featx.data.sources import zip as zipped
-from featx.data.sources.base import Names, Source
+from featx.data.sources.base import LocalFile, Names, Ranged, Source
 from featx.data.sources.directory import read_list
 from featx.data.sources.members import FOLDER, Members
 from featx.data.sources.saved import Saved
@@ -27,6 +29,8 @@ from featx.errors import BadValueError, ImageError, UserError
 
 SUFFIXES = (".tar", ".zip")
 MOST_BYTES = (1 << 31) - (1 << 20)  # of an image; one system call reads hardly more
+AHEAD = 1 << 26  # bytes that are fetched before they are read
+AT_ONCE = 8  # archives in a store whose members are listed
 OPEN_FILES = 64  # archives that a process has open at once
 UNPACKERS = {  # by first bytes, of files that people call archives and that are packed as a whole
     b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ\0": "xz", b"\x28\xb5\x2f\xfd": "zstd", b"\x04\x22\x4d\x18": "lz4",
@@ -38,23 +42,12 @@ class Archive(NamedTuple):
 
     path: str
     size: int
-    mtime: int  # in ns
+    stamp: int
     is_zip: bool
 
-    def is_same(self, now: os.stat_result) -> bool:
+    def is_same(self, now: Ranged) -> bool:
         """Whether nobody has changed it."""
-        return (now.st_size, now.st_mtime_ns) == (self.size, self.mtime)
-
-
-class _File:
-    """An open file, closed when nothing uses it any more."""
-
-    def __init__(self, path: str) -> None:
-        self.fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-
-    def __del__(self, close: Callable[[int], None] = os.close) -> None:  # as Python ends, os may be gone
-        if hasattr(self, "fd"):
-            close(self.fd)
+        return (now.size, now.stamp) == (self.size, self.stamp)
 
 
 class Archives(Source):
@@ -71,6 +64,7 @@ class Archives(Source):
         column: Of the files of a sample, as WebDataset names them (``0001.left.jpg`` is the file ``left.jpg`` of the
             sample ``0001``), the one to read; None: all images.
         cache: A file that keeps the lists of tars' members for the next run; None: none does.
+        opener: Opens an archive.
 
     Raises:
         BadValueError: A file is not an archive, or damaged, or there is no image in it.
@@ -87,18 +81,26 @@ class Archives(Source):
         selection: Selection | None = None,
         column: str | None = None,
         cache: Path | None = None,
+        opener: Callable[[str], Ranged] = LocalFile,
     ) -> None:
-        self.where = paths[0] if len(paths) == 1 else os.path.commonpath([os.path.dirname(path) for path in paths])
-        self._pid, self._open = 0, lru_cache(OPEN_FILES)(_File)
-        selection = selection or Selection()
-        unpacked = Unpacked(selection, column)
+        self.where = paths[0] if len(paths) == 1 else _above(paths)
+        self._opener, self._pid, self._open = opener, 0, lru_cache(OPEN_FILES)(opener)
         self.archives, tables, saved = list[Archive](), list[Members](), Saved(cache)
-        for path in paths:
-            archive, members = _index(path, saved)
-            self.archives.append(archive)
-            tables.append(members)
+        # of files on a disk one after the other: reading headers takes a core, not time to wait
+        with ThreadPoolExecutor(1 if opener is LocalFile else AT_ONCE) as threads:
+            for archive, members in threads.map(partial(_index, opener=opener, saved=saved), paths):
+                self.archives.append(archive)
+                tables.append(members)
         saved.save()
         del saved
+        if (nothing := self._arrange(tables, files, selection or Selection(), column)) is not None:
+            raise _nothing(where, nothing, selection or Selection(), column)
+
+    def _arrange(
+        self, tables: list[Members], files: str | Sequence[str] | None, selection: Selection, column: str | None
+    ) -> Unpacked | None:
+        """Make members of the archives the rows, or return what else is in them."""
+        unpacked = Unpacked(selection, column)
         if files is None:
             for members in tables:
                 unpacked.add(members)
@@ -109,12 +111,14 @@ class Archives(Source):
             self.classes = [""]
             self._take(tables, [np.fromiter((place for _, place in t.in_order()), np.uint32) for t in tables])
             self._pick(read_list(files) if isinstance(files, str) else list(files), selection)
-        if not len(self):
-            raise _nothing(where, unpacked, selection, column)
+        return None if len(self) else unpacked
 
     def read(self, places: Sequence[int]) -> Iterator[BinaryIO | Exception]:
         """Yield the bytes of some images, or why they cannot be read."""
-        for place in places:
+        ready = 0
+        for number, place in enumerate(places):
+            if number == ready:
+                ready += self._get_ready(places[number:])
             try:
                 file: BinaryIO | Exception = BytesIO(self._read(place))
             except (OSError, ImageError, MemoryError) as err:
@@ -124,7 +128,7 @@ class Archives(Source):
     def is_lost(self) -> bool:
         """Whether an archive is gone, or is not the one whose members were listed."""
         try:
-            return not all(archive.is_same(os.stat(archive.path)) for archive in self.archives)
+            return not all(archive.is_same(self._opener(archive.path)) for archive in self.archives)
         except OSError:
             return True
 
@@ -143,14 +147,36 @@ class Archives(Source):
         if max(size, stored) > MOST_BYTES:
             raise ImageError(f"{size:,} bytes; from an archive featx reads at most {MOST_BYTES:,} per image")
         archive, offset = self.archives[self._which[place]], int(self._offsets[place])
-        if self._pid != os.getpid():  # a fork has the files of its parent
-            self._pid, self._open = os.getpid(), lru_cache(OPEN_FILES)(_File)
-        file = self._open(archive.path)
-        if not archive.is_same(os.fstat(file.fd)):
-            raise ImageError("its archive has changed during the run")
+        file = self._file(archive)
         if archive.is_zip:
-            return zipped.read(file.fd, offset, size, stored, int(self.stamps[place]), kind)
-        return tar.read(file.fd, offset, size)
+            return zipped.read(file, offset, size, stored, int(self.stamps[place]), kind)
+        return tar.read(file, offset, size)
+
+    def _file(self, archive: Archive) -> Ranged:
+        """Return an archive, open."""
+        if self._pid != os.getpid():  # a fork has the files of its parent
+            self._pid, self._open = os.getpid(), lru_cache(OPEN_FILES)(self._opener)
+        file = self._open(archive.path)
+        if not archive.is_same(file):
+            raise ImageError("its archive has changed during the run")
+        return file
+
+    def _get_ready(self, places: Sequence[int]) -> int:
+        """Announce what will be read, as much as may be in memory, and return of how many images."""
+        wanted, total, number = defaultdict[int, list[tuple[int, int]]](list), 0, 0
+        for place in places:
+            begin, length = int(self._offsets[place]), int(self._stored[place])
+            length += zipped.HEADER if self.archives[self._which[place]].is_zip else 0
+            total += length
+            if number and total > AHEAD:
+                break
+            number += 1
+            if self._kinds[place] >= 0 and length > 0:
+                wanted[self._which[place]].append((begin, begin + length))
+        for which, ranges in wanted.items():
+            with suppress(OSError, ImageError):  # reading says it
+                self._file(self.archives[which]).ahead(ranges)
+        return number
 
     def _take(self, tables: list[Members], rows: list[Places]) -> None:
         """Make these members of the archives the rows; the tables are emptied on the way, to save memory."""
@@ -167,8 +193,9 @@ class Archives(Source):
 
     def _names(self, tables: list[Members], rows: list[Places]) -> Names:
         blob, ends = bytearray(), array("q", [0])
-        for archive, members, places in zip(self.archives, tables, rows, strict=True):
-            prefix = os.fsencode(os.path.relpath(archive.path, self.where or ".")) + b"/" if len(tables) > 1 else b""
+        several = self.archives if len(tables) > 1 else []
+        prefixes = [os.fsencode(os.path.relpath(archive.path, self.where or ".")) + b"/" for archive in several]
+        for prefix, members, places in zip(prefixes or [b""], tables, rows, strict=True):
             for place in places:
                 blob += prefix
                 blob += members.blob[members.ends[place] : members.ends[place + 1]]
@@ -199,26 +226,31 @@ def _gather(tables: list[Members], column: str, rows: list[Places]) -> NDArray[A
     return np.concatenate(columns)
 
 
-def _index(path: str, saved: Saved) -> tuple[Archive, Members]:
+def _index(path: str, opener: Callable[[str], Ranged], saved: Saved) -> tuple[Archive, Members]:
     """Open an archive and list its members."""
     try:
-        file = _File(path)
-        found = os.fstat(file.fd)
-        if stat.S_ISDIR(found.st_mode):
+        if os.path.isdir(path):
             raise BadValueError(f"--data.dir {path}: this is a folder. Expected one, or a pattern of tars or zips.")
-        head = os.pread(file.fd, tar.BLOCK, 0) if stat.S_ISREG(found.st_mode) else b""
+        file = opener(path)
+        head = file.read(tar.BLOCK, 0) if file.size else b""
         if tar.is_tar(head):
-            members, is_zip = saved.get(path, found), False
+            members, is_zip = saved.get(path, file), False
             if members is None:
-                members = tar.index(path, file.fd, found.st_size)
-                saved.add(path, found, members)
-        elif head and zipped.is_zip(file.fd, found.st_size):
-            members, is_zip = zipped.index(path, file.fd, found.st_size), True
+                members = tar.index(path, file)
+                saved.add(path, file, members)
+        elif head and zipped.is_zip(file):
+            members, is_zip = zipped.index(path, file), True
         else:
             raise _no_archive(path, head)
     except OSError as err:
         raise UserError(f"--data.dir {path}: {err.strerror}. Expected a tar or zip file.") from err
-    return Archive(path, found.st_size, found.st_mtime_ns, is_zip), members
+    return Archive(path, file.size, file.stamp, is_zip), members
+
+
+def _above(paths: Sequence[str]) -> str:
+    """Return the folder, or the part of the URL, that all are below."""
+    folders = [path.rpartition("/")[0] for path in paths]
+    return folders[0] if len(set(folders)) == 1 else os.path.commonpath(folders)
 
 
 def _no_archive(path: str, head: bytes) -> BadValueError:

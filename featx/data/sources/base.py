@@ -1,12 +1,13 @@
 """What every source of images has: names, sizes and stamps of all images, and the bytes of some."""
 
 import hashlib
+import io
 import os
 import stat
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
-from typing import BinaryIO, overload
+from typing import Any, BinaryIO, Protocol, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -56,6 +57,94 @@ class Names(Sequence[str]):
         hashes = np.fromiter(map(hash, self), np.int64, len(self))
         order = np.argsort(hashes)
         return order, hashes[order]
+
+
+class Ranged(Protocol):
+    """A file of many images, open, of which several threads read some bytes each.
+
+    Attributes:
+        size: Its bytes.
+        stamp: What changes with its content: a time in ns, or a checksum.
+    """
+
+    @property
+    def size(self) -> int: ...  # noqa: D102, in the class's docstring
+    @property
+    def stamp(self) -> int: ...  # noqa: D102
+
+    def read(self, length: int, at: int) -> bytes:
+        """Return bytes from a place on, fewer at the end."""
+
+    def ahead(self, ranges: Sequence[tuple[int, int]]) -> None:
+        """Get ready what will be read soon: the begin and the end of each range, in their order."""
+
+
+class LocalFile:
+    """A file on a disk, as ``Ranged``; closed when nothing uses it any more.
+
+    Args:
+        path: The file.
+    """
+
+    def __init__(self, path: str) -> None:
+        self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+
+    @property
+    def size(self) -> int:
+        """Return its bytes now, 0 if it is a pipe or a device."""
+        found = os.fstat(self._fd)
+        return found.st_size if stat.S_ISREG(found.st_mode) else 0
+
+    @property
+    def stamp(self) -> int:
+        """Return the time of its last change, in ns."""
+        return os.fstat(self._fd).st_mtime_ns
+
+    def __del__(self, close: Callable[[int], None] = os.close) -> None:  # as Python ends, os may be gone
+        if hasattr(self, "_fd"):
+            close(self._fd)
+
+    def read(self, length: int, at: int) -> bytes:
+        """Return bytes from a place on, fewer at the end."""
+        return os.pread(self._fd, length, at)
+
+    def ahead(self, ranges: Sequence[tuple[int, int]]) -> None:
+        """Do nothing: the system reads ahead."""
+
+
+class AsFile(io.RawIOBase):
+    """A ``Ranged`` as a file that can be sought.
+
+    Args:
+        file: The file.
+    """
+
+    def __init__(self, file: Ranged) -> None:
+        self._file, self._at = file, 0
+
+    def readable(self) -> bool:
+        """Whether it can be read: yes."""
+        return True
+
+    def seekable(self) -> bool:
+        """Whether it can be sought: yes."""
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        """Go to a place, and return it."""
+        self._at = offset + (0, self._at, self._file.size)[whence]
+        return self._at
+
+    def tell(self) -> int:
+        """Return the place."""
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        """Fill a buffer, and return how many bytes there were."""
+        data = self._file.read(len(buffer), self._at)
+        buffer[: len(data)] = data
+        self._at += len(data)
+        return len(data)
 
 
 class Source(ABC):

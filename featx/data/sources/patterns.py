@@ -3,7 +3,7 @@
 import glob
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from featx.data.selection import Selection
 from featx.errors import BadValueError, MissingPathError, first_few
@@ -40,6 +40,23 @@ def expand(where: str) -> list[str]:
         raise MissingPathError(
             f"--data.dir {where}: nothing at {first_few(missing)}.\nExpected an archive for each alternative in braces."
         )
+    return sorted(found)
+
+
+def select(pattern: str, names: Iterable[str]) -> list[str]:
+    """Return those of some names that a pattern stands for, sorted.
+
+    Raises:
+        MissingPathError: There is none for it, or for one of the alternatives in braces.
+    """
+    names, found, missing = list(names), set[str](), list[str]()
+    for one in _alternatives(pattern):
+        words = "".join({"*": "[^/]*", "?": "[^/]"}.get(char, re.escape(char)) for char in one)
+        matching = list(filter(re.compile(words).fullmatch, names))
+        found.update(matching)
+        missing += [] if matching else [one]
+    if missing:
+        raise MissingPathError(f"--data.dir {pattern}: nothing at {first_few(missing)}.\nExpected archives.")
     return sorted(found)
 
 

@@ -8,10 +8,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from featx.data.sources.base import Ranged
 from featx.data.sources.members import Members
 from featx.errors import rank
 
-FORMAT = 1
+FORMAT = 2
 COLUMNS = ("ends", "kinds", "stamps", "offsets", "sizes")
 
 
@@ -32,10 +33,10 @@ class Saved:
         with suppress(OSError, ValueError):
             self._known = self._read_head() if path else {}
 
-    def get(self, path: str, found: os.stat_result) -> Members | None:
+    def get(self, path: str, found: Ranged) -> Members | None:
         """Return the list of an archive, or None."""
-        about = self._known.get(os.path.abspath(path))
-        if not about or not self._path or (about["size"], about["mtime"]) != (found.st_size, found.st_mtime_ns):
+        about = self._known.get(_absolute(path))
+        if not about or not self._path or (about["size"], about["stamp"]) != (found.size, found.stamp):
             return None
         members = Members()
         with suppress(OSError, EOFError, ValueError), self._path.open("rb") as file:
@@ -50,9 +51,9 @@ class Saved:
             return members
         return None
 
-    def add(self, path: str, found: os.stat_result, members: Members) -> None:
+    def add(self, path: str, found: Ranged, members: Members) -> None:
         """Add the list of an archive to those to save."""
-        about = {"path": os.path.abspath(path), "size": found.st_size, "mtime": found.st_mtime_ns}
+        about = {"path": _absolute(path), "size": found.size, "stamp": found.stamp}
         about |= {"members": len(members), "bytes": len(members.blob)}
         self._used.append((about | {"outside": members.outside, "after": members.after}, members))
         self._is_new = True
@@ -95,3 +96,7 @@ class Saved:
             widths = {column: getattr(Members(), column).itemsize for column in COLUMNS}
             begin += archive["bytes"] + sum(widths.values()) * archive["members"] + widths["ends"]
         return {archive["path"]: archive for archive in known}
+
+
+def _absolute(path: str) -> str:
+    return path if "://" in path else os.path.abspath(path)

@@ -8,7 +8,7 @@ import re
 import threading
 from array import array
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any, BinaryIO
 
@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from featx.data.selection import LeftOut, Selection
-from featx.data.sources.base import Names, Source
+from featx.data.sources.base import AsFile, LocalFile, Names, Ranged, Source
 from featx.data.sources.columns import (
     Column,
     as_texts,
@@ -27,7 +27,7 @@ from featx.data.sources.columns import (
     path_columns,
     values_of,
 )
-from featx.errors import BadValueError, BrokenSourceError, ImageError, either, first_line, log
+from featx.errors import BadValueError, BrokenSourceError, ImageError, StoreError, either, first_line, log
 
 SUFFIXES = (".parquet", ".parq", ".pq", ".arrow")
 BESIDE = (".md", ".json", ".txt", ".crc")  # what is in a folder of tables, and is none
@@ -50,21 +50,27 @@ class Table(Source):
         files: Its files, in the order of the rows.
         selection: Which images to leave out.
         column: The column; None: the only one that can be images.
+        opener: Opens a file.
 
     Raises:
         BadValueError: A file is not a table, or there is no such column of images.
     """
 
     def __init__(
-        self, where: str, files: Sequence[str], selection: Selection | None = None, column: str | None = None
+        self,
+        where: str,
+        files: Sequence[str],
+        selection: Selection | None = None,
+        column: str | None = None,
+        opener: Callable[[str], Ranged] = LocalFile,
     ) -> None:
-        self.where, self._files, self._local = where, list(files), threading.local()
+        self.where, self._files, self._local, self._opener = where, list(files), threading.local(), opener
         selection = selection or Selection()
         self._starts, self._firsts, self._stamps = array("q", [0]), list[int](), list[int]()
         stamps = []
         for path in files:
             with _reporting(where, path):
-                file = _open(path)
+                file = self._open(path)
             if not self._firsts:
                 schema = file.schema
                 self.column = image_column(schema, where, column)
@@ -73,7 +79,7 @@ class Table(Source):
             self._firsts.append(len(self._starts) - 1)
             for rows in file.rows:
                 self._starts.append(self._starts[-1] + rows)
-            self._stamps.append(_stamp(path))
+            self._stamps.append(self._stamp(path))
             stamps.append(self._stamps[-1] + np.arange(sum(file.rows)))  # a name may be the number of another row
         if (parts := re.search(r"-of-(\d+)\.\w+$", files[0])) and os.path.isdir(where) and int(parts[1]) > len(files):
             log.warning("%s: ONLY %s OF %s FILES OF THE TABLE ARE THERE", where, len(files), int(parts[1]))
@@ -104,6 +110,8 @@ class Table(Source):
             row = int(self._rows[place])
             try:
                 value = self._cursor().value(row)
+            except StoreError:
+                raise
             except Exception as err:  # pyarrow has many; a part of the file is lost, and its other images with it
                 path = self._files[self.place(row)[0]]
                 yield BrokenSourceError(f"{path}, row {row}: cannot be read: {first_line(err)}")
@@ -112,7 +120,11 @@ class Table(Source):
 
     def is_lost(self) -> bool:
         """Whether all files of the table are gone."""
-        return not any(map(os.path.exists, self._files))
+        for path in self._files:
+            with suppress(OSError):
+                self._opener(path)
+                return False
+        return True
 
     def _cursor(self) -> "_Cursor":
         """Return this thread's cursor: several may read at once, and a fork has none of what its parent has open."""
@@ -131,15 +143,25 @@ class Table(Source):
 
     def open(self, number: int) -> "_Parquet | _Arrow":
         """Open a file, which must be the one that was listed."""
-        if _stamp(self._files[number]) != self._stamps[number]:
+        if self._stamp(self._files[number]) != self._stamps[number]:
             raise OSError("it was changed during the run")
-        return _open(self._files[number])
+        return self._open(self._files[number])
+
+    def _open(self, path: str) -> "_Parquet | _Arrow":
+        if self._opener is not LocalFile:
+            return _Parquet(AsFile(self._opener(path)))
+        return (_Arrow if path.lower().endswith(".arrow") else _Parquet)(path)
+
+    def _stamp(self, path: str) -> int:
+        """Return a number that changes with a file's size and time."""
+        found = self._opener(path)
+        return int(hashlib.sha256(f"{found.size} {found.stamp}".encode()).hexdigest()[:15], 16)
 
     def _texts(self, *columns: Column) -> Iterator[list[list[str | None]]]:
         """Yield the values of small columns as text, some rows at a time."""
         for path in self._files:
             with _reporting(self.where, path):
-                file = _open(path)
+                file = self._open(path)
                 for batch in file.read(range(len(file.rows)), columns, 1 << 16):
                     yield [as_texts(values_of(batch, column)) for column in columns] or [[None] * len(batch)]
 
@@ -207,7 +229,7 @@ class _Parquet:
         rows: Of each of its groups.
     """
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: Any) -> None:
         from pyarrow import parquet
 
         # Only so are pages in memory, not whole groups of rows: https://github.com/apache/arrow/issues/39820
@@ -250,10 +272,6 @@ class _Arrow:
             with pa.memory_map(self._path) as file:  # one per group: what was used is then no longer in memory
                 file.seek(self._starts[group])
                 yield pa.ipc.read_record_batch(pa.ipc.read_message(file), self.schema)
-
-
-def _open(path: str) -> _Parquet | _Arrow:
-    return (_Arrow if path.lower().endswith(".arrow") else _Parquet)(path)
 
 
 @contextmanager
@@ -326,9 +344,3 @@ def _pack(rows: Iterator[tuple[str, str]], selection: Selection) -> tuple[Names,
     names = Names(bytes(blob), np.array(ends, "<i8"))
     unique = len(np.unique(np.asarray(digests))) == len(digests)
     return names, np.array(kept, bool), sorted(classes - {""}) or [""], unique
-
-
-def _stamp(path: str) -> int:
-    """Return a number that changes with a file's size and time."""
-    found = os.stat(path)
-    return int(hashlib.sha256(f"{found.st_size} {found.st_mtime_ns}".encode()).hexdigest()[:15], 16)

@@ -5,6 +5,7 @@ import shlex
 from typing import NoReturn
 from zlib import crc32
 
+from featx.data.sources.base import Ranged
 from featx.data.sources.members import FOLDER, LINK, SPARSE, SPECIAL, Members
 from featx.errors import BadValueError, ImageError
 
@@ -22,14 +23,14 @@ WITHOUT_DATA = frozenset(b"123456")  # whatever size their headers have
 class _Window:
     """A file, read some bytes at a time."""
 
-    def __init__(self, fd: int) -> None:
-        self._fd, self._begin, self._bytes = fd, 0, b""
+    def __init__(self, file: Ranged) -> None:
+        self._file, self._begin, self._bytes = file, 0, b""
 
     def read(self, at: int, length: int) -> bytes:
         """Return bytes of the file, fewer at its end."""
         begin = at - self._begin
         if begin < 0 or begin + length > len(self._bytes):
-            self._bytes, self._begin, begin = os.pread(self._fd, max(length, WINDOW), at), at, 0
+            self._bytes, self._begin, begin = self._file.read(max(length, WINDOW), at), at, 0
         return self._bytes[begin : begin + length]
 
 
@@ -38,13 +39,13 @@ def is_tar(head: bytes) -> bool:
     return len(head) == BLOCK and (head == ZEROS or _has_checksum(head))
 
 
-def index(path: str, fd: int, size: int) -> Members:
+def index(path: str, file: Ranged) -> Members:
     """Return the members of a tar: ustar, GNU's, and pax, with names of any length and sizes above 8 GB.
 
     Raises:
         BadValueError: It is cut off, or damaged.
     """
-    return _Reading(path, fd, size).members
+    return _Reading(path, file).members
 
 
 class _Reading:
@@ -52,12 +53,11 @@ class _Reading:
 
     Args:
         path: The tar, for messages.
-        fd: The tar, open.
-        size: Its size in bytes.
+        file: The tar, open.
     """
 
-    def __init__(self, path: str, fd: int, size: int) -> None:
-        self._path, self._size, self._window = path, size, _Window(fd)
+    def __init__(self, path: str, file: Ranged) -> None:
+        self._path, self._size, self._window = path, file.size, _Window(file)
         self._last = b""  # the name of the last whole member
         self.members = Members()
         at: int | None = 0
@@ -174,13 +174,13 @@ class _Reading:
         )
 
 
-def read(fd: int, offset: int, size: int) -> bytes:
+def read(file: Ranged, offset: int, size: int) -> bytes:
     """Return a member's bytes.
 
     Raises:
         ImageError: The archive ends before them.
     """
-    data = os.pread(fd, size, offset)
+    data = file.read(size, offset)
     if len(data) != size:
         raise ImageError("truncated: the archive ends in it")
     return data

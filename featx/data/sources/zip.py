@@ -1,11 +1,11 @@
 """A zip -> its members, by its central directory: https://pkware.cachefly.net/webdocs/casestudies/APPNOTE.TXT."""
 
-import os
 import stat
 import zlib
 from struct import Struct, error
 from typing import NamedTuple
 
+from featx.data.sources.base import Ranged
 from featx.data.sources.members import FOLDER, LINK, SPECIAL, Members
 from featx.errors import BadValueError, ImageError
 
@@ -15,6 +15,7 @@ ENCRYPTED = 1 << 14  # added to the method in a member's kind
 END, END_64 = Struct("<4s4H2LH"), Struct("<4sQ2H2L4Q")
 LOCATOR_64 = Struct("<4sLQL")
 ENTRY, LOCAL = Struct("<4s4B4HL2L5H2L"), Struct("<4s5H3L2H")
+HEADER = LOCAL.size + 1024  # of a member, with its name, which is mostly shorter
 FIELD = Struct("<2H")
 ZIP64, UNICODE_NAME = 0x0001, 0x7075  # extra fields
 UTF_8 = 0x800  # a flag
@@ -29,12 +30,12 @@ class _End(NamedTuple):
     before: int  # bytes before the archive, which its offsets leave out
 
 
-def is_zip(fd: int, size: int) -> bool:
+def is_zip(file: Ranged) -> bool:
     """Whether a file ends as a zip does; it may begin with a program that unpacks it."""
-    return _find_end(fd, size) >= 0
+    return _find_end(file) >= 0
 
 
-def index(path: str, fd: int, size: int) -> Members:
+def index(path: str, file: Ranged) -> Members:
     """Return the members of a zip; the stamp of each is the CRC-32 of its bytes.
 
     Raises:
@@ -42,8 +43,8 @@ def index(path: str, fd: int, size: int) -> Members:
     """
     members = Members(is_packed=True)
     try:
-        end = _read_end(fd, size)
-        _add_entries(members, fd, end)
+        end = _read_end(file)
+        _add_entries(members, file, end)
     except (error, ValueError, OverflowError) as err:
         raise BadValueError(
             f"--data.dir {path}: a damaged zip: {err}.\nCopy or download the archive again; zip -FF may save a part."
@@ -51,7 +52,7 @@ def index(path: str, fd: int, size: int) -> Members:
     return members
 
 
-def read(fd: int, offset: int, size: int, stored: int, crc: int, kind: int) -> bytes:
+def read(file: Ranged, offset: int, size: int, stored: int, crc: int, kind: int) -> bytes:
     """Return a member's bytes.
 
     Raises:
@@ -64,14 +65,14 @@ def read(fd: int, offset: int, size: int, stored: int, crc: int, kind: int) -> b
             f"packed by method {kind}{f' ({METHODS[kind]})' if kind in METHODS else ''}, of which featx reads only "
             "deflate; zip packs it so"
         )
-    head = os.pread(fd, LOCAL.size + stored + 1024, offset)  # most names are shorter
+    head = file.read(HEADER + stored, offset)  # most names are shorter
     if len(head) < LOCAL.size or not head.startswith(b"PK\3\4"):
         raise ImageError("damaged: its archive has no such member")
     *_, name, extra = LOCAL.unpack_from(head)
     begin = LOCAL.size + name + extra
     data = head[begin : begin + stored]
-    if len(data) < stored and name + extra > 1024:
-        data = os.pread(fd, stored, offset + begin)
+    if len(data) < stored and begin > HEADER:
+        data = file.read(stored, offset + begin)
     if len(data) < stored:
         raise ImageError("truncated: the archive ends in it")
     if kind == DEFLATED:
@@ -85,10 +86,10 @@ def read(fd: int, offset: int, size: int, stored: int, crc: int, kind: int) -> b
     return data
 
 
-def _find_end(fd: int, size: int) -> int:
+def _find_end(file: Ranged) -> int:
     """Return where the end record is, or -1."""
-    begin = max(0, size - END.size - 0xFFFF)  # a comment of that length may follow it
-    tail = os.pread(fd, size - begin, begin)
+    begin = max(0, file.size - END.size - 0xFFFF)  # a comment of that length may follow it
+    tail = file.read(file.size - begin, begin)
     at = tail.rfind(b"PK\5\6")
     while at >= 0:
         if at + END.size <= len(tail) and at + END.size + END.unpack_from(tail, at)[-1] <= len(tail):
@@ -97,16 +98,16 @@ def _find_end(fd: int, size: int) -> int:
     return -1
 
 
-def _read_end(fd: int, size: int) -> _End:
-    at = _find_end(fd, size)
-    _, disk, first_disk, _, entries, length, offset, _ = END.unpack(os.pread(fd, END.size, at))
-    locator = os.pread(fd, LOCATOR_64.size, at - LOCATOR_64.size) if at >= LOCATOR_64.size else b""
+def _read_end(file: Ranged) -> _End:
+    at = _find_end(file)
+    _, disk, first_disk, _, entries, length, offset, _ = END.unpack(file.read(END.size, at))
+    locator = file.read(LOCATOR_64.size, at - LOCATOR_64.size) if at >= LOCATOR_64.size else b""
     if locator.startswith(b"PK\6\7"):
         at -= LOCATOR_64.size + END_64.size
-        record = os.pread(fd, END_64.size, max(at, 0))
+        record = file.read(END_64.size, max(at, 0))
         if not record.startswith(b"PK\6\6"):  # it may be longer than this
             at = LOCATOR_64.unpack(locator)[2]
-            record = os.pread(fd, END_64.size, at)
+            record = file.read(END_64.size, at)
         signature, _, _, _, disk, first_disk, _, entries, length, offset = END_64.unpack(record)
         if signature != b"PK\6\6":
             raise ValueError("the end of its zip64 directory is missing")
@@ -118,11 +119,11 @@ def _read_end(fd: int, size: int) -> _End:
     return _End(entries, length, offset + before, before)
 
 
-def _add_entries(members: Members, fd: int, end: _End) -> None:
+def _add_entries(members: Members, file: Ranged, end: _End) -> None:
     chunk, at, begin, stop = b"", 0, end.begin, end.begin + end.size
     for _ in range(end.entries):
         if len(chunk) - at < ENTRY.size + 3 * 0xFFFF and begin < stop:
-            more = os.pread(fd, min(CHUNK, stop - begin), begin)
+            more = file.read(min(CHUNK, stop - begin), begin)
             begin += len(more) or stop
             chunk, at = chunk[at:] + more, 0
         entry = ENTRY.unpack_from(chunk, at)

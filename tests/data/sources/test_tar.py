@@ -14,6 +14,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from featx.data.sources import tar
+from featx.data.sources.base import LocalFile
 from featx.data.sources.members import FOLDER, LINK, SPARSE, SPECIAL, clean
 from featx.errors import BadValueError
 
@@ -31,8 +32,7 @@ MEMBERS = st.lists(
 
 
 def index(path):
-    with open(path, "rb") as file:
-        return tar.index(str(path), file.fileno(), os.path.getsize(path))
+    return tar.index(str(path), LocalFile(str(path)))
 
 
 def listed(path):
