@@ -131,15 +131,14 @@ def from_hub(repo: str, *names: str) -> Path | None:
     """
     hub: Any = import_module("huggingface_hub")
     errors, unknown = hub.errors, []
-    for name in names:
-        if isinstance(found := hub.try_to_load_from_cache(repo, name), str):
-            return _checked_by_blob(Path(found))
-        if found is None:  # else the cache knows that there is no such file
-            unknown.append(name)
-    if not unknown:
-        return None
     try:
-        check_server(hub.constants.ENDPOINT)
+        for name in names:
+            if isinstance(found := hub.try_to_load_from_cache(repo, name), str):
+                return _checked_by_blob(Path(found))
+            if found is None:  # else the cache knows that there is no such file
+                unknown.append(name)
+        if unknown:
+            check_server(hub.constants.ENDPOINT)
         for name in unknown:
             try:
                 if not name.endswith(".json"):

@@ -328,11 +328,19 @@ class Hub:
         return str(self.folder / name)
 
 
-def test_the_hubs_models_are_downloaded_with_the_first_form_of_weights_that_they_have(vit, monkeypatch):
+def test_the_hubs_models_are_downloaded_with_the_first_form_of_weights_that_they_have(vit, tmp_path, monkeypatch):
     hub = Hub(vit, monkeypatch)
     _, rows = featx.extract(PHOTOS, arch="hf/someone/vit", num_workers=0)
     assert relative_error(rows, theirs(vit)) < 1e-5
     assert "model.safetensors" in hub.asked and "pytorch_model.bin" not in hub.asked
+    hub.asked.clear()
+    shards = tmp_path / "shards"
+    AutoModel.from_pretrained(vit).save_pretrained(shards, max_shard_size="5KB")
+    (shards / "preprocessor_config.json").write_bytes((vit / "preprocessor_config.json").read_bytes())
+    hub.folder = shards
+    _, rows = featx.extract(PHOTOS, arch="hf/someone/vit", num_workers=0)
+    assert relative_error(rows, theirs(vit)) < 1e-5
+    assert {path.name for path in shards.glob("*.safetensors")} <= {*hub.asked}
     hub.asked.clear()
     build_empty("hf/someone/vit")
     assert hub.asked == ["config.json"]
@@ -370,6 +378,8 @@ def test_a_damaged_file_in_the_hubs_cache_is_reported(tmp_path, monkeypatch):
 def test_without_transformers_or_a_folder_the_message_says_what_to_do(monkeypatch):
     with pytest.raises(MissingPathError, match=r"--model.arch hf/./nothing: no such folder"):
         named("hf/./nothing")
+    with pytest.raises(MissingPathError, match=r"--model.arch hf/: : the hub has no repository with this name"):
+        build_empty("hf/")
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(UserError, match=r"(?s)transformers cannot be imported .*pip install 'featx\[hf\]'"):
         named("hf/someone/vit")

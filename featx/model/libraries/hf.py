@@ -4,6 +4,7 @@ import hashlib
 import inspect
 import json
 import logging
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -49,7 +50,8 @@ class HuggingFace(Library):
         super().__init__(arch, image_size)
         self._transformers = import_library("transformers", "hf/NAME", "hf")
         self._repo = arch.removeprefix("hf/")
-        self._folder = Path(self._repo) if self._repo.startswith(("/", "./", "../")) else None
+        is_folder = self._repo in (".", "..") or self._repo.startswith(("/", "./", "../", "~/"))
+        self._folder = Path(self._repo).expanduser() if is_folder else None
         if self._folder and not self._folder.is_dir():
             raise MissingPathError(f"--model.arch {arch}: no such folder. Expected one that save_pretrained wrote.")
 
@@ -67,9 +69,9 @@ class HuggingFace(Library):
             return weights
         if (file := self._find(*FILES)) is None:
             raise UserError(f"--model.arch {self.arch}: the repository has none of {', '.join(FILES)}.")
-        shards = set(json.loads(file.read_bytes())["weight_map"].values()) if file.suffix == ".json" else ()
-        for shard in sorted(shards):
-            self._find(shard)
+        index = (self._read(file.name) or {}).get("weight_map") if file.suffix == ".json" else None
+        for shard in sorted({str(name) for name in index.values()} if isinstance(index, dict) else ()):
+            self._find(os.path.basename(shard))  # reading them reports what is missing
         return Weights(weights.name, weights.entry, str(file))
 
     def _find(self, *names: str) -> Path | None:
