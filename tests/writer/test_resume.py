@@ -186,11 +186,14 @@ def test_a_run_on_archives_is_killed_and_finished_on_two_processes(place, tmp_pa
     for folder in "abc":
         with tarfile.open(tmp_path / "tars" / f"{folder}.tar", "w") as file:
             file.add(place / "photos" / folder, folder)
-    out, where = tmp_path / "out", ("--data.dir", f"{tmp_path}/tars/{{a,b,c}}.tar")
-    process = begin(place, out, *where)
-    wait_for_rows(process, out, 30)
+    where = ("--data.dir", f"{tmp_path}/tars/{{a,b,c}}.tar")
+    predict(place / "photos", tmp_path / "clean", *BASE, *where, cwd=place)
+    assert (tmp_path / "clean" / "2.csv").read_bytes() == (place / "clean" / "2.csv").read_bytes()
+    process = begin(place, tmp_path / "out", *where)
+    wait_for_rows(process, tmp_path / "out", 30)
     end(process, signal.SIGKILL)
-    finish(place, out, *where, *DDP)
+    shutil.copy(place / "slow.py", tmp_path)
+    finish(tmp_path, tmp_path / "out", *where, *DDP)
 
 
 def test_shards_are_the_same_after_a_kill_and_on_another_number_of_processes(place, tmp_path):

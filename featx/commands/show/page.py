@@ -35,6 +35,7 @@ from featx.errors import BadValueError, MissingPathError, UserError, count, log,
 from featx.results import Finished, find
 from featx.writer import disk
 from featx.writer.folder import error_row
+from featx.writer.formats import class_name
 from featx.writer.records import Json
 
 PAGE_BYTES = 12 * 2**20  # opens at once, and fits in a mail
@@ -111,7 +112,7 @@ def make_page(file: Finished, folder: str, kind: str, script: str, reader: str |
     usual = usual_distance(values)
     alone = np.argsort(-distances[:, 0], kind="stable")[:NEAREST] if near.size else np.arange(0)
     twins = find_twins(near, distances, TWINS * usual)
-    classes, labels = np.unique([os.path.dirname(name).split("/")[0] for name in names], return_inverse=True)
+    classes, labels = np.unique(list(map(class_name, names)), return_inverse=True)
     is_folder = sources.is_folder(folder)
     page: Json = {
         "names": names,

@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from featx.writer.formats.base import REVISION, FileFormat, Floats, Ints, Rows, row_name
+from featx.writer.formats.base import REVISION, FileFormat, Floats, Ints, Rows, class_name, row_name
 from featx.writer.formats.csv import Csv, csv_row, is_plain
 from featx.writer.formats.npy import Npy
 from featx.writer.formats.parquet import Parquet
@@ -13,6 +13,7 @@ PARTS = list(dict.fromkeys(kind.part for kind in FORMATS.values()))
 SUFFIXES = [suffix for kind in FORMATS.values() for suffix in kind.suffixes]  # without a dot: "names.txt"
 
 __all__ = [
-    "FORMATS", "PARTS", "REVISION", "SUFFIXES", "FileFormat", "Floats", "Format", "Ints", "Rows", "csv_row", "is_plain",
+    "FORMATS", "PARTS", "REVISION", "SUFFIXES", "FileFormat", "Floats", "Format", "Ints", "Rows", "class_name", "csv_row",
+    "is_plain",
     "row_name",
 ]  # fmt: skip

@@ -20,6 +20,18 @@ def row_name(path: str, names: str) -> str:
     return path if names == "relative" else os.path.basename(path)
 
 
+def class_name(path: str) -> str:
+    """Return the class folder of an image, or ""; of several archives it is the first folder within.
+
+    Example:
+        >>> class_name("shards/000.tar/cats/old/felix.jpg")
+        'cats'
+    """
+    folders = path.split("/")[:-1]
+    archive = next((i for i, name in enumerate(folders) if name.lower().endswith((".tar", ".zip"))), -1)
+    return folders[archive + 1] if folders[archive + 1 :] else ""
+
+
 class FileFormat(ABC):
     """How the rows of a layer are written to a file and read back.
 

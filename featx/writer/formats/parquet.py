@@ -11,7 +11,7 @@ import numpy as np
 
 from featx.errors import BadValueError
 from featx.writer import disk
-from featx.writer.formats.base import Floats, Rows, row_name
+from featx.writer.formats.base import Floats, Rows, class_name, row_name
 from featx.writer.formats.npy import Npy
 
 GROUP_BYTES = 64 << 20  # of values per row group: large enough to read fast, small enough to fit in memory
@@ -63,7 +63,7 @@ class Parquet(Npy):
                 columns = [
                     pa.array([row_name(name, self.identity["names"]) for name in names]),
                     pa.array(names),
-                    pa.array([name.partition("/")[0] if "/" in name else None for name in names], pa.string()),
+                    pa.array([class_name(name) or None for name in names], pa.string()),
                     pa.FixedSizeListArray.from_arrays(flat, type=values),
                 ]
                 writer.write_table(pa.table(columns, schema=schema), row_group_size=group)
