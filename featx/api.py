@@ -30,7 +30,7 @@ from featx.data.sources.dataset import items, picture_of
 from featx.errors import SEE, BadValueError, ImageError, did_you_mean, either
 from featx.model.extractor import FeatureExtractor
 from featx.model.layers import DEFAULT
-from featx.process.lightning import PLAIN, keep_default_dtype, keep_signals, make_trainer
+from featx.process.lightning import NOTHING_TO_COMPUTE, PLAIN, keep_default_dtype, keep_signals, make_trainer
 from featx.process.progress import Progress
 from featx.process.shared import Shared, ignored, on_one_core
 from featx.results import load, stack
@@ -291,7 +291,8 @@ def _quiet() -> Iterator[None]:
     try:
         for logger in levels:
             logger.setLevel(logging.WARNING)
-        with ignored("", PossibleUserWarning), ignored(LIBRARIES, FutureWarning, DeprecationWarning):
+        nothing = ignored("", UserWarning, message=NOTHING_TO_COMPUTE)
+        with ignored("", PossibleUserWarning), ignored(LIBRARIES, FutureWarning, DeprecationWarning), nothing:
             yield
     finally:
         for logger, level in levels.items():

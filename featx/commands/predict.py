@@ -17,7 +17,7 @@ from featx.data.module import ImageFolderDataModule
 from featx.errors import SEE, BadValueError, UserError, count, log, note, rank, size_in_words
 from featx.model.extractor import FeatureExtractor
 from featx.process.cores import cores_per_process
-from featx.process.lightning import PLAIN, make_trainer
+from featx.process.lightning import NOTHING_TO_COMPUTE, PLAIN, make_trainer
 from featx.process.progress import Progress, bottleneck, stages
 from featx.run import estimate, prepare, run
 from featx.writer.callback import FeatureWriter
@@ -67,6 +67,7 @@ def predict(argv: list[str]) -> int:
         logging.getLogger(name).setLevel(logging.WARNING)  # banners and tips
     logging.getLogger("lightning.pytorch.profilers").setLevel(logging.INFO)  # for --trainer.profiler
     warnings.filterwarnings("ignore", category=PossibleUserWarning)  # advice on faster training
+    warnings.filterwarnings("ignore", NOTHING_TO_COMPUTE)
     progress = Progress()
     cli = FeatxCLI(
         FeatureExtractor,

@@ -23,6 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from featx.errors import SEE, BadValueError, UserError, did_you_mean, log
 
+NOTHING_TO_COMPUTE = "Total length of .DataLoader. across ranks is zero"  # a warning: an update may only remove rows
 PLAIN = {
     "logger": False,
     "enable_checkpointing": False,

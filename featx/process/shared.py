@@ -40,14 +40,17 @@ class Shared:
 
 
 @contextmanager
-def ignored(modules: str, *categories: type[Warning]) -> Iterator[None]:
+def ignored(modules: str, *categories: type[Warning], message: str = "") -> Iterator[None]:
     """Ignore warnings of these categories from modules whose names begin with the pattern ``modules``.
+
+    With a message, only those whose text begins with this pattern are ignored.
 
     ``warnings.catch_warnings`` restores the filters of all threads and drops those that others added meanwhile:
     https://docs.python.org/3/library/warnings.html#warnings.catch_warnings.
     """
     pattern = re.compile(modules)
-    filters = [("ignore", None, category, pattern, 0) for category in categories]
+    text = re.compile(message) if message else None
+    filters = [("ignore", text, category, pattern, 0) for category in categories]
     warnings.filters[:0] = filters  # type: ignore[index]
     try:
         yield

@@ -164,7 +164,11 @@ class LayerState:
             unreadable = {fault.path for fault in self.faults()}
             changed = records.changed_inputs(self.inputs_path, self.images, unreadable)
             if changed and not (record and update):
-                hint = "--writer.update true computes only these, and keeps the other rows.\n" if record else ""
+                hint = (
+                    "--writer.update true keeps the other rows, and computes only new and changed images.\n"
+                    if record
+                    else ""
+                )
                 raise BadValueError(
                     f"{what}: {changed} since that run began; its rows would not match.\n{hint}{START_OVER}"
                 )

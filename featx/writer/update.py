@@ -82,6 +82,12 @@ class Update(LayerState):
         disk.replace(self.run_path, records.as_json(run))
         kept, images = int((self.kept.rows >= 0).sum()), len(self.images)
         removed = f", {count(self.kept.removed, 'image')} removed" if self.kept.removed else ""
+        if self.kept.removed > len(self.whole.images):
+            log.warning(
+                "%s: MORE IMAGES ARE GONE (%s) THAN LEFT (%s): expected all images, not only new ones, in --data.dir and "
+                "--data.files",
+                self.layer, f"{self.kept.removed:,}", f"{len(self.whole.images):,}",
+            )  # fmt: skip
         log.info(
             "%s: update: %s kept, %s to compute%s", self.layer, count(kept, "row"), count(images, "image"), removed
         )

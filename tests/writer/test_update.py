@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import shutil
+import warnings
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -227,6 +228,13 @@ def test_images_are_only_removed(photos, tmp_path):
         assert names == expected and np.allclose(rows, of_scratch, rtol=2e-6)
 
 
+def test_that_most_images_are_gone_is_reported(photos, tmp_path, caplog):
+    run(photos, tmp_path / "out")
+    (tmp_path / "new.txt").write_text("a/00.png\nb/01.png\n")
+    run(photos, tmp_path / "out", update=True, data={"files": str(tmp_path / "new.txt")})
+    assert "MORE IMAGES ARE GONE (38) THAN LEFT (2)" in caplog.text
+
+
 def test_what_an_update_does_not_do_is_refused(photos, tmp_path):
     out = tmp_path / "out"
     with pytest.raises(UserError, match=r"--writer.update true: .*--writer.overwrite true removes"):
@@ -234,7 +242,7 @@ def test_what_an_update_does_not_do_is_refused(photos, tmp_path):
     run(photos, out)
     add(photos, "a/new.png", 100)
     before = contents_of_files(out)
-    with pytest.raises(UserError, match=r"1 image added since .*\n--writer.update true computes only these"):
+    with pytest.raises(UserError, match=r"1 image added since .*\n--writer.update true keeps the other rows"):
         run(photos, out)
     with pytest.raises(UserError, match="names: basename -> relative"):
         run(photos, out, update=True, names="relative")
@@ -394,5 +402,11 @@ def test_verify_recomputes_rows_in_other_batches_than_an_update(three_photos, tm
     names, rows = featx.extract(photos, out_dir=tmp_path / "out", update=True, **options)
     assert names == ["0-new.png", "0.png", "1.png", "2.png"]
     assert np.allclose(rows, featx.extract(photos, **options)[1], rtol=2e-6)
+    (photos / "2.png").unlink()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert featx.extract(photos, out_dir=tmp_path / "out", update=True, **options)[0] == names[:3]
+    shutil.copy(three_photos / "2.png", photos / "2.png")
+    featx.extract(photos, out_dir=tmp_path / "out", update=True, **options)
     assert not verify([str(tmp_path / "out/features.csv"), "--images", str(photos)])
     assert "4 rows recomputed in other batches, the largest relative difference is" in capsys.readouterr().out
