@@ -13,7 +13,6 @@ PARTS = list(dict.fromkeys(kind.part for kind in FORMATS.values()))
 SUFFIXES = [suffix for kind in FORMATS.values() for suffix in kind.suffixes]  # without a dot: "names.txt"
 
 __all__ = [
-    "FORMATS", "PARTS", "REVISION", "SUFFIXES", "FileFormat", "Floats", "Format", "Ints", "Rows", "class_name", "csv_row",
-    "is_plain",
-    "row_name",
+    "FORMATS", "PARTS", "REVISION", "SUFFIXES", "FileFormat", "Floats", "Format", "Ints", "Rows", "class_name",
+    "csv_row", "is_plain", "row_name",
 ]  # fmt: skip
