@@ -84,7 +84,7 @@ class Update(LayerState):
         removed = f", {count(self.kept.removed, 'image')} removed" if self.kept.removed else ""
         if self.kept.removed > len(self.whole.images):
             log.warning(
-                "%s: MORE IMAGES ARE GONE (%s) THAN LEFT (%s): expected all images, not only new ones, in --data.dir and "
+                "%s: MORE IMAGES ARE GONE (%s) THAN LEFT (%s): expected all images, not only new ones, in --data.dir "
                 "--data.files",
                 self.layer, f"{self.kept.removed:,}", f"{len(self.whole.images):,}",
             )  # fmt: skip
