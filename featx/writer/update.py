@@ -84,8 +84,8 @@ class Update(LayerState):
         removed = f", {count(self.kept.removed, 'image')} removed" if self.kept.removed else ""
         if self.kept.removed > len(self.whole.images):
             log.warning(
-                "%s: MORE IMAGES ARE GONE (%s) THAN LEFT (%s): expected all images, not only new ones, in --data.dir "
-                "--data.files",
+                "%s: MORE IMAGES ARE GONE (%s) THAN LEFT (%s): expected all images in --data.dir and --data.files, not "
+                "only new ones",
                 self.layer, f"{self.kept.removed:,}", f"{len(self.whole.images):,}",
             )  # fmt: skip
         log.info(
