@@ -8,6 +8,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import tarfile
 from typing import NamedTuple
 
 import numpy as np
@@ -142,6 +143,12 @@ def store(tmp_path_factory):
     columns = {"image": [path.read_bytes() for path in photos], "label": [path.parent.name for path in photos]}
     parquet = pytest.importorskip("pyarrow.parquet")
     parquet.write_table(pytest.importorskip("pyarrow").table(columns), store / "photos.parquet")
+    shutil.make_archive(store / "photos", "zip", store / "photos")
+    (store / "shards").mkdir()
+    for number in range(128):
+        with tarfile.open(store / "shards" / f"{number:03}.tar", "w") as shard:
+            for path in photos[number::128]:
+                shard.add(path, path.relative_to(store / "photos"))
     yield store
     for path in [*store.glob("*.pth*"), *cache.iterdir()]:  # a gigabyte
         path.unlink()

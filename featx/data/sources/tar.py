@@ -160,7 +160,7 @@ class _Reading:
 
     def _refuse(self, at: int, is_between: bool = False) -> NoReturn:
         """Raise BadValueError for an archive that ends, or makes no sense, at a header."""
-        name = os.fsdecode(self._last)
+        name = os.fsdecode(self._last.removeprefix(b"./"))
         after = f"the last whole member is {name}" if name else "no member of it is whole"
         if is_between and at == self._size and name:
             raise BadValueError(
