@@ -86,7 +86,8 @@ def as_text(overview: Overview) -> str:
 def _table(overview: Overview) -> Iterator[tuple[str, str]]:
     """Yield lines, each as its label and its text."""
     data, tree = overview.data, overview.images
-    classes = f" in {count(len(tree.classes), 'class folder')}" if tree.classes != [""] else ""
+    kind = "class" if tree.column else "class folder"
+    classes = f" in {count(len(tree.classes), kind)}" if tree.classes != [""] else ""
     yield "images", f"{len(tree):,}{classes} of {tree.where}"
     if tree.left_out:
         yield "left out", tree.left_out

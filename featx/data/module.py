@@ -150,7 +150,8 @@ class ImageFolderDataModule(LightningDataModule):
             return
         self._used = False
         images = sources.find(self.dir, self.files, self.selection, self.column, self.cache, self.retry_seconds)
-        classes = f" in {count(len(images.classes), 'class folder')}" if images.classes != [""] else ""
+        kind = "class" if images.column else "class folder"
+        classes = f" in {count(len(images.classes), kind)}" if images.classes != [""] else ""
         listed = f", listed in {self.files}" if self.files else ""
         note("images", f"{len(images):,}{classes} of {images.where}{listed}")
         if images.left_out:

@@ -91,7 +91,7 @@ class Table(Source):
             names, kept, self.classes, _ = _pack(self._named(numbered=True), selection)
         left = LeftOut(selection)
         left.excluded = len(kept) - len(names)
-        self.left_out, self.images_left_out = left.describe(0, set()), left.excluded
+        self.left_out = left.describe(0, set())
         self._rows = np.flatnonzero(kept)
         self.names, self.stamps = names, np.concatenate(stamps)[self._rows].astype("<i8")
         self.sizes = np.full(len(names), -1, "<i8")

@@ -324,6 +324,15 @@ def test_one_of_several_splits_is_asked_for(tmp_path):
         find(str(saved))
 
 
+def test_more_excluded_rows_than_read_are_as_asked(tmp_path, caplog):
+    path = write(
+        tmp_path / "a.parquet", {"image": IMAGES, "key": ["a1", "a2", "a3", "b"], "label": ["x", "x", "y", "y"]}
+    )
+    caplog.set_level("INFO")
+    loader(path, exclude="*/a*")
+    assert "images:        1 in 1 class of " in caplog.text and "MORE IMAGES ARE LEFT OUT" not in caplog.text
+
+
 def test_extract_takes_a_table(tmp_path):
     path = write(
         tmp_path / "a.parquet", {"image": [png(seed, (256, 256)) for seed in range(3)], "key": ["a", "b", "c"]}
