@@ -9,7 +9,11 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import urlsplit
 
-BUSY = b"<Error><Code>SlowDown</Code><Message>Please reduce your request rate.</Message></Error>"
+ERRORS = {
+    "503": b"<Error><Code>SlowDown</Code><Message>Please reduce your request rate.</Message></Error>",
+    "403": b"<Error><Code>AccessDenied</Code><Message>Access Denied.</Message></Error>",
+    "400": b"<Error><Code>ExpiredToken</Code><Message>The provided token has expired.</Message></Error>",
+}
 
 
 class Proxy:
@@ -20,8 +24,8 @@ class Proxy:
 
     Attributes:
         endpoint: Its own.
-        rule: What to do with a request, of whose path it decides: ``503``, ``cut`` in mid-object, ``stall`` for as long
-            as the proxy lives, or ``""``, to pass it on.
+        rule: What to do with a request, by its path: an error of ``ERRORS``, ``cut`` in mid-object, ``stall`` for as
+            long as the proxy lives, or ``""``, to pass it on.
         delay: Seconds before each answer.
         paths: All paths that were requested.
     """
@@ -61,8 +65,8 @@ class Proxy:
             handler.close_connection = True
             return
         time.sleep(self.delay)
-        if what == "503":
-            return self._send(handler, 503, {}, BUSY)
+        if what in ERRORS:
+            return self._send(handler, int(what), {}, ERRORS[what])
         with closing(HTTPConnection(server)) as upstream:
             upstream.request(handler.command, handler.path, headers=_without(handler.headers, "host", "connection"))
             found = upstream.getresponse()

@@ -242,6 +242,8 @@ def _index(path: str, opener: Callable[[str], Ranged], saved: Saved) -> tuple[Ar
             members, is_zip = zipped.index(path, file), True
         else:
             raise _no_archive(path, head)
+    except UserError:
+        raise
     except OSError as err:
         raise UserError(f"--data.dir {path}: {err.strerror}. Expected a tar or zip file.") from err
     return Archive(path, file.size, file.stamp, is_zip), members

@@ -63,7 +63,8 @@ class Trouble(NamedTuple):
     @property
     def may_pass(self) -> bool:
         """Whether the same request may work later."""
-        return self.status in (0, 408, 425, 429) or self.status >= 500 or self.code in AGAIN
+        passes = self.status in (0, 408, 425, 429) or self.status >= 500
+        return (passes and self.status not in (501, 505)) or self.code in AGAIN
 
 
 def explain(err: BaseException) -> Trouble:

@@ -32,6 +32,8 @@ def expand(where: str) -> list[str]:
         matching = glob.glob(path.replace("[", "[[]")) if re.search(r"[*?]", path) else [path] * os.path.exists(path)
         found.update(matching)
         missing += [] if matching else [path]
+    if remote := re.match(r"(s3|gs|az|https?):/(?=[^/])", where):  # as a pathlib.Path makes it
+        raise MissingPathError(f"--data.dir {where}: no such folder. Did you mean {remote[0]}/{where[remote.end() :]}?")
     if missing == [where] and not re.search(r"[*?]", where):
         raise MissingPathError(f"--data.dir {where}: no such folder. Expected a folder of images, or an archive.")
     if not found:

@@ -25,6 +25,12 @@ from featx.data.sources.table import Table
 from featx.errors import BadValueError, ImageError, MissingPathError, StoreError, UserError, rank
 
 SCHEMES, HTTP = ("s3://", "gs://", "az://"), ("http://", "https://")
+ACCESS = {
+    "s3": "Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_SKIP_SIGNATURE=true for public data.",
+    "gs": "Set GOOGLE_APPLICATION_CREDENTIALS=key.json, or GOOGLE_SKIP_SIGNATURE=true for public data.",
+    "az": "Set AZURE_STORAGE_ACCOUNT_NAME and AZURE_STORAGE_ACCOUNT_KEY, or AZURE_SKIP_SIGNATURE=true for public data.",
+    "ht": "Expected a URL that can be read, with its user and password or its signature.",
+}
 TABLES = (".parquet", ".parq", ".pq")
 WINDOW = 1 << 20  # bytes that are fetched where one after the other is read
 GAP, LONGEST = 1 << 16, 1 << 23  # bytes between ranges that are fetched in one request, and of that
@@ -115,12 +121,15 @@ def _refused(where: str, trouble: Trouble) -> UserError:
     if trouble.status == 404 and trouble.code not in NO_BUCKET:
         return MissingPathError(f"--data.dir {where}: there is no such object ({trouble.words}).")
     if trouble.status == 404:
-        what, remedy = "there is no such bucket", "Expected a bucket that exists, in the region of AWS_REGION."
+        what, remedy = (
+            "there is no such bucket",
+            "Expected one that exists; docs/stores.md says how to reach others.",
+        )
     elif trouble.status in (401, 403) or trouble.code in REFUSED_TO_ALL:
         what = "no permission" if trouble.code not in REFUSED_TO_ALL else "these credentials are not valid"
-        remedy = "Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_SKIP_SIGNATURE=true for public data."
+        remedy = ACCESS[where[:2]]
     else:
-        what, remedy = "the store refuses it", "docs/stores.md says what the environment has to say."
+        what, remedy = "the store refuses it", ACCESS[where[:2]]
     return BadValueError(f"--data.dir {where}: {what} ({trouble.words}).\n{remedy}")
 
 

@@ -27,7 +27,7 @@ from featx.data.sources.columns import (
     path_columns,
     values_of,
 )
-from featx.errors import BadValueError, BrokenSourceError, ImageError, StoreError, either, first_line, log
+from featx.errors import BadValueError, BrokenSourceError, ImageError, StoreError, UserError, either, first_line, log
 
 SUFFIXES = (".parquet", ".parq", ".pq", ".arrow")
 BESIDE = (".md", ".json", ".txt", ".crc")  # what is in a folder of tables, and is none
@@ -285,6 +285,8 @@ def _reporting(where: str, path: str) -> Iterator[None]:
         ) from err
     try:
         yield
+    except UserError:
+        raise
     except (ArrowException, OSError) as err:
         kind = "a Hugging Face dataset on disk" if path.endswith(".arrow") else "Parquet"
         what = path if path == where else f"{where}: {path}"

@@ -1,5 +1,6 @@
 """Images in an object store: a real server, and a proxy that fails as stores and networks do."""
 
+import gc
 import io
 import sys
 import tarfile
@@ -15,7 +16,7 @@ from pyarrow import parquet
 
 from featx.data.sources import ImageTree, find
 from featx.data.sources.fetcher import without_secrets
-from featx.data.sources.store import shown
+from featx.data.sources.store import Fetcher, shown
 from featx.errors import StoreError, UserError
 
 pytestmark = pytest.mark.xdist_group("store")  # one server
@@ -116,6 +117,32 @@ def test_a_store_that_is_gone_ends_the_run_which_continues_later(some, proxy, tm
     assert rows(tmp_path / "store") == rows(tmp_path / "folder")
 
 
+def test_an_object_without_permission_is_listed_but_credentials_that_expire_are_the_stores_failure(some, proxy):
+    store = find("s3://bucket/some")
+    proxy.rule = lambda path: "403" if path.endswith("03.png") else ""
+    found = list(store.read(range(20)))
+    assert isinstance(found[3], PermissionError) and sum(isinstance(file, Exception) for file in found) == 1
+    for status in ("403", "400"):
+        proxy.rule = lambda path, status=status: status
+        with pytest.raises(StoreError, match=f"the store failed: {status}"):
+            list(store.read([3]))
+    proxy.rule = lambda path: ""
+    assert len(list(store.read(range(20)))) == 20
+
+
+def test_a_process_that_reads_and_dies_ends_the_run(some, proxy):
+    store = find("s3://bucket/some")
+    proxy.rule = lambda path: "stall" if path.endswith("19.png") else ""
+    files = store.read(range(20))
+    next(files)
+    for fetcher in (thing for thing in gc.get_objects() if isinstance(thing, Fetcher)):
+        fetcher._process.kill()
+    with pytest.raises(StoreError, match="the process that reads from the store died"):
+        list(files)
+    proxy.rule = lambda path: ""
+    assert len(list(store.read(range(20)))) == 20
+
+
 def test_an_object_that_is_gone_or_changed_since_the_listing_is_listed(some, bucket, tmp_path):
     store = find("s3://bucket/some")
     bucket.delete("bucket/some/03.png")
@@ -189,6 +216,10 @@ def refusal(url: str, **options: object) -> tuple[int, str]:
             "there is no such bucket (404 Not Found, NoSuchBucket: The specified bucket does not exist)",
         ),
         ("s3://bucket/nothing", "no image below it"),
+        ("s3://bucket/nothing.zip", "there is no such object (404 Not Found, NoSuchKey: "),
+        ("s3://bucket/nothing.parquet", "there is no such object (404 Not Found, NoSuchKey: "),
+        ("s3://bucket/{a,b}.tar", "nothing at s3://bucket/a.tar; s3://bucket/b.tar"),
+        ("s3:/bucket/photos", "no such folder. Did you mean s3://bucket/photos?"),
         ("s3://", "expected a folder, or the URL of a bucket, such as s3://bucket/photos"),
         ("ftp://bucket/photos", "expected a folder, or the URL of a bucket, such as s3://bucket/photos"),
         ("http://host/photos", "over HTTP images cannot be listed"),
