@@ -42,7 +42,7 @@ from featx.writer.formats import Floats, row_name
 Source = str | os.PathLike[str] | Iterable[str | os.PathLike[str]] | Iterable[Image.Image] | Dataset[Any]
 # which warn about each other
 LIBRARIES = r"(lightning|torch|torchvision|torchmetrics|timm|transformers|open_clip|huggingface_hub|jsonargparse)\b"
-NOT_HERE = ("dir", "out_dir", "layer", "on_error", "dry_run")  # extract's own parameters, or useless in it
+NOT_HERE = ("dir", "out_dir", "layer", "on_error", "dry_run", "shard")  # extract's own parameters, or useless in it
 
 
 def extract(

@@ -147,6 +147,20 @@ def note(label: str, text: str) -> None:
     log.info("%-15s%s", f"{label}:", text)
 
 
+_job = ""  # what each line begins with
+
+
+def name_job(name: str) -> None:
+    """Begin each line on stderr with a job's name, and those of ``in_job``; several jobs may have one log."""
+    global _job
+    _job = f"[{name}] " if name else ""
+
+
+def in_job(line: object) -> str:
+    """Return a line of output with the job's name, if there are several jobs."""
+    return f"{_job}{line}"
+
+
 def log_to_stderr() -> None:
     """Send notes and warnings to stderr, one line each; ranks other than 0 report errors only."""
     log.handlers = [_Stderr()]
@@ -164,5 +178,5 @@ class _Stderr(logging.Handler):
         """Write a note as it is, and a warning or an error after its level."""
         where = f" [rank {rank()}]" if rank() else ""
         level = f"featx: {record.levelname.lower()}{where}: " if record.levelno >= logging.WARNING else ""
-        sys.stderr.write(f"{level}{record.getMessage()}\n")
+        sys.stderr.write("".join(f"{_job}{line}\n" for line in f"{level}{record.getMessage()}".split("\n")))
         sys.stderr.flush()

@@ -46,15 +46,18 @@ def prepare(
         What there is to do, or None if nothing is left.
     """
     try:
-        writer.check()
+        writer.check(data.shard is not None)
         writer.check_shards(data.batch_size)
         data.check()
         data.cache = None if writer.dry_run else writer.cache
+        writer.enter(data)
         sample = set_up(model, data)
         assert data.images is not None
         columns = {layer: rows.shape[1] for layer, rows in sample.items()}
         work = writer.inspect(trainer, model, data, columns)
         size = writer.check_space(data.images, sample, trainer.world_size) if work and rank() == 0 else 0
+        if work and writer.is_auto:  # as the first job it decides how long a share is
+            writer.seconds_per_batch = estimate(trainer, model, data, data.batch_size) * trainer.world_size
         if not work or writer.dry_run:
             writer.release()
         return Plan(columns, size) if work else None
@@ -112,7 +115,7 @@ def estimate(trainer: Trainer, model: FeatureExtractor, data: ImageFolderDataMod
     return seconds / batch.size * images / trainer.world_size
 
 
-def run(trainer: Trainer, model: FeatureExtractor, data: ImageFolderDataModule) -> None:
+def run(trainer: Trainer, model: FeatureExtractor, data: ImageFolderDataModule, writer: FeatureWriter) -> None:
     """Run a command's Trainer, and end all of its processes when one of them ends early.
 
     Raises:
@@ -132,6 +135,8 @@ def run(trainer: Trainer, model: FeatureExtractor, data: ImageFolderDataModule) 
     report_lost_workers_once()
     try:
         trainer.predict(model, datamodule=data, return_predictions=False)
+        while writer.again:  # shares that other jobs have lost
+            trainer.predict(model, datamodule=data, return_predictions=False)
         watch.leave(0)
     except BaseException as err:
         reported = explain(err, trainer, data)

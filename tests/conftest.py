@@ -20,7 +20,7 @@ from torchvision.datasets import ImageFolder
 
 from featx.data.module import ImageFolderDataModule
 from featx.data.preprocess import Preprocessing
-from featx.errors import UserError, log
+from featx.errors import UserError, log, name_job
 
 REPO = Path(__file__).parent.parent
 ENV = {**os.environ, "PYTHONWARNINGS": "", "TORCH_HOME": "/nonexistent/torch", "COLUMNS": "80"}
@@ -66,6 +66,7 @@ def log_of_its_own() -> None:
     """Begin with the log as Python has it: a command, run in this process before, set it up as for its own."""
     log.handlers, log.propagate = [], True
     log.setLevel("NOTSET")
+    name_job("")
 
 
 @pytest.fixture(scope="session")

@@ -32,5 +32,8 @@ def run(photos, out, layer="2", model=Tiny, trainer_options=None, data=None, **o
         **(trainer_options or {}),
     )
     data = ImageFolderDataModule(str(photos), **({"batch_size": 8, "num_workers": 0} | (data or {})))
-    trainer.predict(model(layer), datamodule=data, return_predictions=False)
+    network = model(layer)
+    trainer.predict(network, datamodule=data, return_predictions=False)
+    while writer.again:
+        trainer.predict(network, datamodule=data, return_predictions=False)
     return writer

@@ -14,7 +14,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from featx.commands import options
 from featx.data.module import ImageFolderDataModule
-from featx.errors import SEE, BadValueError, UserError, count, log, note, rank, size_in_words
+from featx.errors import SEE, BadValueError, UserError, count, in_job, log, name_job, note, rank, size_in_words
 from featx.model.extractor import FeatureExtractor
 from featx.process.cores import cores_per_process
 from featx.process.lightning import NOTHING_TO_COMPUTE, PLAIN, make_trainer
@@ -84,6 +84,8 @@ def predict(argv: list[str]) -> int:
     )
     trainer, model, data = cli.trainer, cli.model, cli.datamodule
     writer: FeatureWriter = cli.config_init.writer
+    if data.shard not in (None, "auto"):
+        name_job(data.shard)
     plan = prepare(trainer, model, data, writer)
     if plan is None:
         return _summarize(writer, None)
@@ -97,10 +99,13 @@ def predict(argv: list[str]) -> int:
             print(f"time: about {timedelta(seconds=math.ceil(estimate(trainer, model, data, left)))} on {batch}")
             print("dry run: nothing was written")
         return 0
-    run(trainer, model, data)
+    run(trainer, model, data, writer)
     if not trainer.is_global_zero:
         return 0
     seconds = progress.seconds
+    if writer.share:
+        print(in_job(writer.share))
+        return 3 if writer.faults else 0
     if any(record["rows"] for record in writer.records.values()):
         gain = partial(data.turbo_saves, model.preprocessing) if data.decoder == "exact" else float
         spent, on_gpu = stages(trainer, model, writer), trainer.strategy.root_device.type != "cpu"
@@ -117,15 +122,16 @@ def _summarize(writer: FeatureWriter, seconds: float | None) -> int:
     """Print the number of rows, the time and the files, and return the exit status."""
     rows = count(max((record["rows"] for record in writer.records.values()), default=0), "row")
     if seconds is None:
-        print(f"already finished, nothing to do: {rows}")
+        print(in_job(f"already finished, nothing to do: {rows}"))
     else:
-        print(f"{rows} in {seconds:.1f} s, {writer.computed / max(seconds, 1e-9):.1f} images/s")
+        print(in_job(f"{rows} in {seconds:.1f} s, {writer.computed / max(seconds, 1e-9):.1f} images/s"))
     for layer in writer.records:
-        print(*dict.fromkeys(path.parent if writer.shard_rows else path for path in writer.files[layer]), sep="\n")
+        paths = dict.fromkeys(path.parent if writer.shard_rows else path for path in writer.files[layer])
+        print(*map(in_job, paths), sep="\n")
     for layer, record in writer.records.items():
         if record["errors"] + record["errors_used"]:
             what = [f"{count(record['errors'], 'image')} could not be read"] if record["errors"] else []
             what += [f"{count(record['errors_used'], 'damaged image')} used anyway"] if record["errors_used"] else []
             path = Path(writer.out_dir) / file_name(layer, "errors.csv")
-            print(f"{rows}, {', '.join(what)}, listed in {path}")
+            print(in_job(f"{rows}, {', '.join(what)}, listed in {path}"))
     return 3 if writer.faults else 0

@@ -2,9 +2,10 @@
 
 import json
 import math
+import re
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -65,6 +66,7 @@ class ImageFolderDataModule(LightningDataModule):
         reader: A function that reads the files, as my_module.read; it takes a path and returns an array.
         column: The column of a table, or the member of a sample, that is the image; null: the only one.
         retry_seconds: How long requests are repeated while an object store fails, in seconds.
+        shard: The share of the images that this job computes, as 3/64, or auto: one after another until all are done.
 
     Raises:
         UserError: From ``setup``: no folder, no image, or all images need an option, such as ``value_range``.
@@ -95,6 +97,7 @@ class ImageFolderDataModule(LightningDataModule):
         reader: str | None = None,
         column: str | None = None,
         retry_seconds: int = 300,
+        shard: str | None = None,
     ) -> None:
         super().__init__()
         for name, value, least in (
@@ -111,6 +114,8 @@ class ImageFolderDataModule(LightningDataModule):
                 f"--data.interpolation {interpolation}: expected bilinear or bicubic with --data.decoder {decoder}.\n"
                 "--data.decoder exact has all of PIL's filters."
             )
+        if shard is not None:
+            _check_shard(shard)
         self.dir = dir
         self.batch_size = batch_size
         self.num_workers = num_workers
@@ -123,6 +128,7 @@ class ImageFolderDataModule(LightningDataModule):
         self.column = column
         self.exclude = exclude
         self.suffixes = suffixes
+        self.shard = shard
         self.on_error = on_error
         self.retry_seconds = retry_seconds
         self.decoder = decoder
@@ -130,7 +136,7 @@ class ImageFolderDataModule(LightningDataModule):
         vars(self).update(vars(self.view))  # its options, for the record
         self.cache: Path | None = None  # of lists that take long to make; ``prepare`` knows where
         self.images: Source | None = None
-        self.batches: Sequence[int] | None = None  # those of this process; None: all
+        self.batches: Iterable[int] | None = None  # those of this process; None: all
         self.readers = READERS
         self.workers = 0
         self._used = False  # the list of images, by a run
@@ -146,7 +152,7 @@ class ImageFolderDataModule(LightningDataModule):
     def setup(self, stage: str | None = None) -> None:
         """List the images, once per run, and check that one of the first can be read with these options."""
         self.batches, self._dark_reported = None, False
-        if self.images is not None and not self._used:
+        if self.images is not None and (not self._used or self.shard is not None):  # all jobs have one list
             return
         self._used = False
         images = sources.find(self.dir, self.files, self.selection, self.column, self.cache, self.retry_seconds)
@@ -175,6 +181,15 @@ class ImageFolderDataModule(LightningDataModule):
         """Leave only some of the images, by their places, until the next ``setup``."""
         assert self.images is not None
         self.images, self._used = self.images.some(places), True
+
+    def restore(self, read: Callable[[], Iterable[tuple[str, int, int]]]) -> None:
+        """Use the list of images that another job has made of a folder, paths, sizes and mtimes; check some of them.
+
+        Archives and tables have lists of their own, which each job reads.
+        """
+        if sources.is_folder(self.dir):
+            self.images = sources.ImageTree.restored(self.dir, read())
+            note("images", f"{len(self.images):,} of {self.dir}, as another job has listed them")
 
     def preprocessing(self, preset: Preprocessing) -> Preprocessing:
         """Return ``preset``, what the network was trained with, as changed by this module's options.
@@ -240,7 +255,8 @@ class ImageFolderDataModule(LightningDataModule):
             self.batches = range(math.ceil(len(self.images) / self.batch_size))
         cores = cores_per_process(self.trainer)
         on_gpu = self.trainer.strategy.root_device.type == "cuda"
-        self.workers = workers = choose(self.num_workers, cores, len(self.batches))
+        most = len(self.batches) if isinstance(self.batches, Sized) else len(self.images)
+        self.workers = workers = choose(self.num_workers, cores, most)
         threads = "" if on_gpu else f", {count(cores, 'network thread')}"
         note("cores", f"{cores} per process: {count(workers, 'data worker')}{threads}")
         preset: Any = self.trainer.lightning_module.preprocessing
@@ -370,6 +386,15 @@ class _Images(Dataset[Sample]):
             begin = end
 
 
+def _check_shard(shard: str) -> None:
+    """Raise BadValueError unless this is a share such as 3/64, or auto."""
+    found = re.fullmatch("([0-9]{1,6})/([0-9]{1,6})", shard)
+    share, shares = map(int, found.groups()) if found else (0, 0)
+    if shard != "auto" and not 1 <= share <= shares:
+        what = f"shares are counted from 1. Expected 1/{shares} to {shares}/{shares}" if shares else "expected 3/64"
+        raise BadValueError(f"--data.shard {shard}: {what}, or auto.")
+
+
 def _first_read(samples: Iterable[Sample]) -> Sample | None:
     """Return the first of the ``FIRST`` samples with an image, or None where there is none.
 
@@ -432,7 +457,7 @@ class _WholeBatches(DistributedSampler[Any]):
     turn and repeat some: https://github.com/Lightning-AI/pytorch-lightning/issues/10782.
     """
 
-    def __init__(self, images: int, batch_size: int, batches: Sequence[int]) -> None:
+    def __init__(self, images: int, batch_size: int, batches: Iterable[int]) -> None:
         self.images = images
         self.batch_size = batch_size
         self.batches = batches
@@ -442,4 +467,6 @@ class _WholeBatches(DistributedSampler[Any]):
             yield from range(batch * self.batch_size, min((batch + 1) * self.batch_size, self.images))
 
     def __len__(self) -> int:
+        if not isinstance(self.batches, Sized):
+            raise TypeError("the batches of shares that this job has not taken yet are unknown")
         return int(sum(min(self.batch_size, self.images - batch * self.batch_size) for batch in self.batches))

@@ -4,6 +4,7 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
@@ -50,8 +51,9 @@ class Progress(Callback):
             return
         self._start = self._asked = time.monotonic()
         self._next = self._start + 5
-        if sampler := getattr(trainer.predict_dataloaders, "sampler", None):
-            self._total = len(sampler)
+        if (sampler := getattr(trainer.predict_dataloaders, "sampler", None)) is not None:
+            with suppress(TypeError):  # with --data.shard auto
+                self._total = len(sampler)
         if sys.stderr.isatty() or "ipykernel" in sys.modules:
             with ignored("", TqdmWarning):  # where ipywidgets are missing, a notebook's bar is one of text
                 from tqdm.auto import tqdm
@@ -73,10 +75,13 @@ class Progress(Callback):
         now = time.monotonic()
         if self._bar is not None:
             self._bar.update(batch.size)
-        elif trainer.is_global_zero and self._total and now >= self._next:
+        elif trainer.is_global_zero and now >= self._next:
             elapsed = now - self._start
             rate = self._done / elapsed
             self._next = now + min(60, elapsed)
+            if not self._total:
+                log.info("%s images, %.1f images/s", f"{self._done:,}", rate)
+                return
             share = f" of rank 0's {self._total:,}" if trainer.world_size > 1 else f" of {self._total:,}"
             left = _clock((self._total - self._done) / rate)
             log.info("%s%s images, %.1f images/s, %s left", f"{self._done:,}", share, rate, left)

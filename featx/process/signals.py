@@ -158,6 +158,8 @@ class Watch:
 
     def connect(self, rank: int, size: int) -> None:
         """Begin to watch, now that the processes are connected."""
+        if self._running.is_set():  # predict was called again
+            return
         self._running.set()
         if size == 1:
             return

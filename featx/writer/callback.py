@@ -2,8 +2,8 @@
 
 import os
 import platform
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from pathlib import Path
@@ -19,10 +19,11 @@ from featx.data.batch import Batch, Fault, Images, report
 from featx.errors import BadValueError, ImageError, UserError, count, log, rank
 from featx.process import progress
 from featx.process.cores import device_name, usable_cores
-from featx.writer import checks, disk, journal, records
+from featx.writer import checks, disk, journal, records, shares
 from featx.writer.disk import DiskError, Lock
 from featx.writer.folder import COMPLETE, HIDDEN, UPDATE, LayerState
 from featx.writer.formats import FORMATS, REVISION, Format
+from featx.writer.job import Job, Taken, check_device
 from featx.writer.join import finish
 from featx.writer.journal import Placed
 from featx.writer.stream import RowStream
@@ -51,10 +52,12 @@ class FeatureWriter(BasePredictionWriter):
         dry_run: Whether to print the space and time that the run would take, and stop before the first batch.
         shard_rows: Images per file, a multiple of the batch size; the files are LAYER/00000.csv, LAYER/00001.csv, ...
         update: Whether images may have been added, changed or removed: only new and changed ones are computed.
+        same_device: Whether to refuse to go on with rows from another kind of device, whose last digits may differ.
 
     Attributes:
         records: The content of LAYER.json, by layer; in process 0, after the run.
         faults: The number of images without a row.
+        again: With ``ImageFolderDataModule(shard="auto")``, whether ``predict`` must be called again for other shares.
 
     Raises:
         UserError: ``out_dir`` cannot be used or contains another run's rows, or rows of one layer differ in length.
@@ -72,6 +75,7 @@ class FeatureWriter(BasePredictionWriter):
         dry_run: bool = False,
         shard_rows: int | None = None,
         update: bool = False,
+        same_device: bool = False,
     ) -> None:
         super().__init__(write_interval="batch")
         self.formats: list[Format] = [format] if isinstance(format, str) else list(dict.fromkeys(format))
@@ -95,7 +99,11 @@ class FeatureWriter(BasePredictionWriter):
         self.dry_run = dry_run
         self.shard_rows = shard_rows
         self.update = update
+        self.same_device = same_device
+        self.again = False
+        self.seconds_per_batch: float | None = None  # about, if known; for the size of shares
         self.records: dict[str, dict[str, Any]] = {}
+        self._job: Job | None = None
         self._inspected: tuple[Any, Any, Any] | None = None  # for which Trainer, model and data
         self._inspected_locked = False  # whether this run held the lock then
         self._all: dict[str, LayerState] = {}
@@ -104,6 +112,7 @@ class FeatureWriter(BasePredictionWriter):
         self._kept: dict[str, Kept | None] = {}  # of the layers that are updated
         self._places: Any = None  # of the images to compute; None: all
         self._stream: RowStream | None = None  # if this process has work
+        self._computed_before = self._listed_before = 0  # images, in earlier calls of predict
         self._device = self._session = ""
         self._started = datetime.now(UTC)
         self._lock: Lock | None = None
@@ -123,7 +132,7 @@ class FeatureWriter(BasePredictionWriter):
     @property
     def computed(self) -> int:
         """The number of images that this process has computed."""
-        return self._stream.computed if self._stream else 0
+        return self._computed_before + (self._stream.computed if self._stream else 0)
 
     @property
     def stages(self) -> dict[str, float]:
@@ -132,14 +141,51 @@ class FeatureWriter(BasePredictionWriter):
 
     @property
     def faults(self) -> int:
-        """The number of images without a row."""
-        return max((record["errors"] for record in self.records.values()), default=0)
+        """The number of images without a row; those of this job's shares if other jobs finish the files."""
+        return max((record["errors"] for record in self.records.values()), default=self._listed)
 
-    def check(self) -> None:
-        """Raise UserError if ``out_dir`` is a file, not writable or in use; create nothing."""
+    @property
+    def _listed(self) -> int:
+        return self._listed_before + self._listed_by_stream + (self._job.listed if self._job else 0)
+
+    @property
+    def _listed_by_stream(self) -> int:
+        return self._stream.listed if self._stream else 0
+
+    @property
+    def share(self) -> str:
+        """What is done, in words, if other jobs have the rest to do, else nothing; in process 0, after the run."""
+        return self._job.summary() if self._job and not self.records else ""
+
+    @property
+    def is_auto(self) -> bool:
+        """Whether this is a job that takes shares of about the same time."""
+        return self._job is not None and self._job.auto
+
+    def check(self, shared: bool = False) -> None:
+        """Raise UserError if ``out_dir`` is a file, not writable or in use, if not by jobs; create nothing."""
         checks.check_folder(Path(self.out_dir), self.formats)
         if (Path(self.out_dir) / HIDDEN / "lock").exists():
-            self._take_lock()
+            self._take_lock(shared)
+
+    def enter(self, data: Any) -> None:
+        """With ``--data.shard``, join the other jobs and use their list of images, or begin to make it."""
+        if data.shard is not None and self.overwrite:
+            raise BadValueError(
+                f"--writer.overwrite true: with --data.shard {data.shard} each job would remove the others' rows.\n"
+                "Remove the folder before you start the jobs, or use another --writer.out_dir."
+            )
+        if data.shard is not None and self.update:
+            raise BadValueError(
+                f"--writer.update true: does not go with --data.shard {data.shard}.\n"
+                "Update the files with one job, without --data.shard; it may use several devices."
+            )
+        self._job = None
+        if data.shard is not None and not self.dry_run:
+            self._take_lock(True)
+            hidden, info = Path(self.out_dir) / HIDDEN, lambda: {"images": self.computed, "faults": self._listed}
+            self._job = Job(hidden, data.shard, rank(), info)
+            self._job.enter(data)
 
     def check_shards(self, batch_size: int) -> None:
         """Raise BadValueError if ``shard_rows`` is not a multiple of the batch size."""
@@ -180,6 +226,16 @@ class FeatureWriter(BasePredictionWriter):
                 Path(self.out_dir), layer, columns[layer], self.formats, identity, data.images, data.readers
             )
         self._find_work(data, model.preprocessing)
+        if self._job is not None and self._states:
+            device = device_name(trainer.strategy.root_device)
+            self._job.agree(self._all, self._states, data, self.formats, device, self.same_device)
+            self._find_work(data, model.preprocessing)  # other jobs may have finished since
+        if not self._states and rank() == 0 and (hidden := Path(self.out_dir) / HIDDEN / shares.NAME).exists():
+            if self._job is None:  # the job that joined was lost before it removed them
+                self._take_lock()
+                shares.remove_finished(hidden.parent, self._all)
+            elif self._job.may_join():
+                self._job.shares.remove()
         self._inspected = trainer, model, data
         return bool(self._states)
 
@@ -187,26 +243,39 @@ class FeatureWriter(BasePredictionWriter):
         self._states, self.records = dict(self._all), {}
         for layer, state in self._all.items():
             if (state.folder / UPDATE / COMPLETE).exists() and rank() == 0:
+                self._check_single(layer)
                 self._take_lock()
                 complete(state)
             record = state.inspect(self.overwrite, self.update)
             if record and all(data.fault(fault.path, preset) == fault for fault in state.faults()):
-                if state.run_path.exists() and rank() == 0:  # the run was killed while it renamed or cleaned up
-                    self._take_lock()
+                # The run was killed while it renamed or cleaned up, or a job is about it.
+                if state.run_path.exists() and rank() == 0 and (self._job is None or self._job.may_join()):
+                    self._take_lock(self._job is not None)
                     state.finish_renaming(record)
-                if (state.folder / UPDATE).exists() and rank() == 0:  # of images as they are no more
+                # Of images as they are no more; jobs leave it to the next run without them.
+                if (state.folder / UPDATE).exists() and rank() == 0 and self._job is None:
                     self._take_lock()
                     state.remove_update()
                 self.records[layer] = record
                 del self._states[layer]
         if rank() == 0:
             is_unchanged = partial(self._is_unchanged, data, preset)
-            for state in self._states.values():
+            for layer, state in self._states.items():
+                if state.old:
+                    self._check_single(layer)
                 if state.old and state.run_path.exists():  # the run that made them was killed while it renamed
                     self._take_lock()
                     state.rename_hidden(state.old)
             found, self._places = plan(self._states, data.images, is_unchanged)
             self._kept = dict(found)
+
+    def _check_single(self, layer: str) -> None:
+        """Raise BadValueError if this is one of several jobs, which cannot update a layer's files."""
+        if self._job is not None:
+            raise BadValueError(
+                f"--data.shard: {layer} has been updated with --writer.update true, and some of it is left to do.\n"
+                "Run the command once without --data.shard; it may use several devices."
+            )
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Agree with the other processes on the remaining batches, take a share, and start the writing thread."""
@@ -217,7 +286,8 @@ class FeatureWriter(BasePredictionWriter):
             )
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         model: Any = pl_module
-        if self._inspected != (trainer, model, data):  # a user's own Trainer, without prepare() before it
+        if self._inspected != (trainer, model, data) and not self.again:  # a user's own Trainer, without prepare()
+            self.enter(data)
             self.check_shards(data.batch_size)
             model.configure_model()
             sample = model.try_out(data.first_batch(model.preprocessing))
@@ -225,12 +295,18 @@ class FeatureWriter(BasePredictionWriter):
         self._inspected = None
         device = trainer.strategy.root_device
         self._device = device_name(device)
-        self._started, self._stream, self._group, self._done = datetime.now(UTC), None, None, {}
+        counts = self.computed, self._listed_before + self._listed_by_stream
+        self._computed_before, self._listed_before = counts if self.again else (0, 0)
+        self._stream, self._group, self._done = None, None, {}
+        self._started = self._started if self.again else datetime.now(UTC)
         if trainer.world_size > 1:
             # Processes may finish hours apart, but NCCL and Lightning wait for only half an hour.
             self._group = dist.new_group(backend="gloo", timeout=timedelta(days=365))
         session, left, digest = 0, np.arange(0), data.images.digest()
-        if trainer.is_global_zero:
+        if self._job is not None:
+            unchanged = partial(self._is_unchanged, data, model.preprocessing)
+            session, left = self._job.begin(self._states, data, unchanged, self.seconds_per_batch)
+        elif trainer.is_global_zero:
             checks.warn_of_names(data.images.names, self.names)
             session, left = self._begin(data, model.preprocessing)
         gathered = self._gather((session, left, list(self._states), list(self._kept), self._places, digest))
@@ -252,11 +328,16 @@ class FeatureWriter(BasePredictionWriter):
             )
         data.batches = np.array_split(left, trainer.world_size)[trainer.global_rank]
         self._session = f"{session:06}"
-        if len(data.batches):
-            stem = f"{self._session}-{trainer.global_rank:05}"
-            on_gpu, first = device.type != "cpu", int(data.batches[0])
+        stem: Callable[[int], str] = partial(_stem, f"{self._session}-{trainer.global_rank:05}")
+        moved_on: Callable[[int], None] | None = None
+        if self._job is not None:
+            data.batches = self._job.deal(session, data.batches, trainer.global_rank, trainer.world_size)
+            stem, moved_on = self._job.part, self._job.mark_done
+        unknown = isinstance(data.batches, Taken)
+        if unknown or len(data.batches):
+            on_gpu, first = device.type != "cpu", None if unknown else int(data.batches[0])
             computing = model.batches_at_once(data.batch_size)
-            self._stream = RowStream(self._states, stem, self._device, on_gpu, first, computing)
+            self._stream = RowStream(self._states, stem, self._device, on_gpu, first, computing, moved_on)
 
     @staticmethod
     def _is_unchanged(data: Any, preset: Any, fault: Fault) -> bool:
@@ -274,6 +355,8 @@ class FeatureWriter(BasePredictionWriter):
         """Return the session's number and the batches that are not on disk yet, in order."""
         is_unchanged = partial(self._is_unchanged, data, preset)
         self._take_lock()
+        if self.overwrite:
+            shares.remove(Path(self.out_dir) / HIDDEN / shares.NAME)
         if not self._inspected_locked:  # another run may have written since
             self._find_work(data, preset)
         self._restrict(data)
@@ -288,8 +371,8 @@ class FeatureWriter(BasePredictionWriter):
             session = max(session, journal.next_session(state.folder))
             if done:
                 log.info("%s: continuing, %s of %s are done", layer, f"{len(done):,}", count(batches, "batch"))
-            if others := {one.entry.device for one in done.values()} - {self._device}:
-                log.warning("%s: started on %s; on %s last digits may differ", layer, ", ".join(others), self._device)
+            others = {one.entry.device for one in done.values()} - {self._device}
+            check_device(f"{layer}: started", others, self._device, self.same_device)
         return session, np.array(sorted(left), dtype=np.int64)
 
     def write_on_batch_end(
@@ -304,7 +387,8 @@ class FeatureWriter(BasePredictionWriter):
     ) -> None:
         """Pass a batch's rows, ``(B, D) float32`` per layer, to the writing thread, which waits for the device."""
         assert self._stream is not None
-        self._stream.put(batch._replace(groups=[]), prediction)
+        with self._unless_finished():
+            self._stream.put(batch._replace(groups=[]), prediction)
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         lost = [fault for fault in batch.faults if not fault.used]
         if lost and data.on_error == "stop":  # the batch is in the journal, so that the image may be repaired
@@ -316,25 +400,70 @@ class FeatureWriter(BasePredictionWriter):
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Wait until all rows are on disk; in process 0, join the parts and warn of values that are not finite."""
         if self._stream is not None:
-            self._stream.finish()
+            with self._unless_finished():
+                self._stream.finish()
+        if self._job is not None and self._job.auto:
+            self._job.mark_done()
         self._gather(None)  # the rows of all processes are on disk
-        if trainer.is_global_zero:
+        hidden, self.again = Path(self.out_dir) / HIDDEN, False
+        if self._job is not None:
+            self.again = self._gather(self._join_shares(trainer) if trainer.is_global_zero else False)[0]
+        elif trainer.is_global_zero:
+            done = {layer: self._done[layer] | state.placed(self._session) for layer, state in self._states.items()}
             known = self._stream.digests() if self._stream else {}
-            for layer, state in self._states.items():
-                done = self._done[layer] | state.placed(self._session)
-                info = _run_info(self, trainer, self._started)
-                record = state.finish(done, info) if isinstance(state, Update) else finish(state, done, known, info)
-                self.records[layer] = record
-                if overflowed := record["values_overflowed"]:
-                    log.warning("%s: %s too large for float16 became infinite: --writer.dtype float32 keeps them",
-                                layer, count(overflowed, "value"))  # fmt: skip
-                if record["values_not_finite"]:
-                    values, rows = count(record["values_not_finite"], "value"), count(record["rows_not_finite"], "row")
-                    log.warning("%s: %s nan or infinite, in %s", layer, values, rows)
-                report(record["remarks"], layer)
-            for layer in list(self._states)[:1]:  # the images of all are the same
-                report(self.records[layer]["remarks"])
-        self.release()
+            self._join(trainer, done, known, copy=(hidden / shares.NAME / shares.PLAN).exists())
+            shares.remove_finished(hidden, self._all)
+        if not self.again:
+            self.release()
+
+    def _join_shares(self, trainer: Trainer) -> bool:
+        """Mark this job's shares as done, and join the parts if they were the last; return whether some are left."""
+        assert self._job is not None
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        self._job.mark_done()
+        what = self._job.conclude(self._states)
+        if what == "join":
+            with self._unless_finished():
+                self.records |= (finished := self._job.finished(self._states))
+                left = {layer: state for layer, state in self._states.items() if layer not in finished}
+                if (done := self._job.missing(left, -(-len(data.images) // data.batch_size))) is None:
+                    return True
+                checks.warn_of_names(data.images.names, self.names)
+                self._join(trainer, done, {}, copy=True)
+            self._job.shares.remove()
+        if what in ("join", "finished"):
+            self.records |= self._job.records(self._states)
+        return what == "again"
+
+    @contextmanager
+    def _unless_finished(self) -> Iterator[None]:
+        """Ignore an error if other jobs have finished the files meanwhile, and removed the parts of this one."""
+        try:
+            yield
+        except OSError:  # a DiskError too
+            if self._job is None or not self._job.is_finished(self._states):
+                raise
+
+    def _join(
+        self, trainer: Trainer, done: Mapping[str, dict[int, Placed]], known: dict[Path, str], copy: bool
+    ) -> None:
+        stem = f"{self._session}-joined" if self._job is not None else "joined"
+        for layer, placed in done.items():
+            state, info = self._states[layer], _run_info(self, trainer, self._started)
+            if isinstance(state, Update):
+                record = state.finish(placed, info)
+            else:
+                record = finish(state, placed, known, info, stem, copy)
+            self.records[layer] = record
+            if overflowed := record["values_overflowed"]:
+                log.warning("%s: %s too large for float16 became infinite: --writer.dtype float32 keeps them",
+                            layer, count(overflowed, "value"))  # fmt: skip
+            if record["values_not_finite"]:
+                values, rows = count(record["values_not_finite"], "value"), count(record["rows_not_finite"], "row")
+                log.warning("%s: %s nan or infinite, in %s", layer, values, rows)
+            report(record["remarks"], layer)
+        for layer in list(done)[:1]:  # the images of all are the same
+            report(self.records[layer]["remarks"])
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Bring the computed rows to disk for the next run."""
@@ -347,17 +476,19 @@ class FeatureWriter(BasePredictionWriter):
         """Wait until process 0 has joined the parts."""
         self._gather(None)
 
-    def _take_lock(self) -> None:
+    def _take_lock(self, shared: bool = False) -> None:
         if self._lock is None and rank() == 0:
             folder = Path(self.out_dir) / HIDDEN
             with disk.reporting(folder):
                 folder.mkdir(parents=True, exist_ok=True)
-            self._lock = Lock(folder / "lock", f"--writer.out_dir {self.out_dir}")
+            self._lock = Lock(folder / "lock", f"--writer.out_dir {self.out_dir}", shared)
 
     def release(self) -> None:
-        """Close the parts and release the folder's lock."""
+        """Close the parts, leave the other jobs, and release the folder's lock."""
         if self._stream is not None:
             self._stream.close()
+        if self._job is not None:
+            self._job.shares.leave()
         if self._lock is not None:
             self._lock.release()
             self._lock = None
@@ -369,6 +500,10 @@ class FeatureWriter(BasePredictionWriter):
         values: list[Any] = [None] * dist.get_world_size(self._group)
         dist.all_gather_object(values, value, group=self._group)
         return values
+
+
+def _stem(stem: str, batch: int) -> str:
+    return stem
 
 
 def _run_info(writer: FeatureWriter, trainer: Trainer, started: datetime) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Every disk write of a run, with failures reported as DiskError."""
 
 import errno
+import fcntl
 import os
 import tempfile
 import time
@@ -38,12 +39,19 @@ def reporting(path: Path) -> Iterator[None]:
         raise DiskError(f"{path}: {err.strerror or err}. {action} the disk of {path.parent}.\n{GOES_ON}") from err
 
 
-def open_to_write(path: Path, at: int = 0) -> BinaryIO:
-    """Open a file for writing at a position, created if missing and truncated there; refuse a link."""
+def open_to_write(path: Path, at: int = 0, new: bool = False) -> BinaryIO:
+    """Open a file for writing at a position, created if missing and truncated there; refuse a link.
+
+    Args:
+        path: The file.
+        at: The position, in bytes.
+        new: Whether it must be missing.
+    """
     if path.is_symlink():
         raise DiskError(f"{path}: is a link, and featx writes only to its own files. Remove it.\n{GOES_ON}")
     with reporting(path):
-        file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666), "r+b", buffering=0)
+        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | (os.O_EXCL if new else 0)
+        file = os.fdopen(os.open(path, flags, 0o666), "r+b", buffering=0)
         file.truncate(at)
         file.seek(at)
         return file
@@ -89,9 +97,15 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def replace(path: Path, data: bytes) -> None:
-    """Replace a file's content atomically."""
-    fresh = path.with_name(f".{path.name}.new")
+def replace(path: Path, data: bytes, fresh: Path | None = None) -> None:
+    """Replace a file's content atomically.
+
+    Args:
+        path: The file.
+        data: Its new content.
+        fresh: A new file on the same file system, if another process may replace it at the same time.
+    """
+    fresh = fresh or path.with_name(f".{path.name}.new")
     file = open_to_write(fresh)
     try:
         write(file, fresh, data)
@@ -141,21 +155,36 @@ class Lock:
     Args:
         path: The lock file, created if missing.
         what: What is locked, for the message.
+        shared: Whether to exclude only those that do not share it. filelock has no such lock on the same file.
 
     Raises:
         BusyError: Another run holds the lock.
         DiskError: The file system has no locks or refuses.
     """
 
-    def __init__(self, path: Path, what: str) -> None:
+    def __init__(self, path: Path, what: str, shared: bool = False) -> None:
         # A soft lock would survive a killed process.
-        self._lock = FileLock(path, thread_local=False, fallback_to_soft=False)
+        self._lock = None if shared else FileLock(path, thread_local=False, fallback_to_soft=False)
+        self._file = -1
         with reporting(path):
             try:
-                self._lock.acquire(blocking=False)
-            except Timeout as err:
+                if self._lock is not None:
+                    self._lock.acquire(blocking=False)
+                else:
+                    self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+                    os.register_at_fork(after_in_child=self._close)
+                    fcntl.flock(self._file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except (Timeout, BlockingIOError) as err:
+                self._close()
                 raise BusyError(f"{what}: another run is writing there. Wait for it, or use another folder.") from err
+
+    def _close(self) -> None:
+        file, self._file = self._file, -1
+        if file >= 0:
+            os.close(file)
 
     def release(self) -> None:
         """Release the lock."""
-        self._lock.release()
+        if self._lock is not None:
+            self._lock.release()
+        self._close()

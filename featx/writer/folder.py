@@ -4,7 +4,7 @@ import csv
 import io
 import os
 import zlib
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
@@ -92,7 +92,7 @@ class LayerState:
         self.errors_path = out_dir / file_name(layer, "errors.csv")
         self.run_path = self.folder / "run.json"
         self.inputs_path = self.folder / "images.gz"
-        self.inputs = {"images": len(images), "digest": images.digest()}
+        self.inputs: Json = {"images": len(images), "digest": images.digest()}
         self.digest = records.digest(identity, images)
         self.formats = [FORMATS[name](layer, columns, identity) for name in formats]
         self.parts = {format.part: format for format in self.formats}
@@ -259,11 +259,12 @@ class LayerState:
                     return place
         return None
 
-    def begin(self, overwrite: bool = False) -> None:
+    def begin(self, overwrite: bool = False, shared: bool = False) -> None:
         """Write ``run.json``, which only the same run may continue; remove leftovers that no ``run.json`` explains.
 
         Args:
             overwrite: Whether to remove everything that featx wrote for the layer first.
+            shared: Whether other jobs compare their readers with this job's, instead of with those in all journals.
         """
         if overwrite:
             self._remove_results()
@@ -276,6 +277,7 @@ class LayerState:
             noted = records.read_noted(self.inputs_path)
         records.save_inputs(self.inputs_path, self.images, noted)
         run = {"format": journal.FORMAT, "identity": self.identity, "inputs": self.inputs}
+        run |= {"readers": dict(self.readers)} if shared else {}
         disk.replace(self.run_path, records.as_json(run))
 
     def _remove_results(self) -> None:
@@ -308,10 +310,12 @@ class LayerState:
         with suppress(OSError):  # missing, or other files are in it
             folder.rmdir()
 
-    def placed(self, session: str = "") -> dict[int, Placed]:
-        """Return this run's batches that are on disk; of a session that is ending only its own, unchecked."""
+    def placed(
+        self, session: str = "", only: Container[int] | None = None, jobs: Collection[int] | None = None
+    ) -> dict[int, Placed]:
+        """Return this run's batches that are on disk, as ``journal.read_parts`` finds them."""
         own = {os.path.relpath(path, self.folder) for path in self.results}
-        return journal.read_parts(self.folder, self.parts, self.digest, own, session)
+        return journal.read_parts(self.folder, self.parts, self.digest, own, session, only, jobs)
 
     def finish_renaming(self, record: Json) -> None:
         """Rename the remaining files of a run that was killed while it renamed them."""

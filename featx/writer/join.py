@@ -12,7 +12,14 @@ from featx.writer.journal import Entry, Head, Placed
 from featx.writer.records import Json
 
 
-def finish(state: LayerState, done: dict[int, Placed], known: dict[Path, str], run: Json) -> Json:
+def finish(
+    state: LayerState,
+    done: dict[int, Placed],
+    known: dict[Path, str],
+    run: Json,
+    stem: str = "joined",
+    copy: bool = False,
+) -> Json:
     """Join the parts into the final files and return their record.
 
     The record is written before the files are renamed, so that no final file is ever without one. A run that is killed
@@ -23,6 +30,8 @@ def finish(state: LayerState, done: dict[int, Placed], known: dict[Path, str], r
         done: All batches, by number.
         known: SHA-256 of the parts as written.
         run: The record's ``run``.
+        stem: Prefix of new files, if other jobs may join at the same time.
+        copy: Whether all rows are copied to new files, since a job may still write to its part.
     """
     placed = [done[number] for number in sorted(done)]
     entries = [one.entry for one in placed]
@@ -42,7 +51,7 @@ def finish(state: LayerState, done: dict[int, Placed], known: dict[Path, str], r
     joined: dict[Path, Path] = {}
     for shard in state.shards:
         in_shard = placed[shard.batches]
-        joined |= _join(state, shard, in_shard, known)
+        joined |= _join(state, shard, in_shard, known, f"{state.folder / stem}{shard.label}", copy)
         rows_of_shard = {"rows": _count(in_shard)[2]} if state.sharded else {}
         for target in shard.results.values():
             path = joined[target]
@@ -50,15 +59,15 @@ def finish(state: LayerState, done: dict[int, Placed], known: dict[Path, str], r
             files[state.key(target)] = {"sha256": sha256, "bytes": size} | rows_of_shard
     record = record_of(state, files, rows, faults, entries, run)
     if noted := {name: values for entry in entries for name, values in entry.noted.items()}:
-        records.save_inputs(state.inputs_path, state.images, noted)
+        records.save_inputs(state.inputs_path, state.images, noted, state.folder / f"{stem}.gz")
     if faults:  # when these images are repaired, all other rows are copied from the finished files
         session = journal.next_session(state.folder)
         for shard in state.shards:
             _keep_journal(state, session, shard, entries[shard.batches])
-        disk.replace(state.errors_path, errors_csv(faults))
+        disk.replace(state.errors_path, errors_csv(faults), state.folder / f"{stem}.errors.csv")
     else:
         disk.remove(state.errors_path)
-    disk.replace(state.record_path, records.as_json(record))
+    disk.replace(state.record_path, records.as_json(record), state.folder / f"{stem}.json")
     if state.sharded:
         with disk.reporting(state.shards_folder):
             state.shards_folder.mkdir(exist_ok=True)
@@ -96,13 +105,15 @@ def _count(placed: list[Placed]) -> tuple[list[Fault], int, int]:
     return faults, sum(not fault.used for fault in faults), sum(one.entry.rows for one in placed)
 
 
-def _join(state: LayerState, shard: Shard, placed: list[Placed], known: dict[Path, str]) -> dict[Path, Path]:
+def _join(
+    state: LayerState, shard: Shard, placed: list[Placed], known: dict[Path, str], fresh: str, copy: bool
+) -> dict[Path, Path]:
     """Write a shard's files, and return their paths by final path; outdated digests are removed from ``known``."""
     faults, _, rows = _count(placed)
-    fresh, joined = f"{state.folder / 'joined'}{shard.label}", {}
+    joined: dict[Path, Path] = {}
     for part, written in state.heads(shard).items():
         head, target, ranges = state.parts[part].head(rows), shard.rows[part], journal.pieces(part, placed)
-        path = joined[target] = journal.join(ranges, head, Path(f"{fresh}.{part}"), target)
+        path = joined[target] = journal.join(ranges, head, Path(f"{fresh}.{part}"), target, copy)
         if head != written or ranges != [(path, len(head), path.stat().st_size)]:
             known.pop(path, None)
     make_files(state, shard, joined, fresh, {fault.path for fault in faults if not fault.used}, rows)

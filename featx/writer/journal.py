@@ -4,7 +4,7 @@ import hashlib
 import json
 import re
 import zlib
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Container, Iterable, Iterator, Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -17,7 +17,9 @@ from featx.writer.formats import PARTS, SUFFIXES
 FORMAT = 2  # of journals and records; docs/promises.md lists all formats. Older ones stay readable.
 # Everything that featx writes in a layer's folder below .featx; nothing else there is ever removed.
 NUMBERED = rf"(?P<session>\d{{6}})(-\d{{5}})?(-\d{{5,}})?\.({'|'.join(PARTS)}|journal)"  # process, shard
-JOINED = rf"(joined|rows)(-\d{{5,}})?\.({'|'.join(map(re.escape, SUFFIXES))})"
+# The number is of the job that joins: a stopped one may go on while another joins.
+MADE = "|".join(map(re.escape, [*SUFFIXES, "json", "errors.csv", "gz"]))
+JOINED = rf"(\d{{6}}-joined|joined|rows)(-\d{{5,}})?\.({MADE})"
 OF_UPDATE = r"complete\.json|errors\.csv|list-[0-9a-f]{16}\.gz"
 OWN = re.compile(rf"\.?({NUMBERED}|{JOINED}|run\.json|images\.gz|{OF_UPDATE})(\.new)?")
 
@@ -149,7 +151,7 @@ class Part:
             self._opened = stack.pop_all()
 
     def _open(self, path: Path, stack: ExitStack) -> BinaryIO:
-        file = disk.open_to_write(path)
+        file = disk.open_to_write(path, new=True)  # another job's is never written to
         stack.callback(disk.close, file, path)
         return file
 
@@ -189,7 +191,13 @@ def journals(folder: Path) -> Iterator[Path]:
 
 
 def read_parts(
-    folder: Path, formats: Iterable[str], run: str, results: Collection[str], session: str = ""
+    folder: Path,
+    formats: Iterable[str],
+    run: str,
+    results: Collection[str],
+    session: str = "",
+    only: Container[int] | None = None,
+    jobs: Collection[int] | None = None,
 ) -> dict[int, Placed]:
     """Return a run's batches, by number, whose rows are on disk in all of the formats.
 
@@ -202,6 +210,8 @@ def read_parts(
         run: Digest of the run's identity. Journals of format 1 have none; ``run.json`` was compared instead.
         results: The layer's finished files, relative to the folder.
         session: The session that is ending, to return only its batches, unchecked.
+        only: The batches to look for; None for all.
+        jobs: The sessions to look in; None for all.
     """
 
     def is_part(name: str) -> bool:
@@ -210,8 +220,13 @@ def read_parts(
     done: dict[int, Placed] = {}
     wanted = set(formats)
     for path in journals(folder):
-        if path.name.startswith(session):
-            head, entries = read(path)
+        if path.name.startswith(session) and (jobs is None or int(path.name[:6]) in jobs):
+            try:
+                head, entries = read(path)
+            except FileNotFoundError:  # another job has joined the parts
+                continue
+            if only is not None:
+                entries = [entry for entry in entries if entry.batch in only]
             own = [name for name in head.files if is_part(name) or name in results]
             files = {format: folder / name for name in own if (format := Path(name).suffix[1:]) in wanted}
             if wanted == files.keys() and head.run in ("", run):
@@ -251,7 +266,7 @@ def pieces(format: str, placed: Iterable[Placed]) -> list[Piece]:
     return found
 
 
-def join(ranges: list[Piece], head: bytes, fresh: Path, keep: Path) -> Path:
+def join(ranges: list[Piece], head: bytes, fresh: Path, keep: Path, copy: bool = False) -> Path:
     """Join a head and pieces of parts to one file, and return its path, on disk and ready to be renamed.
 
     If the first piece follows the head in its part, the part becomes the file and the rest is appended to it. If that
@@ -262,6 +277,7 @@ def join(ranges: list[Piece], head: bytes, fresh: Path, keep: Path) -> Path:
         head: The first bytes.
         fresh: Path of a new file, in case no part can become it.
         keep: A finished file, which is never written to; it is returned if it is complete already.
+        copy: Whether no part may become the file, since a job that was stopped may go on writing to its part.
     """
     path = fresh
     first = ranges[0][0] if ranges else keep
@@ -270,7 +286,8 @@ def join(ranges: list[Piece], head: bytes, fresh: Path, keep: Path) -> Path:
         with disk.reporting(keep), keep.open("rb") as old:
             if old.read(len(head)) == head:
                 return keep
-    if ranges and not finished and ranges[0][1] == len(head) and all(source != first for source, _, _ in ranges[1:]):
+    own = not (finished or copy) and all(source != first for source, _, _ in ranges[1:])
+    if ranges and own and ranges[0][1] == len(head):
         path = first
         file = disk.open_to_write(path, ranges[0][2])
         ranges = ranges[1:]

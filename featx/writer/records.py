@@ -201,12 +201,19 @@ def read_run(path: Path) -> Json | None:
     return run
 
 
-def save_inputs(path: Path, images: Images, noted: Mapping[str, journal.Noted] | None = None) -> None:
-    """Save the list of images, with sizes and stamps, so that changes can be found later, and what is noted of some."""
+def encode_inputs(images: Images, noted: Mapping[str, journal.Noted] | None = None) -> bytes:
+    """Return the list of images, with sizes and stamps, and what is noted of some, as ``read_inputs`` reads it."""
     more = {name: f" {json.dumps(values, separators=(',', ':'))}" for name, values in (noted or {}).items()}
     lines = (f"{size} {stamp} {json.dumps(name)}{more.get(name, '')}\n".encode()
              for name, size, stamp in zip(images.names, images.sizes, images.stamps, strict=True))  # fmt: skip
-    disk.replace(path, gzip.compress(b"".join(lines), 1))
+    return gzip.compress(b"".join(lines), 1)
+
+
+def save_inputs(
+    path: Path, images: Images, noted: Mapping[str, journal.Noted] | None = None, fresh: Path | None = None
+) -> None:
+    """Save the list of images, so that changes can be found later, by way of ``fresh`` as ``disk.replace`` does."""
+    disk.replace(path, encode_inputs(images, noted), fresh)
 
 
 def read_inputs(path: Path, some: slice = slice(None)) -> list[tuple[str, int, int]]:

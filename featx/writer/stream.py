@@ -5,7 +5,7 @@ import queue
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 
@@ -28,32 +28,43 @@ class RowStream:
 
     Args:
         states: The folder of each layer, with the parts to write.
-        stem: Prefix of this process's file names.
+        stem: Returns the prefix of this process's file names for a batch.
         device: The device that computes the rows, for the journal.
         on_gpu: Whether it is a GPU, which the thread waits for.
-        first: The number of the first batch.
+        first: The number of the first batch, if it is known; its parts are opened at once.
         computing: Maximum number of queued batches that are still being computed.
+        moved_on: Called with a batch of another prefix when all rows before it are on disk.
 
     Attributes:
         computed: Images so far.
+        listed: Images without a row so far.
         stages: Seconds spent on text, on the disk and, with a GPU, waiting for the network.
     """
 
     def __init__(
-        self, states: Mapping[str, LayerState], stem: str, device: str, on_gpu: bool, first: int, computing: int
+        self,
+        states: Mapping[str, LayerState],
+        stem: Callable[[int], str],
+        device: str,
+        on_gpu: bool,
+        first: int | None,
+        computing: int,
+        moved_on: Callable[[int], None] | None = None,
     ) -> None:
-        self.computed = 0
+        self.computed = self.listed = 0
         self.stages: dict[str, float] = defaultdict(float)
         self._states = states
         self._stem = stem
         self._device = device
         self._on_gpu = on_gpu
         self._parts: dict[str, Part] = {}  # of the current shard
-        self._shard = -1
+        self._shard: tuple[str, int] | None = None
+        self._moved_on = moved_on
         self._finished: dict[Path, str] = {}  # SHA-256 of the parts of earlier shards
         self._failure: BaseException | None = None
         self._queue: queue.Queue[tuple[Batch, Mapping[str, Tensor]] | None] = queue.Queue(MAX_QUEUED + computing)
-        self._open_shard_of(first)
+        if first is not None:
+            self._open_shard_of(first)
         self._thread = threading.Thread(target=self._write_all, name="featx-writer", daemon=True)
         self._thread.start()
 
@@ -129,15 +140,17 @@ class RowStream:
 
     def _open_shard_of(self, batch: int) -> None:
         """Open the parts of a batch's shard, after bringing those of the shard before it to disk."""
-        shard = next(iter(self._states.values())).shard_of(batch)
+        shard = self._stem(batch), next(iter(self._states.values())).shard_of(batch)
         if shard != self._shard:
             self._sync()
             self._finished = self.digests()
             self.close()
+            if self._moved_on is not None:
+                self._moved_on(batch)
             self._shard = shard
             for layer, state in self._states.items():
-                one = state.shards[shard]
-                self._parts[layer] = Part(state.folder, self._stem + one.label, state.digest, state.heads(one))
+                one = state.shards[shard[1]]
+                self._parts[layer] = Part(state.folder, shard[0] + one.label, state.digest, state.heads(one))
 
     def _write(self, batch: Batch, features: Mapping[str, Tensor]) -> None:
         begin = time.monotonic()
@@ -175,3 +188,4 @@ class RowStream:
             self._parts[layer].add(entry, {part: data for part, (data, _) in encoded.items()})
             self.stages["disk"] += time.monotonic() - begin
         self.computed += batch.size
+        self.listed += sum(not fault.used for fault in batch.faults)

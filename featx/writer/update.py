@@ -67,7 +67,7 @@ class Update(LayerState):
         about = [self.digest, images.digest(), dict(sorted(whole.readers.items()))]
         self.digest = hashlib.sha256(json.dumps(about).encode()).hexdigest()
 
-    def begin(self, overwrite: bool = False, **_: Any) -> None:
+    def begin(self, overwrite: bool = False, shared: bool = False) -> None:
         """Write ``run.json`` and the list of these images; remove the parts of an update that cannot be used."""
         assert self.kept is not None
         with disk.reporting(self.folder):

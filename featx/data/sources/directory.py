@@ -15,6 +15,7 @@ from featx.data.selection import LeftOut, Selection, is_hidden
 from featx.data.sources.base import Names, Source, open_file
 from featx.errors import BadValueError, ImageError, MissingPathError, UserError
 
+LOOKED_AT = 256  # images of a list that another process made
 NOT_READ = (errno.EACCES, errno.EPERM, errno.ENAMETOOLONG)  # other errors may come from a failing disk
 
 
@@ -97,6 +98,30 @@ class ImageTree(Source, ImageFolder):  # type: ignore[misc]
             except (OSError, ImageError) as err:
                 file = err
             yield file
+
+    @classmethod
+    def restored(cls, root: str, images: Iterable[tuple[str, int, int]]) -> "ImageTree":
+        """Return images that another process has listed: their paths, sizes and mtimes, in the order of the rows.
+
+        Raises:
+            BadValueError: One of some that are looked at is not in this folder, or is another.
+        """
+        check_folder(root)
+        tree, folder = cls.__new__(cls), _Folder("")
+        VisionDataset.__init__(tree, root)
+        tree.where = root
+        for image in images:
+            folder.add(*image)
+        tree.names, tree.sizes, tree.stamps = _pack([folder])
+        tree.classes = list(dict.fromkeys(name.rpartition("/")[0].partition("/")[0] for name in folder.names))
+        tree.class_to_idx = {name: label for label, name in enumerate(tree.classes)}
+        for index in np.unique(np.linspace(0, len(tree) - 1, LOOKED_AT, dtype=np.int64)).tolist():
+            if _look(tree.path(index)) != (tree.sizes[index], tree.stamps[index]):
+                raise BadValueError(
+                    f"--data.dir {root}: {tree.names[index]} is missing, or its size or time is not what the first job "
+                    "found.\nExpected the same images for all jobs of a run."
+                )
+        return tree
 
     def is_lost(self) -> bool:
         """Whether nothing is left of the folder: it was removed, or its disk is gone."""
