@@ -64,6 +64,10 @@ class BrokenSourceError(UserError, OSError):
     """A part of a file with many images cannot be read: exit status 4."""
 
     exit_status = 4
+    advice = (
+        "Other images are lost with it, so the run ends here. "
+        "If a disk or a network failed, run the same command again."
+    )
 
 
 def as_parameters(message: str) -> str:

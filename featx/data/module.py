@@ -310,10 +310,7 @@ class ImageFolderDataModule(LightningDataModule):
 
     def _end_if_broken(self, batch: Batch) -> None:
         if broken := next((fault for fault in batch.faults if fault.ends_the_run), None):
-            raise BrokenSourceError(
-                f"{broken.reason}\nOther images are lost with it, so the run ends here. "
-                "If a disk or a network failed, run the same command again."
-            )
+            raise BrokenSourceError(f"{broken.reason}\n{BrokenSourceError.advice}")
 
     def fault(self, name: str, preset: Preprocessing) -> Fault | None:
         """Return what is wrong with an image now."""

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import threading
+import zlib
 from array import array
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
@@ -31,6 +32,7 @@ from featx.errors import BadValueError, BrokenSourceError, ImageError, StoreErro
 
 SUFFIXES = (".parquet", ".parq", ".pq", ".arrow")
 BESIDE = (".md", ".json", ".txt", ".crc")  # what is in a folder of tables, and is none
+COMPARED = 1 << 30  # bytes of a table whose images are compared one by one, which takes seconds at the start of a run
 AT_ONCE = 16  # rows that are read together: each is copied out of the file
 
 
@@ -42,8 +44,8 @@ class Table(Source):
     first column of ``NAMES`` that there is, else the number of its row. Where two have the same name, the number of the
     row comes before each path, as in ``cats/000007/felix.jpg``.
 
-    What identifies the content of an image is the size and the time of its file, and its row there: bytes are read
-    once, by the run.
+    What identifies the content of an image is its size and its CRC-32. In a table of more than 1 GB, or in a store, it
+    is the size and the time of its file, and its row there: its bytes are read once, by the run.
 
     Args:
         where: What the user calls the table.
@@ -99,6 +101,23 @@ class Table(Source):
             raise BadValueError(
                 f"--data.dir {where}: no row in it{f'. Left out: {self.left_out}' if left.excluded else ''}."
             )
+        if opener is LocalFile and sum(map(os.path.getsize, files)) <= COMPARED:
+            self._sum_up()
+
+    def _sum_up(self) -> None:
+        """Set the sizes and checksums of the images, so that one can change, or be repaired, without the others."""
+        cursor = _Cursor(self)
+        for place, row in enumerate(self._rows.tolist()):
+            try:
+                value = cursor.value(row)
+            except Exception as err:
+                raise BrokenSourceError(f"{self._broken(row, err)}\n{BrokenSourceError.advice}") from err
+            found = (len(value), zlib.crc32(value)) if isinstance(value, bytes) else (-1, -1)
+            self.sizes[place], self.stamps[place] = found
+
+    def _broken(self, row: int, err: Exception) -> BrokenSourceError:
+        """Return one of pyarrow's many errors: a part of the file is lost, and its other images with it."""
+        return BrokenSourceError(f"{self._files[self.place(row)[0]]}, row {row}: cannot be read: {first_line(err)}")
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what is open: a process opens the table by itself."""
@@ -112,9 +131,8 @@ class Table(Source):
                 value = self._cursor().value(row)
             except StoreError:
                 raise
-            except Exception as err:  # pyarrow has many; a part of the file is lost, and its other images with it
-                path = self._files[self.place(row)[0]]
-                yield BrokenSourceError(f"{path}, row {row}: cannot be read: {first_line(err)}")
+            except Exception as err:
+                yield self._broken(row, err)
                 continue
             yield ImageError(value) if isinstance(value, str) else io.BytesIO(value)
 

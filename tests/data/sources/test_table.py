@@ -178,24 +178,30 @@ def test_an_image_that_is_not_there_is_listed(tmp_path):
     ]
 
 
-def test_a_damaged_image_is_listed_and_a_repaired_table_is_another(tmp_path):
+@pytest.mark.parametrize("compared", [True, False])
+def test_a_damaged_image_is_listed_and_repaired_it_has_its_row(tmp_path, monkeypatch, compared):
     table = {"image": [*IMAGES[:3], IMAGES[3][:60]], "key": ["a", "b", "c", "d"]}
+    if not compared:  # as if it had more than 1 GB: a rewritten table is another
+        monkeypatch.setattr("featx.data.sources.table.COMPARED", 0)
     path = write(tmp_path / "a.parquet", table)
     before = find(str(path))
     run(path, tmp_path / "out")
     assert load(tmp_path / "out" / "2.csv")[0] == ["a", "b", "c"]
     write(path, table | {"image": IMAGES})
     save_inputs(tmp_path / "images.gz", before)
-    assert changed_inputs(tmp_path / "images.gz", find(str(path)), set()) == "4 images changed"
-    with pytest.raises(BadValueError, match=r"(?s)changed since that run began.*--writer.overwrite"):
-        run(path, tmp_path / "out")
-    run(path, tmp_path / "out", overwrite=True)
+    changed = "1 image changed" if compared else "4 images changed"
+    assert changed_inputs(tmp_path / "images.gz", find(str(path)), set()) == changed
+    if not compared:
+        with pytest.raises(BadValueError, match=r"(?s)changed since that run began.*--writer.overwrite"):
+            run(path, tmp_path / "out")
+    run(path, tmp_path / "out", overwrite=not compared)
     run(write(tmp_path / "clean.parquet", table | {"image": IMAGES}), tmp_path / "clean")
     assert (tmp_path / "out" / "2.csv").read_bytes() == (tmp_path / "clean" / "2.csv").read_bytes()
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-def test_a_page_that_cannot_be_read_ends_the_run_which_goes_on_when_it_can(tmp_path, workers):
+@pytest.mark.parametrize(("workers", "compared"), [(0, 0), (1, 0), (0, 1 << 30)])
+def test_a_page_that_cannot_be_read_ends_the_run_which_goes_on_when_it_can(tmp_path, monkeypatch, workers, compared):
+    monkeypatch.setattr("featx.data.sources.table.COMPARED", compared)
     images = [png(seed) for seed in range(96)]
     path = write(tmp_path / "a.parquet", {"image": images}, row_group_size=16)
     run(path, tmp_path / "clean")
