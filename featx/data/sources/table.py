@@ -73,10 +73,10 @@ class Table(Source):
         for path in files:
             with _reporting(where, path):
                 file = self._open(path)
-            if not self._firsts:
-                schema = file.schema
-                self.column = image_column(schema, where, column)
-            elif not file.schema.equals(schema):
+                if not self._firsts:
+                    schema = file.schema
+                    self.column = image_column(schema, where, column)
+            if not file.schema.equals(schema):
                 raise BadValueError(f"--data.dir {where}: the columns of {path} differ from those of {files[0]}.")
             self._firsts.append(len(self._starts) - 1)
             for rows in file.rows:
@@ -289,7 +289,9 @@ class _Arrow:
         for group in groups:
             with pa.memory_map(self._path) as file:  # one per group: what was used is then no longer in memory
                 file.seek(self._starts[group])
-                yield pa.ipc.read_record_batch(pa.ipc.read_message(file), self.schema)
+                batch = pa.ipc.read_record_batch(pa.ipc.read_message(file), self.schema)
+                batch.validate(full=True)  # offsets that lead out of the file would end the process
+                yield batch
 
 
 @contextmanager
@@ -305,7 +307,7 @@ def _reporting(where: str, path: str) -> Iterator[None]:
         yield
     except UserError:
         raise
-    except (ArrowException, OSError) as err:
+    except (ArrowException, OSError, UnicodeError) as err:
         kind = "a Hugging Face dataset on disk" if path.endswith(".arrow") else "Parquet"
         what = path if path == where else f"{where}: {path}"
         raise BadValueError(f"--data.dir {what}: {first_line(err).rstrip('.')}. Expected {kind}.") from err

@@ -7,6 +7,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import pytest
 from conftest import loader, make_image
 from tiny import run
@@ -270,6 +271,21 @@ def test_what_is_no_table_is_refused(tmp_path, name, content):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(BadValueError, match=rf"{name}: .*Expected (Parquet|a Hugging Face)"):
         find(str(tmp_path / name))
+
+
+def test_lengths_that_lead_out_of_the_file_are_refused(tmp_path):
+    batch = pa.record_batch([pa.array(IMAGES)], ["image"])
+    with pa.OSFile(str(tmp_path / "a.arrow"), "wb") as file, pa.ipc.new_stream(file, batch.schema) as stream:
+        stream.write_batch(batch)
+    assert values(tmp_path / "a.arrow") == IMAGES
+    ends = np.cumsum([0, *map(len, IMAGES)]).astype("<i4")
+    data = (tmp_path / "a.arrow").read_bytes()
+    assert data.count(ends.tobytes()) == 1
+    (tmp_path / "a.arrow").write_bytes(
+        data.replace(ends.tobytes(), (ends + np.array([0, 0, 0, 0, 1 << 30], "<i4")).tobytes())
+    )
+    with pytest.raises(BadValueError, match=r"a.arrow: .*offset for slot 4 out of bounds"):
+        values(tmp_path / "a.arrow")
 
 
 def test_a_table_needs_pyarrow(tmp_path, monkeypatch):
