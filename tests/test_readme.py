@@ -40,6 +40,8 @@ INSTEAD = [
     (r"--master_addr host0 --master_port \d+", "--master_addr 127.0.0.1 --master_port PORT"),
     (r"--trainer.devices 4 --trainer.num_nodes 2", "--trainer.devices 2 --trainer.num_nodes 1"),
     (r"/shared/", ""),
+    (r"\$SLURM_ARRAY_TASK_ID/\$SLURM_ARRAY_TASK_COUNT", "1/1"),
+    (r"ssh \$host \"(.*)\" &", r'sh -c "\1 --model.weights alexnet.pth" &'),
     (r"(--config configs/gpu.yaml.*)", r"\1 --trainer.accelerator cpu --trainer.devices 1"),
     (r"(.*--model.arch (timm/|vit_b_16).*)", r"\1 --model.weights random"),
     (r"hf/(facebook|openai)/[\w-]+", "hf/./clip"),
@@ -286,6 +288,8 @@ def test_every_block_of_python_runs(place, do):
     if "polars" in SNIPPETS[place]:
         for module in ("pandas", "polars", "duckdb"):
             pytest.importorskip(module)
+    if "import ray" in SNIPPETS[place]:
+        pytest.importorskip("ray")
     done = do(f"{SNIPPETS[place]}\n")
     assert done.returncode == 0, done.stderr
     assert "Error" not in done.stderr

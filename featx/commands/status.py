@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from featx.errors import MissingPathError, UserError, count
-from featx.writer import disk, journal, records
+from featx.writer import disk, journal, records, shares
 from featx.writer.folder import HIDDEN, UPDATE, file_name
 from featx.writer.records import Json
 
@@ -26,13 +26,15 @@ def status(argv: list[str]) -> int:
     parser.add_argument("--json", action="store_true", help="print a JSON object")
     options = parser.parse_args(argv)
     folder = Path(options.out_dir)
-    found = {"layers": {layer: _layer(folder, layer) for layer in _layers(folder)}}
+    found: Json = {"layers": {layer: _layer(folder, layer) for layer in _layers(folder)}}
     if not found["layers"]:
         raise MissingPathError(f"{folder}: no run of featx in it. Expected the --writer.out_dir of featx predict.")
+    if jobs := shares.report(folder / HIDDEN):
+        found["shares"] = jobs
     if options.json:
         print(json.dumps(found, indent=2))
     else:
-        print(*(_line(layer, about) for layer, about in found["layers"].items()), sep="\n")
+        print(*(_line(layer, about) for layer, about in found["layers"].items()), *_lines(jobs), sep="\n")
     return 0
 
 
@@ -82,6 +84,19 @@ def _layer(folder: Path, layer: str) -> Json:
         "seconds_left": round((total - images_in(done)) / rate) if rate else None,
         "seconds_since_last_rows": round(max(0.0, now - last)) if last else None,
     }
+
+
+def _lines(jobs: Json | None) -> list[str]:
+    """Return the shares of jobs as lines of text."""
+    if not jobs:
+        return []
+    lines = [
+        f"shares: {jobs['done']:,} of {jobs['of']:,} done, {len(jobs['in_work']):,} in work, {jobs['left']:,} left"
+    ]
+    for one in jobs["in_work"]:
+        where = f"[{one['share']}/{jobs['of']}] process {one['process']} on {one['host']}"
+        lines.append(f"{where}: {one['images_per_second']} images/s, heartbeat {one['heartbeat_seconds_ago']} s ago")
+    return lines
 
 
 def _line(layer: str, about: dict[str, Any]) -> str:

@@ -27,6 +27,8 @@ BEAT = 20.0  # seconds between heartbeats, and between looks at those of others
 LOST = 180.0  # seconds without one: clients of NFS may see one another's files a minute late
 SECONDS = 300.0  # of work in a share of --data.shard auto
 FEWEST = 64  # shares of --data.shard auto, so that the last ones end at about the same time
+GUESSES = 4  # shares that a job tries to claim before it looks again which are free
+LOOKED_AT = 16  # claims at a time, whether they are lost: a thousand jobs that wait look at all of them
 INFO_BYTES = 400  # of a job's file, which is written in place
 LIST, JOIN, PLAN = "list", "join", "plan.json"  # what else is claimed; what all jobs agree on
 PUBLISHED = r"(plan|auto)\.json|images-\w+\.gz"
@@ -71,6 +73,7 @@ class Shares:
         self._begun = time.monotonic()
         self._jobs: dict[tuple[str, int], int] = {}  # of claims, which never change
         self._held: set[str] = set()
+        self._free: list[int] = []  # shares that nobody had at the last look
         self._listing = 0  # the generation of this job's claim of the list
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._beat, name="featx-heartbeat", daemon=True)
@@ -256,25 +259,31 @@ class Shares:
 
     def take(self) -> tuple[int, Claim] | None:
         """Claim any share that is not done and that no job has, and return it; None if there is none at present."""
+        for _ in range(GUESSES):  # most are still free, and a list of many names takes a network file system long
+            if self._free and (claim := self.claim(self.name(share := self._free.pop()), 0)):
+                return share, claim
         done, claims = self.look()
         left = [share for share in range(1, self.of + 1) if share not in done]
         random.shuffle(left)  # jobs that look at the same time try different ones
-        now = 0.0
-        # First those that no job had, of these last the one with the short batch, which ends a job's pass.
-        for share in sorted(left, key=lambda share: (self.name(share) in claims, share == self.of)):
-            latest = claims.get(self.name(share), 0)
-            now = self._now() if latest and not now else now
-            if claim := self.claim(self.name(share), latest, now):
+        # The share with the short batch comes last, since it ends a job's pass.
+        self._free = [share for share in left if self.name(share) not in claims]
+        self._free.sort(key=lambda share: share != self.of)
+        while self._free:
+            if claim := self.claim(self.name(share := self._free.pop()), 0):
+                return share, claim
+        now = self._now()
+        for share in [share for share in left if self.name(share) in claims][:LOOKED_AT]:
+            if claim := self.claim(self.name(share), claims[self.name(share)], now):
                 return share, claim
         return None
 
     def is_any_free(self) -> bool:
         """Whether ``take`` would find a share."""
         done, claims = self.look()
-        left, now = {self.name(share) for share in range(1, self.of + 1) if share not in done}, self._now()
-        return any(
-            what not in claims or self._is_own(what, claims[what]) or self.is_lost(what, claims[what], now)
-            for what in left
+        left, now = [self.name(share) for share in range(1, self.of + 1) if share not in done], self._now()
+        return any(what not in claims for what in left) or any(
+            self._is_own(what, claims[what]) or self.is_lost(what, claims[what], now)
+            for what in random.sample(left, min(LOOKED_AT, len(left)))
         )
 
     def finish(self, share: int, info: Json) -> None:
@@ -310,6 +319,30 @@ class Shares:
                 log.info("waiting for the list of images, which %s makes", who)
             time.sleep(BEAT / 20)
         return plan
+
+
+def report(hidden: Path) -> Json | None:
+    """Return how many shares of a run are done and which jobs work on others; None without jobs."""
+    seen, now = Shares(hidden, "auto"), disk.now(hidden)
+    names = seen._names()
+    if PLAN not in names:
+        return None
+    numbers = [int(name.split(".")[0].split("-of-")[1]) for name in names if "-of-" in name]
+    seen.of = max(numbers, default=0)
+    done, claims = seen.look()
+    work = []
+    for what, generation in sorted(claims.items()):
+        if "-of-" not in what or int(what[:6]) in done:
+            continue
+        job = seen._job_of(what, generation)
+        with suppress(OSError):
+            age = now - (seen.folder / f"job-{job:06}").stat().st_mtime
+            info = seen._read_info(job)
+            rate = round(info.get("images", 0) / info["seconds"], 1) if info.get("seconds") else None
+            if age <= LOST:
+                work.append({"share": int(what[:6]), "host": info.get("host"), "process": info.get("process"),
+                             "heartbeat_seconds_ago": round(max(0.0, age)), "images_per_second": rate})  # fmt: skip
+    return {"of": seen.of, "done": len(done), "in_work": work, "left": seen.of - len(done) - len(work)}
 
 
 def remove(folder: Path) -> None:

@@ -1,6 +1,7 @@
 """featx status: what it reads from the journals of a run."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from tiny import run
 
 from featx.commands.status import status
 from featx.errors import ImageError, UserError
+from featx.writer import shares
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
@@ -57,3 +59,20 @@ def test_a_layer_is_named_as_the_user_named_it(photos, tmp_path, capsys):
     run(photos, tmp_path, layer=["2:1", "2"])
     assert (tmp_path / "2%3A1.csv").exists() and status([str(tmp_path)]) == 0
     assert capsys.readouterr().out == "2: finished, 37 images\n2:1: finished, 37 images\n"
+
+
+def test_shares_are_listed_with_their_jobs(photos, tmp_path, capsys):
+    run(photos, tmp_path, data={"shard": "1/3"})
+    job = shares.Shares(tmp_path / ".featx", "2/3", lambda: {"images": 10})
+    job.enter(1)
+    job.claim(job.name(2))
+    status([str(tmp_path), "--json"])
+    found = json.loads(capsys.readouterr().out)["shares"]
+    assert (found["of"], found["done"], found["left"]) == (3, 1, 1) and found["in_work"][0]["share"] == 2
+    status([str(tmp_path)])
+    *_, first, second = capsys.readouterr().out.splitlines()
+    assert first == "shares: 1 of 3 done, 1 in work, 1 left"
+    assert second.startswith(f"[2/3] process {os.getpid()} on ") and " heartbeat " in second
+    job.leave()
+    status([str(tmp_path)])
+    assert capsys.readouterr().out.splitlines()[-1] == "shares: 1 of 3 done, 0 in work, 2 left"
