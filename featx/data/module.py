@@ -188,8 +188,8 @@ class ImageFolderDataModule(LightningDataModule):
         Archives and tables have lists of their own, which each job reads.
         """
         if sources.is_folder(self.dir):
-            self.images = sources.ImageTree.restored(self.dir, read())
-            note("images", f"{len(self.images):,} of {self.dir}, as another job has listed them")
+            self.images = sources.ImageTree.restored(sources.expand(self.dir)[0], read())
+            note("images", f"{len(self.images):,} of {self.images.where}, as another job has listed them")
 
     def preprocessing(self, preset: Preprocessing) -> Preprocessing:
         """Return ``preset``, what the network was trained with, as changed by this module's options.

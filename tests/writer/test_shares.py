@@ -3,7 +3,9 @@
 import json
 import os
 import random
+import shutil
 import signal
+import tarfile
 import time
 from collections import Counter
 from importlib.util import find_spec
@@ -12,10 +14,10 @@ from pathlib import Path
 import pytest
 from conftest import featx, launch, make_image, predict
 from start import Process
-from tiny import run
+from tiny import Scale, run
 
 from featx.errors import BadValueError
-from featx.writer import callback, disk, join
+from featx.writer import callback, disk, join, records
 from featx.writer.disk import DiskError
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
@@ -117,6 +119,46 @@ def test_jobs_in_any_order_write_the_bytes_of_one_run(photos, tmp_path, how):
     assert_clean(tmp_path / "jobs")
     assert run(photos, tmp_path / "jobs", data={"shard": "3/8"}, **how).computed == 0
     assert_clean(tmp_path / "jobs")
+
+
+def test_jobs_read_an_archive_and_a_pattern_that_means_a_folder(photos, tmp_path):
+    with tarfile.open(tmp_path / "all.tar", "w") as archive:
+        archive.add(photos, "all")
+    shutil.copytree(photos, tmp_path / "folder")
+    for kind in ("*.tar", "fold*"):
+        source, one, out = tmp_path / kind, tmp_path / "one" / kind[:3], tmp_path / "jobs" / kind[:3]
+        run(source, one)
+        for number in (2, 3, 1):
+            job = run(source, out, data={"shard": f"{number}/3"})
+        assert job.records["2"]["rows"] == 37 and files(out) == files(one)
+
+
+@pytest.mark.parametrize("shard", [None, "1/2"])
+def test_what_is_noted_of_images_is_kept_for_an_update(photos, tmp_path, monkeypatch, shard):
+    monkeypatch.setattr(Scale, "factor", 1e6)  # too much for float16
+    photos = shutil.copytree(photos, tmp_path / "photos")
+    for data in [{"shard": "2/2"}, {"shard": "1/2"}] if shard else [{}]:
+        writer = run(photos, tmp_path / "out", format="npy", dtype="float16", data=data)
+    overflowed = writer.records["2"]["values_overflowed"]
+    noted = records.read_noted(tmp_path / "out" / ".featx" / "2" / "images.gz")
+    assert overflowed and sum(values[1] for values in noted.values()) == overflowed
+    make_image(99, (50, 50)).save(photos / "cats" / "new.png")
+    update = run(photos, tmp_path / "out", format="npy", dtype="float16", update=True)
+    assert update.computed == 1 and update.records["2"]["values_overflowed"] > overflowed
+
+
+def test_an_updated_layer_with_images_to_repair_is_left_to_a_single_run(photos, tmp_path):
+    photos = shutil.copytree(photos, tmp_path / "photos")
+    broken = photos / "cats" / "broken.png"
+    run(photos, tmp_path / "out")
+    broken.write_bytes(b"")
+    run(photos, tmp_path / "out", update=True)
+    assert run(photos, tmp_path / "out", data={"shard": "1/2"}).computed == 0  # nothing to do
+    make_image(99, (50, 50)).save(broken)
+    with pytest.raises(BadValueError, match=r"2 has been updated .*\nRun the command once without --data.shard"):
+        run(photos, tmp_path / "out", data={"shard": "1/2"})
+    assert_clean(tmp_path / "out")
+    assert run(photos, tmp_path / "out", update=True).computed == 1
 
 
 @pytest.mark.parametrize("how", HOW, ids=["files", "shards"])
@@ -259,6 +301,7 @@ def test_a_job_of_another_run_is_refused(photos, tmp_path):
         "crop: 224 -> 100": {"data": {"crop": 100}},
         "--writer.format npy": {"format": "npy"},
         "would remove the others' rows": {"overwrite": True},
+        "does not go with --data.shard 2/2": {"update": True},
     }.items():
         data = {"shard": "2/2"} | how.pop("data", {})
         with pytest.raises(BadValueError, match=words):

@@ -14,7 +14,19 @@ from featx.data.sources.store import check_url, find_in_store, is_url
 from featx.data.sources.table import SUFFIXES, Table, files_of
 from featx.errors import BadValueError, UserError
 
-__all__ = ["Archives", "ImageTree", "Names", "Source", "check", "exists", "find", "is_folder", "open_file", "read_list"]
+__all__ = [
+    "Archives",
+    "ImageTree",
+    "Names",
+    "Source",
+    "check",
+    "exists",
+    "expand",
+    "find",
+    "is_folder",
+    "open_file",
+    "read_list",
+]
 
 
 def check(where: str, files: str | None) -> None:
