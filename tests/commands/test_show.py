@@ -218,6 +218,13 @@ def error_of(capsys, *argv):
     return error
 
 
+def test_thumbnails_come_from_an_archive(made, tmp_path):
+    path = shutil.make_archive(tmp_path / "photos", "tar", made / "photos")
+    run(path, tmp_path / "features")
+    page = shown(tmp_path / "features" / "2.csv")
+    assert len(page["thumbnails"]) == len(page["names"]) and page["folder"] == ""
+
+
 def test_thumbnails_come_from_a_table(made, tmp_path):
     parquet = pytest.importorskip("pyarrow.parquet")
     from pyarrow import table
