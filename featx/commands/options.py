@@ -23,11 +23,11 @@ TRAINER = {
     "accelerator": "cpu, gpu, mps or auto.",
     "devices": "Number of devices, a list such as '[0,1]', or -1 for all; one process for each.",
     "num_nodes": "Number of machines.",
-    "strategy": "How several processes are started, such as ddp.",
+    "strategy": "How processes are started, such as ddp.",
     "precision": "Precision of the network, such as 32-true, bf16-mixed, 16-mixed.",
 }
 ALSO = {
-    "config": "A YAML file of options; the command line takes precedence.",
+    "config": "A YAML file of options; the command line wins.",
     "model CLASS": "A subclass of featx.FeatureExtractor, such as my_module.MyExtractor.",
 }
 PROBLEM = re.compile(r"Problem with given class_path '([^']*)':\s*(.*)")
@@ -287,7 +287,7 @@ def print_help(**classes: type) -> None:
     print("also:")
     more = {
         "print_config": "Print all options with their values, as a config.",
-        "help_all": "Show all options, including Lightning's and jsonargparse's.",
+        "help_all": "Show all options, including Lightning's.",
     }
     for name, text in (ALSO | more).items():
         print_option(name, None, text)

@@ -59,7 +59,7 @@ class ImageFolderDataModule(LightningDataModule):
         strict: Refuse images with damaged data; false: use what PIL makes of them, and list them.
         decoder: exact: PIL's values to the bit; turbo: resizes faster, up to a few grey levels off.
         exif_rotate: Rotate images as their Orientation says, in EXIF or in a TIFF's tags.
-        srgb: Convert colors from embedded ICC profiles to sRGB.
+        srgb: Convert colors with an ICC profile to sRGB.
         background: Color behind transparent pixels, as '[255,255,255]'; null: transparency is ignored.
         bands: Channels to see as red, green and blue, or one as grey, from 1, as '[4,3,2]'; null: grey and RGB.
         page: Page of files with several, from 1; null: the first that is not a thumbnail.

@@ -47,11 +47,11 @@ class FeatureWriter(BasePredictionWriter):
         format: csv; npy, with the names in LAYER.names.txt; parquet; or a list such as '[csv,npy]'.
         names: Name of a row: basename, the file's name, or relative, its path below the data folder.
         header: Whether CSV starts with a line of column names, such as image,fc7.0,fc7.1.
-        dtype: Type of the values in npy and parquet; values too large for float16 become infinite and are counted.
+        dtype: Type of the values in npy and parquet; those too large for float16 become infinite.
         overwrite: Whether to remove what another run wrote for these layers and start over.
         dry_run: Whether to print the space and time that the run would take, and stop before the first batch.
         shard_rows: Images per file, a multiple of the batch size; the files are LAYER/00000.csv, LAYER/00001.csv, ...
-        update: Whether images may have been added, changed or removed: only new and changed ones are computed.
+        update: Whether images may be new, changed or gone: only new and changed ones are computed.
         same_device: Whether to refuse to go on with rows from another kind of device, whose last digits may differ.
 
     Attributes:
