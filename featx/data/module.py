@@ -66,7 +66,7 @@ class ImageFolderDataModule(LightningDataModule):
         reader: A function that reads the files, as my_module.read; it takes a path and returns an array.
         column: The column of a table, or the member of a sample, that is the image; null: the only one.
         retry_seconds: How long requests are repeated while an object store fails, in seconds.
-        shard: The share of the images that this job computes, as 3/64, or auto: one after another until all are done.
+        shard: Share of this job, as 3/64; auto: one after another.
 
     Raises:
         UserError: From ``setup``: no folder, no image, or all images need an option, such as ``value_range``.

@@ -52,7 +52,7 @@ class FeatureWriter(BasePredictionWriter):
         dry_run: Whether to print the space and time that the run would take, and stop before the first batch.
         shard_rows: Images per file, a multiple of the batch size; the files are LAYER/00000.csv, LAYER/00001.csv, ...
         update: Whether images may be new, changed or gone: only new and changed ones are computed.
-        same_device: Whether to refuse to go on with rows from another kind of device, whose last digits may differ.
+        same_device: Refuse rows from another kind of device.
 
     Attributes:
         records: The content of LAYER.json, by layer; in process 0, after the run.
