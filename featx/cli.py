@@ -117,7 +117,9 @@ def main(argv: list[str] | None = None) -> int:
         return 1
     except Stopped as stop:
         if stop.by_signal and os.environ.get("LOCAL_RANK", "0") == "0":
-            print(INTERRUPTED, file=sys.stderr)
+            from featx.errors import in_job
+
+            print(in_job(INTERRUPTED), file=sys.stderr)
         leave_at_once(stop.exit_status)
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from featx.data.batch import Sample
 from featx.data.module import ImageFolderDataModule
-from featx.errors import UserError, count, first_line, log, note, rank
+from featx.errors import UserError, count, first_line, in_job, log, note, rank
 from featx.model.extractor import FeatureExtractor
 from featx.process.cores import cores_per_process
 from featx.process.lightning import give_children_to, keep_signals, refusal, report_lost_workers_once
@@ -54,9 +54,11 @@ def prepare(
         sample = set_up(model, data)
         assert data.images is not None
         columns = {layer: rows.shape[1] for layer, rows in sample.items()}
-        work = writer.inspect(trainer, model, data, columns)
-        size = writer.check_space(data.images, sample, trainer.world_size) if work and rank() == 0 else 0
-        if work and writer.is_auto:  # as the first job it decides how long a share is
+        left = writer.inspect(trainer, model, data, columns)
+        size = writer.check_space(data.images, sample, trainer.world_size) if left and rank() == 0 else 0
+        # Other jobs may finish while the processes of this one start; all of them must go the same way.
+        work = left or (writer.job is not None and trainer.world_size > 1)
+        if left and writer.job is not None and writer.job.is_undivided():  # the first one decides how long a share is
             writer.seconds_per_batch = estimate(trainer, model, data, data.batch_size) * trainer.world_size
         if not work or writer.dry_run:
             writer.release()
@@ -126,7 +128,7 @@ def run(trainer: Trainer, model: FeatureExtractor, data: ImageFolderDataModule, 
     if trainer.world_size > 1:
         place: Any = trainer.strategy.cluster_environment  # type: ignore[attr-defined]
         first = trainer.local_rank == 0  # of this machine, where somebody may be watching
-        report: Any = (lambda text: sys.stderr.write(f"{text}\n")) if first else (lambda text: None)
+        report: Any = (lambda text: sys.stderr.write(f"{in_job(text)}\n")) if first else (lambda text: None)
         watch.wait_for_others(trainer.num_nodes, f"{place.main_address}:{place.main_port}", report)
     connect = LambdaCallback(setup=lambda trainer, *_, **__: watch.connect(trainer.global_rank, trainer.world_size))
     trainer.callbacks.insert(0, connect)  # type: ignore[attr-defined]

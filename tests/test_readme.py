@@ -40,7 +40,7 @@ INSTEAD = [
     (r"--master_addr host0 --master_port \d+", "--master_addr 127.0.0.1 --master_port PORT"),
     (r"--trainer.devices 4 --trainer.num_nodes 2", "--trainer.devices 2 --trainer.num_nodes 1"),
     (r"/shared/", ""),
-    (r"\$SLURM_ARRAY_TASK_ID/\$SLURM_ARRAY_TASK_COUNT", "1/1"),
+    (r"\$SLURM_ARRAY_TASK_ID/64", "1/1"),
     (r"ssh \$host \"(.*)\" &", r'sh -c "\1 --model.weights alexnet.pth" &'),
     (r"(--config configs/gpu.yaml.*)", r"\1 --trainer.accelerator cpu --trainer.devices 1"),
     (r"(.*--model.arch (timm/|vit_b_16).*)", r"\1 --model.weights random"),

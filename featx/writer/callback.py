@@ -103,7 +103,7 @@ class FeatureWriter(BasePredictionWriter):
         self.again = False
         self.seconds_per_batch: float | None = None  # about, if known; for the size of shares
         self.records: dict[str, dict[str, Any]] = {}
-        self._job: Job | None = None
+        self.job: Job | None = None  # with --data.shard
         self._inspected: tuple[Any, Any, Any] | None = None  # for which Trainer, model and data
         self._inspected_locked = False  # whether this run held the lock then
         self._all: dict[str, LayerState] = {}
@@ -146,7 +146,7 @@ class FeatureWriter(BasePredictionWriter):
 
     @property
     def _listed(self) -> int:
-        return self._listed_before + self._listed_by_stream + (self._job.listed if self._job else 0)
+        return self._listed_before + self._listed_by_stream + (self.job.listed if self.job else 0)
 
     @property
     def _listed_by_stream(self) -> int:
@@ -155,12 +155,7 @@ class FeatureWriter(BasePredictionWriter):
     @property
     def share(self) -> str:
         """What is done, in words, if other jobs have the rest to do, else nothing; in process 0, after the run."""
-        return self._job.summary() if self._job and not self.records else ""
-
-    @property
-    def is_auto(self) -> bool:
-        """Whether this is a job that takes shares of about the same time."""
-        return self._job is not None and self._job.auto
+        return self.job.summary() if self.job and not self.records else ""
 
     def check(self, shared: bool = False) -> None:
         """Raise UserError if ``out_dir`` is a file, not writable or in use, if not by jobs; create nothing."""
@@ -180,12 +175,12 @@ class FeatureWriter(BasePredictionWriter):
                 f"--writer.update true: does not go with --data.shard {data.shard}.\n"
                 "Update the files with one job, without --data.shard; it may use several devices."
             )
-        self._job = None
+        self.job = None
         if data.shard is not None and not self.dry_run:
             self._take_lock(True)
             hidden, info = Path(self.out_dir) / HIDDEN, lambda: {"images": self.computed, "faults": self._listed}
-            self._job = Job(hidden, data.shard, rank(), info)
-            self._job.enter(data)
+            self.job = Job(hidden, data.shard, rank(), info)
+            self.job.enter(data)
 
     def check_shards(self, batch_size: int) -> None:
         """Raise BadValueError if ``shard_rows`` is not a multiple of the batch size."""
@@ -226,16 +221,16 @@ class FeatureWriter(BasePredictionWriter):
                 Path(self.out_dir), layer, columns[layer], self.formats, identity, data.images, data.readers
             )
         self._find_work(data, model.preprocessing)
-        if self._job is not None and self._states:
+        if self.job is not None and self._states:
             device = device_name(trainer.strategy.root_device)
-            self._job.agree(self._all, self._states, data, self.formats, device, self.same_device)
+            self.job.agree(self._all, self._states, data, self.formats, device, self.same_device)
             self._find_work(data, model.preprocessing)  # other jobs may have finished since
         if not self._states and rank() == 0 and (hidden := Path(self.out_dir) / HIDDEN / shares.NAME).exists():
-            if self._job is None:  # the job that joined was lost before it removed them
+            if self.job is None:  # the job that joined was lost before it removed them
                 self._take_lock()
                 shares.remove_finished(hidden.parent, self._all)
-            elif self._job.may_join():
-                self._job.shares.remove()
+            elif self.job.may_join():
+                self.job.shares.remove()
         self._inspected = trainer, model, data
         return bool(self._states)
 
@@ -249,11 +244,11 @@ class FeatureWriter(BasePredictionWriter):
             record = state.inspect(self.overwrite, self.update)
             if record and all(data.fault(fault.path, preset) == fault for fault in state.faults()):
                 # The run was killed while it renamed or cleaned up, or a job is about it.
-                if state.run_path.exists() and rank() == 0 and (self._job is None or self._job.may_join()):
-                    self._take_lock(self._job is not None)
+                if state.run_path.exists() and rank() == 0 and (self.job is None or self.job.may_join()):
+                    self._take_lock(self.job is not None)
                     state.finish_renaming(record)
                 # Of images as they are no more; jobs leave it to the next run without them.
-                if (state.folder / UPDATE).exists() and rank() == 0 and self._job is None:
+                if (state.folder / UPDATE).exists() and rank() == 0 and self.job is None:
                     self._take_lock()
                     state.remove_update()
                 self.records[layer] = record
@@ -271,7 +266,7 @@ class FeatureWriter(BasePredictionWriter):
 
     def _check_single(self, layer: str) -> None:
         """Raise BadValueError if this is one of several jobs, which cannot update a layer's files."""
-        if self._job is not None:
+        if self.job is not None:
             raise BadValueError(
                 f"--data.shard: {layer} has been updated with --writer.update true, and some of it is left to do.\n"
                 "Run the command once without --data.shard; it may use several devices."
@@ -303,9 +298,9 @@ class FeatureWriter(BasePredictionWriter):
             # Processes may finish hours apart, but NCCL and Lightning wait for only half an hour.
             self._group = dist.new_group(backend="gloo", timeout=timedelta(days=365))
         session, left, digest = 0, np.arange(0), data.images.digest()
-        if self._job is not None:
+        if self.job is not None:
             unchanged = partial(self._is_unchanged, data, model.preprocessing)
-            session, left = self._job.begin(self._states, data, unchanged, self.seconds_per_batch)
+            session, left = self.job.begin(self._states, data, unchanged, self.seconds_per_batch)
         elif trainer.is_global_zero:
             checks.warn_of_names(data.images.names, self.names)
             session, left = self._begin(data, model.preprocessing)
@@ -321,7 +316,7 @@ class FeatureWriter(BasePredictionWriter):
                 "The folder changed or is not shared."
             )
         seen = self._gather(all(state.run_path.exists() for state in self._states.values()))
-        if not all(seen):
+        if not all(seen) and not (self.job is not None and self.job.is_finished(self._states)):
             raise UserError(
                 f"--writer.out_dir {self.out_dir}: rank {seen.index(False)} does not see what rank 0 writes there. "
                 "Expected a folder that all machines share."
@@ -330,9 +325,9 @@ class FeatureWriter(BasePredictionWriter):
         self._session = f"{session:06}"
         stem: Callable[[int], str] = partial(_stem, f"{self._session}-{trainer.global_rank:05}")
         moved_on: Callable[[int], None] | None = None
-        if self._job is not None:
-            data.batches = self._job.deal(session, data.batches, trainer.global_rank, trainer.world_size)
-            stem, moved_on = self._job.part, self._job.mark_done
+        if self.job is not None:
+            data.batches = self.job.deal(session, data.batches, trainer.global_rank, trainer.world_size)
+            stem, moved_on = self.job.part, self.job.mark_done
         unknown = isinstance(data.batches, Taken)
         if unknown or len(data.batches):
             on_gpu, first = device.type != "cpu", None if unknown else int(data.batches[0])
@@ -402,11 +397,11 @@ class FeatureWriter(BasePredictionWriter):
         if self._stream is not None:
             with self._unless_finished():
                 self._stream.finish()
-        if self._job is not None and self._job.auto:
-            self._job.mark_done()
+        if self.job is not None and self.job.auto:
+            self.job.mark_done()
         self._gather(None)  # the rows of all processes are on disk
         hidden, self.again = Path(self.out_dir) / HIDDEN, False
-        if self._job is not None:
+        if self.job is not None:
             self.again = self._gather(self._join_shares(trainer) if trainer.is_global_zero else False)[0]
         elif trainer.is_global_zero:
             done = {layer: self._done[layer] | state.placed(self._session) for layer, state in self._states.items()}
@@ -418,21 +413,21 @@ class FeatureWriter(BasePredictionWriter):
 
     def _join_shares(self, trainer: Trainer) -> bool:
         """Mark this job's shares as done, and join the parts if they were the last; return whether some are left."""
-        assert self._job is not None
+        assert self.job is not None
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
-        self._job.mark_done()
-        what = self._job.conclude(self._states)
+        self.job.mark_done()
+        what = self.job.conclude(self._states)
         if what == "join":
             with self._unless_finished():
-                self.records |= (finished := self._job.finished(self._states))
+                self.records |= (finished := self.job.finished(self._states))
                 left = {layer: state for layer, state in self._states.items() if layer not in finished}
-                if (done := self._job.missing(left, -(-len(data.images) // data.batch_size))) is None:
+                if (done := self.job.missing(left, -(-len(data.images) // data.batch_size))) is None:
                     return True
                 checks.warn_of_names(data.images.names, self.names)
                 self._join(trainer, done, {}, copy=True)
-            self._job.shares.remove()
+            self.job.shares.remove()
         if what in ("join", "finished"):
-            self.records |= self._job.records(self._states)
+            self.records |= self.job.records(self._states)
         return what == "again"
 
     @contextmanager
@@ -441,13 +436,13 @@ class FeatureWriter(BasePredictionWriter):
         try:
             yield
         except OSError:  # a DiskError too
-            if self._job is None or not self._job.is_finished(self._states):
+            if self.job is None or not self.job.is_finished(self._states):
                 raise
 
     def _join(
         self, trainer: Trainer, done: Mapping[str, dict[int, Placed]], known: dict[Path, str], copy: bool
     ) -> None:
-        stem = f"{self._session}-joined" if self._job is not None else "joined"
+        stem = f"{self._session}-joined" if self.job is not None else "joined"
         for layer, placed in done.items():
             state, info = self._states[layer], _run_info(self, trainer, self._started)
             if isinstance(state, Update):
@@ -487,8 +482,8 @@ class FeatureWriter(BasePredictionWriter):
         """Close the parts, leave the other jobs, and release the folder's lock."""
         if self._stream is not None:
             self._stream.close()
-        if self._job is not None:
-            self._job.shares.leave()
+        if self.job is not None:
+            self.job.shares.leave()
         if self._lock is not None:
             self._lock.release()
             self._lock = None

@@ -12,8 +12,10 @@ from typing import BinaryIO
 
 from filelock import FileLock, Timeout
 
-from featx.errors import UserError
+from featx.errors import UserError, log
 
+GONE = (errno.ENOENT, errno.ESTALE)  # NFS: https://github.com/tox-dev/filelock/pull/669
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 GOES_ON = "What is on disk is safe: fix this, then run the same command again to continue."
 
 
@@ -177,6 +179,10 @@ class Lock:
             except (Timeout, BlockingIOError) as err:
                 self._close()
                 raise BusyError(f"{what}: another run is writing there. Wait for it, or use another folder.") from err
+            except OSError as err:
+                if not shared or err.errno not in NO_LOCKS:
+                    raise
+                log.warning("%s: no locks on its file system: start no run without --data.shard there meanwhile", what)
 
     def _close(self) -> None:
         file, self._file = self._file, -1

@@ -45,6 +45,7 @@ class Job:
         self.auto = shard == "auto"
         self.session = self.listed = 0
         self._rank = rank
+        self._device, self._same = "", False
         self._plan: Json | None = None
         self._before: tuple[int, ...] = ()  # sessions before the first job with auto
         self._taken: list[tuple[int, range]] = []  # not marked as done yet: shares and their batches
@@ -103,6 +104,7 @@ class Job:
         self._compare("--writer.format", sorted(plan["formats"]), sorted(formats))
         self._compare("--data.dir", plan["inputs"], first.inputs, "other images")
         self._compare("identity", plan["layers"], {layer: state.digest for layer, state in every.items()}, "differs")
+        self._device, self._same = device, same
         check_device("the first job started", {plan["device"]} - {device}, device, same)
 
     @staticmethod
@@ -130,18 +132,23 @@ class Job:
             The session's number and the batches that are not on disk yet; none with ``auto``, see ``deal``.
         """
         total = -(-len(data.images) // data.batch_size)
+        self._take = partial(iter, ())
+        if not states or self.is_finished(states):
+            return self.shares.job, np.arange(0)
         if self._missing is not None:
             return self.shares.job, np.array(self._missing, dtype=np.int64)
-        if self.auto and states:
+        if self.auto:
             self._divide(states, total, seconds)
             self._take = partial(self._take_all, states, total, is_unchanged)
-        if self.auto or self._rank or not states:
+        if self.auto or self._rank:
             return self.shares.job, np.arange(0)
         share, shares, noted = self.shares.own, self.shares, False
         while share not in (look := shares.look())[0] and not shares.gone and not shares.claim(shares.name(share)):
             if not noted:
                 noted = True
-                log.info("waiting: %s has this share", shares.holder(shares.name(share), look[1][shares.name(share)]))
+                log.info(
+                    "waiting: %s has this share", shares.holder(shares.name(share), look[1].get(shares.name(share), 1))
+                )
             time.sleep(beat() / 10)
         if shares.gone:  # the run is finished
             return shares.job, np.arange(0)
@@ -158,16 +165,22 @@ class Job:
         """Return those of some batches that are not on disk, after counting the images without a row in the others."""
         on_disk = set(batches)
         faults: dict[int, list[Fault]] = {}
+        devices = set[str]()
         for state in states.values():
             placed = state.placed(only=batches, jobs=jobs)
             faults = {number: one.entry.faults for number, one in placed.items()}
+            devices |= {one.entry.device for one in placed.values()}
             on_disk &= {number for number, found in faults.items() if all(map(is_unchanged, found))}
+        check_device("this share was begun", devices - {self._device}, self._device, self._same)
         self.listed += sum(not fault.used for number in on_disk for fault in faults[number])
         return [number for number in batches if number not in on_disk]
 
+    def is_undivided(self) -> bool:
+        """Whether this is the first job with ``auto``, which decides how many shares there are."""
+        return self.auto and self.shares.read(AUTO) is None
+
     def _divide(self, states: States, total: int, seconds: float | None) -> None:
-        """Read how many shares there are or, if this is the first job with ``auto``, decide it."""
-        if self.shares.read(AUTO) is None:
+        if self.is_undivided():
             each = min(total / shares.FEWEST, shares.SECONDS / seconds if seconds else math.inf)
             older = {int(path.name[:6]) for state in states.values() for path in journal.journals(state.folder)}
             plan: Json = {"shares": math.ceil(total / max(1, int(each))), "before": sorted(older)}
@@ -275,6 +288,8 @@ class Job:
         found = {layer: state.read_record() for layer, state in states.items()}
         if lost := [layer for layer, record in found.items() if record is None]:
             raise DiskError(f"{self.shares.folder}: was removed, and {lost[0]} is not finished. Run the command again.")
+        if not self.shares.gone and self.shares.claim(JOIN):  # the job that joined was lost before it did this
+            self.shares.remove()
         return {layer: record for layer, record in found.items() if record is not None}
 
 

@@ -223,8 +223,10 @@ def read_parts(
         if path.name.startswith(session) and (jobs is None or int(path.name[:6]) in jobs):
             try:
                 head, entries = read(path)
-            except FileNotFoundError:  # another job has joined the parts
-                continue
+            except OSError as err:
+                if err.errno not in disk.GONE:
+                    raise
+                continue  # another job has joined the parts
             if only is not None:
                 entries = [entry for entry in entries if entry.batch in only]
             own = [name for name in head.files if is_part(name) or name in results]

@@ -23,6 +23,7 @@ from featx.writer import disk
 from featx.writer.records import Json
 
 NAME = "shares"
+chance = random.SystemRandom()  # a seed would make all jobs try the same shares
 BEAT = 20.0  # seconds between heartbeats, and between looks at those of others
 LOST = 180.0  # seconds without one: clients of NFS may see one another's files a minute late
 SECONDS = 300.0  # of work in a share of --data.shard auto
@@ -90,7 +91,7 @@ class Shares:
         number, tries = max([session, *(number + 1 for number in taken)]), 0
         while not self._create(f"job-{number:06}", self._info()):
             tries += 1
-            number += random.randint(1, 4 * tries)
+            number += chance.randint(1, 4 * tries)
             self.folder.mkdir(parents=True, exist_ok=True)  # another job has removed it
         self.job, self.gone = number, False
         self._thread.start()
@@ -126,8 +127,11 @@ class Shares:
             os.pwrite(file, self._info(), 0)
             os.utime(file)  # without a time: a network file system takes its server's
             return os.fstat(file).st_mtime
+        except OSError:  # EIO and ESTALE pass: https://github.com/tox-dev/filelock/pull/562
+            return 0.0
         finally:
-            os.close(file)
+            with suppress(OSError):
+                os.close(file)
 
     def _info(self) -> bytes:
         info = {"host": platform.node(), "process": os.getpid(), **self._progress()}
@@ -187,7 +191,9 @@ class Shares:
         """Return what ``publish`` has written as JSON, or None if it is not there."""
         try:
             return dict(json.loads((self.folder / name).read_bytes()))
-        except FileNotFoundError:
+        except OSError as err:
+            if err.errno not in disk.GONE:
+                raise
             return None
 
     def look(self) -> tuple[set[int], dict[str, int]]:
@@ -264,7 +270,7 @@ class Shares:
                 return share, claim
         done, claims = self.look()
         left = [share for share in range(1, self.of + 1) if share not in done]
-        random.shuffle(left)  # jobs that look at the same time try different ones
+        chance.shuffle(left)  # jobs that look at the same time try different ones
         # The share with the short batch comes last, since it ends a job's pass.
         self._free = [share for share in left if self.name(share) not in claims]
         self._free.sort(key=lambda share: share != self.of)
@@ -283,7 +289,7 @@ class Shares:
         left, now = [self.name(share) for share in range(1, self.of + 1) if share not in done], self._now()
         return any(what not in claims for what in left) or any(
             self._is_own(what, claims[what]) or self.is_lost(what, claims[what], now)
-            for what in random.sample(left, min(LOOKED_AT, len(left)))
+            for what in chance.sample(left, min(LOOKED_AT, len(left)))
         )
 
     def finish(self, share: int, info: Json) -> None:

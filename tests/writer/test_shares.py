@@ -1,5 +1,6 @@
 """Jobs that come and go write the file of one run: each test does the harm, and compares with that file's bytes."""
 
+import errno
 import json
 import os
 import random
@@ -17,7 +18,7 @@ from start import Process
 from tiny import Scale, run
 
 from featx.errors import BadValueError
-from featx.writer import callback, disk, join, records
+from featx.writer import callback, disk, join, records, shares
 from featx.writer.disk import DiskError
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
@@ -216,6 +217,16 @@ def kill_and_replace(place: Path, out: Path, chance: random.Random) -> None:
     assert_clean(out)
 
 
+def test_a_job_of_two_processes_and_another_job(place, tmp_path):
+    out, ddp = tmp_path / "out", ("--trainer.devices", "2", "--trainer.strategy", "ddp")
+    jobs = [begin(place, out, "auto", *ddp, WAIT="0.05"), begin(place, out, "auto", WAIT="0.5")]
+    for job in jobs:
+        answer, err = job.communicate()
+        assert job.returncode == 0 and "149 rows" in answer, err
+    assert files(out) == files(place / "one")
+    assert_clean(out)
+
+
 def test_a_stopped_job_that_wakes_up_changes_nothing(place, tmp_path):
     out = tmp_path / "out"
     stopped = begin(place, out, "1/2", WAIT="0.1")
@@ -384,3 +395,35 @@ def test_a_part_that_is_damaged_after_its_share_was_done_is_computed_again(photo
     part.write_bytes(part.read_bytes()[:-5])
     assert run(photos, tmp_path / "out", data={"shard": "2/2"}).computed == 37 - 24 + 8
     assert files(tmp_path / "out") == files(tmp_path / "one")
+
+
+def test_a_file_system_that_fails_now_and_then_or_has_no_locks_stops_no_job(photos, tmp_path, monkeypatch, caplog):
+    def refuse(*args):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    run(photos, tmp_path, data={"shard": "1/2"})
+    assert "no locks on its file system" in caplog.text
+    job = shares.Shares(tmp_path / ".featx", "2/2")
+    job.enter(1)
+    assert job._now() > 0
+    with monkeypatch.context() as patch:
+        patch.setattr("os.utime", lambda *args: refuse())
+        assert job._now() == 0 and not job.gone and not job.is_lost("list", 1)
+    assert job._now() > 0
+    job.leave()
+
+
+def test_a_claim_is_exclusive_and_passes_on_when_its_job_has_left_or_is_late(tmp_path, monkeypatch):
+    first, second, third = (shares.Shares(tmp_path, "1/2") for _ in range(3))
+    for job in (first, second, third):
+        job.enter(5)
+    assert first.publish(shares.PLAN, b"{}") and not second.publish(shares.PLAN, b"{}")
+    assert (first.job, second.job > first.job, third.job > second.job) == (5, True, True)
+    assert first.claim(first.name(1)) == (first.name(1), 1, ()) and second.claim(first.name(1)) is None
+    first.leave()
+    assert second.claim(first.name(1)) == (first.name(1), 2, (first.job,)) and third.claim(first.name(1)) is None
+    os.utime(second._job_path, (1, os.stat(second._job_path).st_mtime - shares.LOST - 1))
+    assert third.claim(first.name(1)) == (first.name(1), 3, (first.job, second.job))
+    for job in (second, third):
+        job.leave()
