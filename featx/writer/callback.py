@@ -2,6 +2,7 @@
 
 import os
 import platform
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime, timedelta
@@ -170,11 +171,6 @@ class FeatureWriter(BasePredictionWriter):
                 f"--writer.overwrite true: with --data.shard {data.shard} each job would remove the others' rows.\n"
                 "Remove the folder before you start the jobs, or use another --writer.out_dir."
             )
-        if data.shard is not None and self.update:
-            raise BadValueError(
-                f"--writer.update true: does not go with --data.shard {data.shard}.\n"
-                "Update the files with one job, without --data.shard; it may use several devices."
-            )
         self.job = None
         if data.shard is not None and not self.dry_run:
             self._take_lock(True)
@@ -223,7 +219,9 @@ class FeatureWriter(BasePredictionWriter):
         self._find_work(data, model.preprocessing)
         if self.job is not None and self._states:
             device = device_name(trainer.strategy.root_device)
-            self.job.agree(self._all, self._states, data, self.formats, device, self.same_device)
+            every = {**self._all, **self._updates(data.images.some(self._places) if self._kept else data.images)}
+            left = {layer: every[layer] for layer in self._states}
+            self.job.agree(every, left, data, self.formats, device, self.same_device)
             self._find_work(data, model.preprocessing)  # other jobs may have finished since
         if not self._states and rank() == 0 and (hidden := Path(self.out_dir) / HIDDEN / shares.NAME).exists():
             if self.job is None:  # the job that joined was lost before it removed them
@@ -237,40 +235,33 @@ class FeatureWriter(BasePredictionWriter):
     def _find_work(self, data: Any, preset: Any) -> None:
         self._states, self.records = dict(self._all), {}
         for layer, state in self._all.items():
-            if (state.folder / UPDATE / COMPLETE).exists() and rank() == 0:
-                self._check_single(layer)
-                self._take_lock()
-                complete(state)
+            while (state.folder / UPDATE / COMPLETE).exists() and rank() == 0:
+                if self.job is None or self.job.may_join():
+                    self._take_lock(self.job is not None)
+                    complete(state)
+                else:
+                    time.sleep(0.1)
             record = state.inspect(self.overwrite, self.update)
             if record and all(data.fault(fault.path, preset) == fault for fault in state.faults()):
                 # The run was killed while it renamed or cleaned up, or a job is about it.
                 if state.run_path.exists() and rank() == 0 and (self.job is None or self.job.may_join()):
                     self._take_lock(self.job is not None)
                     state.finish_renaming(record)
-                # Of images as they are no more; jobs leave it to the next run without them.
-                if (state.folder / UPDATE).exists() and rank() == 0 and self.job is None:
-                    self._take_lock()
+                # Of images as they are no more, or its last files were not removed.
+                if (state.folder / UPDATE).exists() and rank() == 0 and (self.job is None or self.job.may_join()):
+                    self._take_lock(self.job is not None)
                     state.remove_update()
                 self.records[layer] = record
                 del self._states[layer]
-        if rank() == 0:
+        if rank() == 0 or self.job is not None:
             is_unchanged = partial(self._is_unchanged, data, preset)
-            for layer, state in self._states.items():
-                if state.old:
-                    self._check_single(layer)
-                if state.old and state.run_path.exists():  # the run that made them was killed while it renamed
-                    self._take_lock()
+            for state in self._states.values():
+                # The run that made them was killed while it renamed.
+                if state.old and state.run_path.exists() and rank() == 0:
+                    self._take_lock(self.job is not None)
                     state.rename_hidden(state.old)
             found, self._places = plan(self._states, data.images, is_unchanged)
             self._kept = dict(found)
-
-    def _check_single(self, layer: str) -> None:
-        """Raise BadValueError if this is one of several jobs, which cannot update a layer's files."""
-        if self.job is not None:
-            raise BadValueError(
-                f"--data.shard: {layer} has been updated with --writer.update true, and some of it is left to do.\n"
-                "Run the command once without --data.shard; it may use several devices."
-            )
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Agree with the other processes on the remaining batches, take a share, and start the writing thread."""
@@ -299,6 +290,8 @@ class FeatureWriter(BasePredictionWriter):
             self._group = dist.new_group(backend="gloo", timeout=timedelta(days=365))
         session, left, digest = 0, np.arange(0), data.images.digest()
         if self.job is not None:
+            if not self.again:
+                self._restrict(data)
             unchanged = partial(self._is_unchanged, data, model.preprocessing)
             session, left = self.job.begin(self._states, data, unchanged, self.seconds_per_batch)
         elif trainer.is_global_zero:
@@ -306,7 +299,7 @@ class FeatureWriter(BasePredictionWriter):
             session, left = self._begin(data, model.preprocessing)
         gathered = self._gather((session, left, list(self._states), list(self._kept), self._places, digest))
         session, left, layers, updated, places, _ = gathered[0]
-        if not trainer.is_global_zero:
+        if not trainer.is_global_zero and self.job is None:
             self._states = {layer: self._all[layer] for layer in layers}
             self._kept, self._places = dict.fromkeys(updated), places
             self._restrict(data)
@@ -343,8 +336,11 @@ class FeatureWriter(BasePredictionWriter):
         """Leave only the images that an update computes, if this is one."""
         if self._places is not None:
             data.restrict(self._places)
-        for layer, kept in self._kept.items():
-            self._states[layer] = Update(self._all[layer], data.images, self._places, kept)
+        self._states |= self._updates(data.images)
+
+    def _updates(self, images: Images) -> dict[str, LayerState]:
+        """Return the layers that are updated, with the images to compute."""
+        return {layer: Update(self._all[layer], images, self._places, kept) for layer, kept in self._kept.items()}
 
     def _begin(self, data: Any, preset: Any) -> tuple[int, Any]:
         """Return the session's number and the batches that are not on disk yet, in order."""
@@ -446,7 +442,7 @@ class FeatureWriter(BasePredictionWriter):
         for layer, placed in done.items():
             state, info = self._states[layer], _run_info(self, trainer, self._started)
             if isinstance(state, Update):
-                record = state.finish(placed, info)
+                record = state.finish(placed, info, stem)
             else:
                 record = finish(state, placed, known, info, stem, copy)
             self.records[layer] = record

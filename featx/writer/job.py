@@ -16,7 +16,7 @@ from featx.data.batch import Fault
 from featx.errors import BadValueError, count, log, name_job
 from featx.writer import journal, records, shares
 from featx.writer.disk import DiskError
-from featx.writer.folder import LayerState
+from featx.writer.folder import UPDATE, LayerState
 from featx.writer.records import Json
 from featx.writer.shares import JOIN, PLAN, Shares
 
@@ -59,6 +59,7 @@ class Job:
         if self._rank == 0 or self.auto:
             self.hidden.mkdir(parents=True, exist_ok=True)
             layers = [path for path in self.hidden.iterdir() if path.is_dir()]
+            layers += [path / UPDATE for path in layers]
             self.shares.enter(max(map(journal.next_session, layers), default=1))
             self.session = self.shares.job
         name_job(f"{self.shares.own}/{self.shares.of}" if not self.auto else f"job {self.shares.job}")

@@ -19,8 +19,8 @@ FORMAT = 2  # of journals and records; docs/promises.md lists all formats. Older
 NUMBERED = rf"(?P<session>\d{{6}})(-\d{{5}})?(-\d{{5,}})?\.({'|'.join(PARTS)}|journal)"  # process, shard
 # The number is of the job that joins: a stopped one may go on while another joins.
 MADE = "|".join(map(re.escape, [*SUFFIXES, "json", "errors.csv", "gz"]))
-JOINED = rf"(\d{{6}}-joined|joined|rows)(-\d{{5,}})?\.({MADE})"
-OF_UPDATE = r"complete\.json|errors\.csv|list-[0-9a-f]{16}\.gz"
+JOINED = rf"(\d{{6}}-)?(joined|rows)(-\d{{5,}})?\.({MADE})"
+OF_UPDATE = r"complete\.json|list-[0-9a-f]{16}\.gz"
 OWN = re.compile(rf"\.?({NUMBERED}|{JOINED}|run\.json|images\.gz|{OF_UPDATE})(\.new)?")
 
 Noted = list[Any]  # of one row: how many values are not finite, how many overflowed, and the kinds of remarks

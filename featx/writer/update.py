@@ -92,12 +92,21 @@ class Update(LayerState):
             "%s: update: %s kept, %s to compute%s", self.layer, count(kept, "row"), count(images, "image"), removed
         )
 
-    def finish(self, done: dict[int, Placed], run: Json) -> Json:
+    def inspect(self, overwrite: bool = False, update: bool = False) -> Json | None:
+        """Return the record if the update is complete, after giving all files their names."""
+        complete(self.whole)
+        return self.whole.inspect()
+
+    def finish_renaming(self, record: Json) -> None:
+        """Do nothing: ``inspect`` has done it."""
+
+    def finish(self, done: dict[int, Placed], run: Json, stem: str) -> Json:
         """Write the new files from the kept rows and the computed ones, replace the old files, and return the record.
 
         Args:
             done: All batches of the update, by number.
             run: The record's ``run``.
+            stem: The beginning of the names of new files, of this job alone.
         """
         whole, kept, old = self.whole, self.kept, self.whole.old
         assert kept is not None and old is not None
@@ -114,21 +123,19 @@ class Update(LayerState):
         faults = {name: found[name] for name in np.array(self.images.names, object)[needed] if name in found}
         faults |= {fault.path: fault for fault in kept.faults}
         without = {path for path, fault in faults.items() if not fault.used}
-        tables = {part: _Table(self, format, [*kept.placed, *placed]) for part, format in whole.parts.items()}
+        tables = {part: _Table(self, format, [*kept.placed, *placed], stem) for part, format in whole.parts.items()}
         files: Json = {}
-        joined: dict[Path, Path] = {}
         for shard in whole.shards:
             wanted = rows[shard.images.start : shard.images.stop]
             wanted = wanted[wanted >= 0]
             if recorded := _same_shard(whole, shard, wanted):
                 files |= recorded
                 continue
-            fresh, made = f"{self.folder / 'joined'}{shard.label}", dict[Path, Path]()
+            fresh, made = f"{self.folder / stem}{shard.label}", dict[Path, Path]()
             for part, table in tables.items():
                 made[shard.rows[part]] = table.write(wanted, Path(f"{fresh}.{part}"))
             make_files(whole, shard, made, fresh, without, len(wanted))
             for target in shard.results.values():
-                joined[target] = made[target]
                 about = {"sha256": journal.digest(made[target]), "bytes": made[target].stat().st_size}
                 files[whole.key(target)] = about | ({"rows": len(wanted)} if whole.sharded else {})
         in_order = [faults[name] for name in whole.images.names if name in faults]
@@ -141,10 +148,11 @@ class Update(LayerState):
         noted = {name: values for one in placed for name, values in one.entry.noted.items()} | kept.noted
         noted = _count_anew(record, old, records.read_noted(whole.inputs_path), noted, whole.images.names, kept.rows)
         if in_order:
-            disk.replace(self.folder / "errors.csv", errors_csv(in_order))
-        records.save_inputs(self.inputs_path, whole.images, noted)
-        gone = sorted(old["files"].keys() - files.keys())
-        disk.replace(self.folder / COMPLETE, records.as_json({**record, "gone": gone}))
+            disk.replace(self.folder / f"{stem}.errors.csv", errors_csv(in_order))
+        records.save_inputs(self.folder / f"{stem}.gz", whole.images, noted)
+        about = {"stem": stem, "before": _digest(old), "gone": sorted(old["files"].keys() - files.keys())}
+        text = records.as_json({**record, "update": about})
+        disk.replace(self.folder / COMPLETE, text, self.folder / f"{stem}.json")
         complete(whole)
         return record
 
@@ -335,16 +343,20 @@ def complete(state: LayerState) -> None:
     folder = state.folder / UPDATE
     if (record := records.read_record(folder / COMPLETE, state.layer)) is None:
         return
-    gone = [name for name in record.pop("gone", ()) if records.is_result_name(state.layer, name)]
-    disk.replace(state.record_path, records.as_json(record))
+    about = record.pop("update")
+    if _digest(state.read_record() or {}) not in (about["before"], _digest(record)):
+        disk.remove(folder / COMPLETE)  # a job that was stopped woke up after another had finished
+        return
+    stem, gone = about["stem"], [name for name in about["gone"] if records.is_result_name(state.layer, name)]
+    disk.replace(state.record_path, records.as_json(record), folder / f"{stem}.json")
     if record["identity"]["shard_rows"] is not None:
         with disk.reporting(state.shards_folder):
             state.shards_folder.mkdir(exist_ok=True)
     for name in record["files"]:
-        _move(folder / _hidden(state, name), state.out_dir / name)
-    _move(folder / "images.gz", state.inputs_path)
+        _move(folder / _hidden(state, name, stem), state.out_dir / name)
+    _move(folder / f"{stem}.gz", state.inputs_path)
     if record["errors"] + record["errors_used"]:
-        _move(folder / "errors.csv", state.errors_path)
+        _move(folder / f"{stem}.errors.csv", state.errors_path)
     else:
         disk.remove(state.errors_path)
     for name in gone:
@@ -353,10 +365,13 @@ def complete(state: LayerState) -> None:
     state.remove_update()
 
 
-def _hidden(state: LayerState, name: str) -> str:
+def _digest(record: Json) -> str:
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
+
+
+def _hidden(state: LayerState, name: str, stem: str) -> str:
     """Return the name that a result has until its update is complete: ``joined-00001.csv`` for ``fc7/00001.csv``."""
-    rest = name.removeprefix(state.shards_folder.name)
-    return f"joined{rest.replace('/', '-')}"
+    return stem + name.removeprefix(state.shards_folder.name).replace("/", "-")
 
 
 def _move(hidden: Path, path: Path) -> None:
@@ -364,7 +379,7 @@ def _move(hidden: Path, path: Path) -> None:
         disk.rename(hidden, path)
 
 
-def _old_files(state: Update, format: FileFormat) -> list[Path]:
+def _old_files(state: Update, format: FileFormat, stem: str) -> list[Path]:
     """Return the old files with the rows of a part's format, made from those of another format if there are none."""
     old = state.whole.old
     assert old is not None
@@ -372,7 +387,7 @@ def _old_files(state: Update, format: FileFormat) -> list[Path]:
         return [state.out_dir / name for name in counts]
     found = []
     for name, rows in _files_of(old, format.suffixes[0]).items():
-        hidden = _hidden(state, name).replace("joined", "rows", 1)
+        hidden = _hidden(state, name, stem.replace("joined", "rows"))
         path = (state.folder / hidden).with_suffix(f".{format.part}")
         file = disk.open_to_write(path)
         try:
@@ -388,12 +403,12 @@ def _old_files(state: Update, format: FileFormat) -> list[Path]:
 class _Table:
     """Where each row is in one format: the kept rows first, as they are numbered, then the computed ones."""
 
-    def __init__(self, state: Update, format: FileFormat, placed: Sequence[Placed]) -> None:
+    def __init__(self, state: Update, format: FileFormat, placed: Sequence[Placed], stem: str) -> None:
         self.format = format
         self.files: list[Path] = []
         ends: list[Ints] = []
         head = len(format.head(0))
-        for path in _old_files(state, format):
+        for path in _old_files(state, format, stem):
             self._add(path, head, path.stat().st_size, ends)
         for entry, files in placed:
             start, end, _ = entry.spans[format.part]

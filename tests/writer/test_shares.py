@@ -148,7 +148,7 @@ def test_what_is_noted_of_images_is_kept_for_an_update(photos, tmp_path, monkeyp
     assert update.computed == 1 and update.records["2"]["values_overflowed"] > overflowed
 
 
-def test_an_updated_layer_with_images_to_repair_is_left_to_a_single_run(photos, tmp_path):
+def test_jobs_repair_images_of_an_updated_layer(photos, tmp_path):
     photos = shutil.copytree(photos, tmp_path / "photos")
     broken = photos / "cats" / "broken.png"
     run(photos, tmp_path / "out")
@@ -156,10 +156,10 @@ def test_an_updated_layer_with_images_to_repair_is_left_to_a_single_run(photos, 
     run(photos, tmp_path / "out", update=True)
     assert run(photos, tmp_path / "out", data={"shard": "1/2"}).computed == 0  # nothing to do
     make_image(99, (50, 50)).save(broken)
-    with pytest.raises(BadValueError, match=r"2 has been updated .*\nRun the command once without --data.shard"):
-        run(photos, tmp_path / "out", data={"shard": "1/2"})
+    jobs = [run(photos, tmp_path / "out", data={"shard": f"{n}/2"}) for n in (1, 2)]
+    assert sum(job.computed for job in jobs) == 1
     assert_clean(tmp_path / "out")
-    assert run(photos, tmp_path / "out", update=True).computed == 1
+    assert (tmp_path / "out" / "2.csv").read_text().count("broken.png") == 1
 
 
 @pytest.mark.parametrize("how", HOW, ids=["files", "shards"])
@@ -312,7 +312,6 @@ def test_a_job_of_another_run_is_refused(photos, tmp_path):
         "crop: 224 -> 100": {"data": {"crop": 100}},
         "--writer.format npy": {"format": "npy"},
         "would remove the others' rows": {"overwrite": True},
-        "does not go with --data.shard 2/2": {"update": True},
     }.items():
         data = {"shard": "2/2"} | how.pop("data", {})
         with pytest.raises(BadValueError, match=words):

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import warnings
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -410,3 +411,44 @@ def test_verify_recomputes_rows_in_other_batches_than_an_update(three_photos, tm
     featx.extract(photos, out_dir=tmp_path / "out", update=True, **options)
     assert not verify([str(tmp_path / "out/features.csv"), "--images", str(photos)])
     assert "4 rows recomputed in other batches, the largest relative difference is" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("options", [{}, {"shard_rows": 16}], ids=str)
+@pytest.mark.parametrize("jobs", [["2/3", "3/3", "1/3"], ["auto"], ["1/2", None]], ids=str)
+def test_jobs_update_with_the_bytes_of_one_run(photos, tmp_path, jobs, options):
+    options = ALL | options
+    (photos / "a/20.png").write_bytes(b"no image")
+    run(photos, tmp_path / "out", **options)
+    change(photos)
+    shutil.copytree(tmp_path / "out", tmp_path / "clean")
+    run(photos, tmp_path / "clean", update=True, **options)
+    before = contents_of_files(tmp_path / "out")
+    computed = 0
+    for shard in jobs:
+        assert before.items() <= contents_of_files(tmp_path / "out").items()
+        computed += run(photos, tmp_path / "out", update=True, data={"shard": shard}, **options).computed
+    assert computed == 14
+    found, expected = contents(tmp_path / "out"), contents(tmp_path / "clean")
+    assert found.pop(".featx/lock", None) == expected.pop(".featx/lock", None) and found == expected
+    assert not run(photos, tmp_path / "out", update=True, data={"shard": jobs[0]}, **options).computed
+    assert "shares" not in os.listdir(tmp_path / "out/.featx")
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # files that the kill left open
+@pytest.mark.parametrize("next_job", ["1/2", "auto", None])
+def test_a_job_that_ends_in_its_join_is_replaced(photos, tmp_path, monkeypatch, next_job):
+    run(photos, tmp_path / "out", **ALL)
+    change(photos)
+    shutil.copytree(tmp_path / "out", tmp_path / "clean")
+    run(photos, tmp_path / "clean", update=True, **ALL)
+    run(photos, tmp_path / "out", update=True, data={"shard": "2/2"}, **ALL)
+    for number in range(3, 90, 9):
+        shutil.copytree(tmp_path / "out", tmp_path / "killed")
+        with monkeypatch.context() as patched, suppress(Killed):
+            kill_at(patched, number)
+            run(photos, tmp_path / "killed", update=True, data={"shard": "1/2"}, **ALL)
+        run(photos, tmp_path / "killed", update=True, data={"shard": next_job}, **ALL)
+        assert not (tmp_path / "killed/.featx/shares/plan.json").exists()  # without which the others mean nothing
+        shutil.rmtree(tmp_path / "killed/.featx/shares", ignore_errors=True)
+        assert contents(tmp_path / "killed") == contents(tmp_path / "clean"), number
+        shutil.rmtree(tmp_path / "killed")
