@@ -452,3 +452,18 @@ def test_a_job_that_ends_in_its_join_is_replaced(photos, tmp_path, monkeypatch, 
         shutil.rmtree(tmp_path / "killed/.featx/shares", ignore_errors=True)
         assert contents(tmp_path / "killed") == contents(tmp_path / "clean"), number
         shutil.rmtree(tmp_path / "killed")
+
+
+def test_a_stopped_job_that_wakes_up_after_a_later_update_changes_nothing(photos, tmp_path, monkeypatch):
+    run(photos, tmp_path / "out", **ALL)
+    add(photos, "a/1-new.png", 100)
+    with monkeypatch.context() as patched:
+        patched.setattr("featx.writer.update.complete", lambda state: None)
+        run(photos, tmp_path / "out", update=True, **ALL)
+    shutil.copytree(tmp_path / "out/.featx/2/update", tmp_path / "stale")
+    add(photos, "a/2-new.png", 101)
+    assert run(photos, tmp_path / "out", update=True, **ALL).computed == 1
+    before = contents_of_files(tmp_path / "out")
+    shutil.copytree(tmp_path / "stale", tmp_path / "out/.featx/2/update")
+    run(photos, tmp_path / "out", update=True, **ALL)
+    assert contents_of_files(tmp_path / "out") == before
