@@ -2,6 +2,7 @@
 
 import json
 import sys
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -346,6 +347,10 @@ def test_the_hubs_models_are_downloaded_with_the_first_form_of_weights_that_they
     assert hub.asked == ["config.json"]
 
 
+def fails(error, repo, name, **options):
+    raise error("no", **{"response": ANSWER} if issubclass(error, RepositoryNotFoundError) else {})
+
+
 @pytest.mark.parametrize(
     ("error", "words"),
     [
@@ -357,11 +362,8 @@ def test_the_hubs_models_are_downloaded_with_the_first_form_of_weights_that_they
     ],
 )
 def test_what_the_hub_does_not_give_is_one_message(error, words, monkeypatch, tmp_path):
-    def fails(repo, name, **options):
-        raise error("no", **{"response": ANSWER} if issubclass(error, RepositoryNotFoundError) else {})
-
     Hub(tmp_path, monkeypatch)
-    monkeypatch.setattr("huggingface_hub.hf_hub_download", fails)
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", partial(fails, error))
     with pytest.raises(UserError, match=rf"(?s)^--model.arch hf/someone/vi.*: .*{words}"):
         build_empty("hf/someone/vit")
 
@@ -375,11 +377,19 @@ def test_a_damaged_file_in_the_hubs_cache_is_reported(tmp_path, monkeypatch):
         build_empty("hf/someone/vit")
 
 
-def test_without_transformers_or_a_folder_the_message_says_what_to_do(monkeypatch):
+def test_without_transformers_or_a_folder_the_message_says_what_to_do(monkeypatch, tmp_path):
     with pytest.raises(MissingPathError, match=r"--model.arch hf/./nothing: no such folder"):
         named("hf/./nothing")
     with pytest.raises(MissingPathError, match=r"--model.arch hf/: : the hub has no repository with this name"):
         build_empty("hf/")
+    (tmp_path / "clip").mkdir()
+    monkeypatch.chdir(tmp_path)
+    Hub(None, monkeypatch)
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", partial(fails, RepositoryNotFoundError))
+    with pytest.raises(
+        MissingPathError, match=r"(?s)no repository .*\nThere is a folder clip: --model.arch hf/./clip$"
+    ):
+        build_empty("hf/clip")
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(UserError, match=r"(?s)transformers cannot be imported .*pip install 'featx\[hf\]'"):
         named("hf/someone/vit")

@@ -81,7 +81,10 @@ class HuggingFace(Library):
         try:
             return from_hub(self._repo, *names)
         except UserError as err:
-            raise type(err)(f"--model.arch {self.arch}: {err.args[0]}") from err
+            meant = (
+                f"\nThere is a folder {self._repo}: --model.arch hf/./{self._repo}" if os.path.isdir(self._repo) else ""
+            )
+            raise type(err)(f"--model.arch {self.arch}: {err.args[0]}{meant}") from err
 
     def _read(self, name: str) -> dict[str, Any] | None:
         path = self._find(name)
