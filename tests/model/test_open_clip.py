@@ -10,6 +10,7 @@ import torch
 from conftest import make_image, relative_error
 
 import featx
+from featx.commands.layers import layers
 from featx.errors import BadValueError, MissingPathError, UserError
 from featx.model.build import build_empty, choose_weights, named
 
@@ -74,6 +75,15 @@ def tag(monkeypatch, name, **cfg):
     """Publish weights of one of the small networks as the tag ``laion``."""
     known = open_clip.pretrained._pcfg(hf_hub="someone/tiny/", **cfg)
     monkeypatch.setitem(open_clip.pretrained._PRETRAINED, name, {"laion": known})
+
+
+@pytest.mark.parametrize(("name", "last"), [("tiny-ViT", "visual.ln_post"), ("tiny-RN", "visual.attnpool")])
+def test_featx_layers_lists_what_can_be_taken(name, last, capsys):
+    assert layers(["--model.arch", f"open_clip/{name}", "--json"]) == 0
+    columns = {row["path"]: row["columns"] for row in json.loads(capsys.readouterr().out)}
+    assert [*columns][-2:] == [last, "visual"] and columns["visual"] == 12
+    _, rows = featx.extract(PHOTOS[:2], [*columns], arch=f"open_clip/{name}", weights="random", num_workers=0)
+    assert {layer: values.shape[1] for layer, values in rows.items()} == columns
 
 
 def test_published_weights_have_tags(tmp_path, monkeypatch):
