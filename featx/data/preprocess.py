@@ -165,3 +165,15 @@ class Preprocessing:
         resize = f"{how} {self.resize} {self.interpolation}" if self.resize is not None else "no resize"
         crop = f"crop {self.crop}" if self.crop is not None else "no crop"
         return f"{resize}, {crop} ({self.source})"
+
+
+def given_channels(**options: Literal["auto"] | list[float]) -> dict[str, tuple[float, ...]]:
+    """Return ``mean`` and ``std`` of the options, those that are not auto; raise BadValueError for a wrong value."""
+    given = {name: tuple(values) for name, values in options.items() if values != "auto"}
+    for name, values in given.items():
+        if len(values) != 3 or not all(map(math.isfinite, values)) or (name == "std" and min(values) <= 0):
+            zero = "above 0, " if name == "std" else ""
+            raise BadValueError(
+                f"--model.{name} {options[name]}: expected three numbers {zero}such as '[0.5,0.5,0.5]'."
+            )
+    return given

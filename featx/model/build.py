@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cache
 from importlib.metadata import packages_distributions, version
 from typing import Any
@@ -10,9 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from featx.errors import BadValueError, MissingPathError, UserError, did_you_mean, first_line
+from featx.data.preprocess import Preprocessing
+from featx.errors import BadValueError, MissingPathError, UserError, count, did_you_mean, first_few, first_line, log
+from featx.model.checkpoint import same
 from featx.model.libraries import torchvision
-from featx.model.libraries.base import Library, Weights
+from featx.model.libraries.base import Library, State, UnknownPresetError, Weights
 from featx.model.libraries.function import Function
 from featx.model.libraries.hf import HuggingFace
 from featx.model.libraries.open_clip import OpenClip
@@ -79,6 +82,40 @@ def choose_weights(arch: str, weights: str) -> Weights:
     )
 
 
+def check_no_file(weights: str, **options: tuple[Any, Any]) -> None:
+    """Raise BadValueError if an option of files is given, by its value and the usual one, without a file."""
+    for name, (value, usual) in options.items():
+        if value != usual:
+            raise BadValueError(
+                f"--model.{name} {str(value).lower()}: this option is for files of weights, and --model.weights "
+                f"{weights} is not a file."
+            )
+
+
+def check_own_weights(weights: str, title: str) -> None:
+    """Raise BadValueError if ``--model.weights`` is a name, of a network that the user's code builds."""
+    if weights != "auto":
+        raise BadValueError(
+            f"--model.weights {weights}: {title} builds its own network, which has no weights with this "
+            "name.\nExpected a file, or auto for the weights that build_network() returns."
+        )
+
+
+def choose_preset(
+    library: Library, weights: Weights, state: State | None, network: nn.Module, knows_channels: bool
+) -> Preprocessing:
+    """Return the preprocessing of weights; raise UnknownPresetError if nothing says what it is.
+
+    The user does if an image size is given and, as ``knows_channels`` says, their mean and std.
+    """
+    try:
+        return library.preset(weights, state, network)
+    except UnknownPresetError:
+        if library.image_size is None or not knows_channels:
+            raise
+        return replace(Preprocessing.usual(), source="nothing with the network says more").at(library.image_size)
+
+
 def build(library: Library, weights: Weights, state: Mapping[str, Tensor] | None = None) -> nn.Module:
     """Build a network; raise BadValueError if it cannot have the image size asked for."""
     try:
@@ -131,6 +168,14 @@ def guess_arch(shapes: Mapping[str, torch.Size]) -> str | None:
     return torchvision.guess_arch(shapes, build_empty)
 
 
+def checked(network: Any, title: str) -> nn.Module:
+    """Return what ``build_network`` of a class returned; raise BadValueError if it is not a network."""
+    if isinstance(network, nn.Module):
+        return network
+    kind = type(network).__name__ if network is not None else None
+    raise BadValueError(f"--model {title}: build_network() returned {kind}. Expected an nn.Module.")
+
+
 @contextmanager
 def seeded(seed: int, arch: str | None) -> Iterator[None]:
     """Build a network within this context with the same random numbers in every process and every run.
@@ -145,6 +190,17 @@ def seeded(seed: int, arch: str | None) -> Iterator[None]:
         with FLOAT32, LOCK, torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             yield
+
+
+def random_tensors(network: nn.Module, again: nn.Module) -> list[str]:
+    """Report the random tensors of a network: those that differ when it is built ``again`` with another seed."""
+    others = again.state_dict()
+    names = [name for name, value in network.state_dict().items() if not same(value, others[name])]
+    if not names:
+        return []
+    note = f"{len(names)} of {count(len(others), 'tensor')} are random numbers (seed {SEED}): {first_few(names)}"
+    log.warning("RANDOM WEIGHTS: %s. --model.weights FILE loads trained ones", note)
+    return [note]
 
 
 @contextmanager

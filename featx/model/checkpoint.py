@@ -4,11 +4,13 @@ import hashlib
 import logging
 import re
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from featx.data.preprocess import Preprocessing
 from featx.errors import BadValueError, count, did_you_mean, first_few, log
 from featx.model import files
 from featx.model.names import COUNTERS, PREFIXES, WRAPPERS, State, explained, fits, match_names, numbered, under, unwrap
@@ -228,6 +230,16 @@ def normalizer(own: Iterable[str], state: State, file: str) -> Normalizer | None
             "Choose one with --model.mean and --model.std."
         )
     return next((Normalizer(mean, std, names) for (mean, std), names in found.items()), None)
+
+
+def with_normalizer(preset: Preprocessing, own: Iterable[str], state: State, file: str) -> tuple[Preprocessing, State]:
+    """Return a preprocessing with the mean and std of the file's normalizer, if it has one, and the other tensors."""
+    if (found := normalizer(own, state, file)) is None:
+        return preset, state
+    names = " and ".join(found.names[:2])
+    log.info("weights: using %s of %s to normalize the images", names, file)
+    preset = replace(preset, mean=found.mean, std=found.std, source=f"{preset.source}, with the file's {names}")
+    return preset, {name: value for name, value in state.items() if name not in found.names}
 
 
 def _fit_classes(network: nn.Module, state: State, title: str) -> list[str]:

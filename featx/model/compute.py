@@ -69,6 +69,15 @@ def dtype_of(network: nn.Module) -> torch.dtype:
     return next((p.dtype for p in network.parameters() if p.is_floating_point()), torch.float32)
 
 
+def check_dtype(network: nn.Module, built: torch.dtype, title: str) -> None:
+    """Raise UserError if a network is not of the dtype that it was ``built`` in."""
+    if (dtype := dtype_of(network)) != built:
+        raise UserError(
+            f"{title}: an earlier Trainer's precision converted its network from {built} to {dtype}.\n"
+            "Create a new FeatureExtractor for this run."
+        )
+
+
 class Rows(UserDict[str, Tensor]):
     """Each layer's rows, ``(B, D) float32``, of a batch that may still be in progress; ``finish`` waits for them."""
 

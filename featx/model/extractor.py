@@ -1,6 +1,5 @@
 """Turn batches into activations: FeatureExtractor, a LightningModule that users can subclass."""
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, Literal, TypeVar
@@ -11,22 +10,21 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
 from featx.data.batch import Batch
-from featx.data.preprocess import Preprocessing
-from featx.errors import BadValueError, UserError, count, first_few, log, note
+from featx.data.preprocess import Preprocessing, given_channels
+from featx.errors import BadValueError, log, note
 from featx.model import build as networks
 from featx.model.build import SEED
-from featx.model.checkpoint import digest, fit, normalizer, read_checkpoint, same
+from featx.model.checkpoint import digest, fit, read_checkpoint, with_normalizer
 from featx.model.compute import SLICE as SLICE
-from featx.model.compute import Passes, dtype_of
+from featx.model.compute import Passes, check_dtype, dtype_of
 from featx.model.layers import DEFAULT, Taps, default_layer, resolve_layers
-from featx.model.libraries.base import Library, Tower, UnknownPresetError, Weights
+from featx.model.libraries.base import Library, Tower, Weights
 from featx.model.libraries.function import import_function, preset_of
 from featx.model.reads import tensors_read
-from featx.model.reduce import Reduction, import_projection
+from featx.model.reduce import Reduction, check_columns, warn_of_many_columns
 from featx.model.trace import Pool
 
 REVISION = 1  # increase it whenever the pass gives different values, so that no run resumes with older rows
-MANY_COLUMNS = 16384
 
 T = TypeVar("T")
 
@@ -59,7 +57,7 @@ class FeatureExtractor(LightningModule):
         reduce: Project wider layers at random to so many columns.
         normalize: Whether to scale each row to length 1.
         checkpoint_key: Where the weights are in the file, for example model.ema; null: under one of the usual keys.
-        strict: Whether the file must contain all that the layers need; false: load what fits, the rest stays random.
+        strict: Whether the file must have all that the layers need; false: load what fits, the rest stays random.
         mean: Mean of the three channels, on the scale 0..1; auto: as the weights were trained.
         std: Standard deviation of the three channels, on the same scale; auto: as the weights were trained.
         channels_last: Use this memory layout, faster for convolutions; auto: if a trial gives the same rows with it.
@@ -184,26 +182,15 @@ class FeatureExtractor(LightningModule):
         """Raise UserError for mistakes that show before weights and images are read: arch, name of weights, layers."""
         if not self.layer_list:
             raise BadValueError("--model.layer []: expected at least one layer, such as fc7.")
-        for name, values in (("mean", self.mean), ("std", self.std)):
-            good = values == "auto" or (len(values) == 3 and all(map(math.isfinite, values)))
-            if not good or (name == "std" and values != "auto" and min(values) <= 0):
-                zero = "above 0, " if name == "std" else ""
-                raise BadValueError(f"--model.{name} {values}: expected three numbers {zero}such as '[0.5,0.5,0.5]'.")
-        if self.reduce is not None:
-            if self.reduce < 1:
-                raise BadValueError(f"--model.reduce {self.reduce}: expected a whole number of at least 1, or null.")
-            import_projection()
+        given_channels(mean=self.mean, std=self.std)
+        check_columns(self.reduce)
         if not self.own_network and networks.is_function(self.arch):
             import_function(self.arch)  # configure_model calls it
         elif not self.own_network:
             self._resolve(networks.build_empty(self.arch, self.image_size))
         weights = networks.choose_weights(self.arch, self.weights)
-        for name, usual in (("checkpoint_key", None), ("strict", True)):
-            if not weights.file and (value := getattr(self, name)) != usual:
-                raise BadValueError(
-                    f"--model.{name} {str(value).lower()}: this option is for files of weights, and --model.weights "
-                    f"{self.weights} is not a file."
-                )
+        if not weights.file:
+            networks.check_no_file(self.weights, checkpoint_key=(self.checkpoint_key, None), strict=(self.strict, True))
 
     def configure_model(self) -> None:
         """Build the network, load its weights and hook its layers, once.
@@ -212,11 +199,7 @@ class FeatureExtractor(LightningModule):
             UserError: An option has a wrong value, or the Trainer of an earlier run converted the network.
         """
         if self._taps is not None:
-            if (dtype := dtype_of(self.network)) != self._dtype_built:
-                raise UserError(
-                    f"{self.title}: an earlier Trainer's precision converted its network from {self._dtype_built} to "
-                    f"{dtype}.\nCreate a new FeatureExtractor for this run."
-                )
+            check_dtype(self.network, self._dtype_built, self.title)
             return
         self.check()
         weights = networks.choose_weights(self.arch, self.weights)
@@ -225,11 +208,8 @@ class FeatureExtractor(LightningModule):
             self._state = read_checkpoint(weights.file, self.checkpoint_key)
         self._weights = weights
         network = self._build(SEED)
-        if not self._named_network_built and not weights.file and self.weights != "auto":
-            raise BadValueError(
-                f"--model.weights {self.weights}: {self.title} builds its own network, which has no weights with this "
-                "name.\nExpected a file, or auto for the weights that build_network() returns."
-            )
+        if not self._named_network_built and not weights.file:
+            networks.check_own_weights(self.weights, self.title)
         networks.check_program(network, self.layer_list, self.title)
         self.layers = self._resolve(network)
         self.preprocessing = self._choose_preprocessing(weights, network)
@@ -248,7 +228,7 @@ class FeatureExtractor(LightningModule):
         elif weights.random:
             log.warning("RANDOM WEIGHTS (seed %d): these features say nothing about what the images show", SEED)
         elif as_built or networks.is_function(self.arch):
-            self.weights_notes = self._random_tensors(network)
+            self.weights_notes = networks.random_tensors(network, self._build(SEED + 1))
         if self.image_size is not None:
             networks.check_image_size(network, self.image_size, self.title, dtype_of(network))
         self.network = network.eval().requires_grad_(False)
@@ -264,11 +244,7 @@ class FeatureExtractor(LightningModule):
     def _build(self, seed: int) -> nn.Module:
         self._named_network_built = False
         with networks.seeded(seed, None if self.own_network else self.arch):
-            network = self.build_network()
-        if not isinstance(network, nn.Module):
-            kind = type(network).__name__ if network is not None else None
-            raise BadValueError(f"--model {self.title}: build_network() returned {kind}. Expected an nn.Module.")
-        return network
+            return networks.checked(self.build_network(), self.title)
 
     @property
     def _library(self) -> Library:
@@ -280,42 +256,22 @@ class FeatureExtractor(LightningModule):
             self.layer_by_default = True
         return resolve_layers(network, self.layer_list, self.title, self.layer_aliases)
 
-    def _preset(self, weights: Weights, network: nn.Module, given: dict[str, Any]) -> Preprocessing:
-        """Return the preprocessing before ``given`` values; raise UserError if nothing says what it is."""
+    def _choose_preprocessing(self, weights: Weights, network: nn.Module) -> Preprocessing:
+        given: dict[str, Any] = given_channels(mean=self.mean, std=self.std)
         if self.preset or not self._named_network_built:
             preset = self.preset or preset_of(network)
-            return preset if self.image_size is None else preset.at(self.image_size)
-        try:
-            return self._library.preset(weights, self._state, network)
-        except UnknownPresetError:
-            if self.image_size is None or len(given) < 2:
-                raise
-            return replace(Preprocessing.usual(), source="nothing with the network says more").at(self.image_size)
-
-    def _choose_preprocessing(self, weights: Weights, network: nn.Module) -> Preprocessing:
-        options = {"mean": self.mean, "std": self.std}
-        given: dict[str, Any] = {name: tuple(value) for name, value in options.items() if value != "auto"}
-        preset = self._preset(weights, network, given)
-        if len(given) < 2 and (own := normalizer(network.state_dict(), self._state or {}, self.weights)):
-            names = " and ".join(own.names[:2])
-            preset = replace(preset, mean=own.mean, std=own.std, source=f"{preset.source}, with the file's {names}")
-            log.info("weights: using %s of %s to normalize the images", names, self.weights)
-            self._state = {name: value for name, value in (self._state or {}).items() if name not in own.names}
+            preset = preset if self.image_size is None else preset.at(self.image_size)
+        else:
+            preset = networks.choose_preset(
+                self._library, weights, self._state, network, knows_channels=len(given) == 2
+            )
+        if len(given) < 2 and self._state is not None:
+            preset, self._state = with_normalizer(preset, network.state_dict(), self._state, self.weights)
         return replace(preset, **given, source=f"{preset.source}, with your {' and '.join(given)}") if given else preset
 
     def _tensors_read(self, network: nn.Module) -> set[str] | None:
         side = self.preprocessing.crop or self.preprocessing.resize or 224
         return tensors_read(network, self.layers, self.pool, torch.zeros(2, 3, side, side, dtype=dtype_of(network)))
-
-    def _random_tensors(self, network: nn.Module) -> list[str]:
-        """Report the random tensors of a network: those that differ when it is built with another seed."""
-        again = self._build(SEED + 1).state_dict()
-        names = [name for name, value in network.state_dict().items() if not same(value, again[name])]
-        if not names:
-            return []
-        note = f"{len(names)} of {count(len(again), 'tensor')} are random numbers (seed {SEED}): {first_few(names)}"
-        log.warning("RANDOM WEIGHTS: %s. --model.weights FILE loads trained ones", note)
-        return [note]
 
     def identity(self, layer: str, precision: str) -> dict[str, Any]:
         """Return everything in the model that affects a value of a layer's rows, as plain values for JSON."""
@@ -352,11 +308,8 @@ class FeatureExtractor(LightningModule):
         self.layers = {layer: each.module for layer, each in found.items()}
         rows = dict(self.predict_step(batch))
         self.stages.clear()  # the trial, with its minute of compiling, does not count
-        if many := [layer for layer, values in rows.items() if values.shape[1] > MANY_COLUMNS]:
-            sizes = ", ".join(f"{layer} has {count(rows[layer].shape[1], 'column')}" for layer in many)
-            poolable = self.pool == "none" and any(len(found[layer].shape) > 1 for layer in many)
-            pool = "--model.pool avg keeps one per channel, " if poolable else ""
-            log.warning("%s: %s--model.reduce 1000 projects them to 1,000", sizes, pool)
+        poolable = [layer for layer, each in found.items() if self.pool == "none" and len(each.shape) > 1]
+        warn_of_many_columns(rows, poolable)
         return rows
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:

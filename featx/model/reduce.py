@@ -2,6 +2,7 @@
 
 import hashlib
 import threading
+from collections.abc import Container, Mapping
 from typing import Any
 
 import numpy as np
@@ -9,8 +10,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from featx.errors import UserError, first_line
+from featx.errors import BadValueError, UserError, count, first_line, log
 from featx.model.build import SEED
+
+MANY_COLUMNS = 16384
 
 Floats = NDArray[np.float32]
 
@@ -98,6 +101,23 @@ class Reduction:
                 self._projections[width] = Projection(width, self._columns)
             self.widths[layer] = width
             return self._projections[width]
+
+
+def check_columns(columns: int | None) -> None:
+    """Raise UserError if rows cannot be projected to so many columns; None leaves them as they are."""
+    if columns is None:
+        return
+    if columns < 1:
+        raise BadValueError(f"--model.reduce {columns}: expected a whole number of at least 1, or null.")
+    import_projection()
+
+
+def warn_of_many_columns(rows: Mapping[str, Tensor], poolable: Container[str]) -> None:
+    """Log a warning if rows ``(B, D) float32`` are wide; it names --model.pool for layers that can still be pooled."""
+    if many := [layer for layer, values in rows.items() if values.shape[1] > MANY_COLUMNS]:
+        sizes = ", ".join(f"{layer} has {count(rows[layer].shape[1], 'column')}" for layer in many)
+        pool = "--model.pool avg keeps one per channel, " if any(layer in poolable for layer in many) else ""
+        log.warning("%s: %s--model.reduce 1000 projects them to 1,000", sizes, pool)
 
 
 def import_projection() -> Any:

@@ -302,7 +302,7 @@ def test_a_checkpoint_without_the_whole_network_is_refused(tmp_path, resnet, wha
 def test_the_arch_of_a_wrong_file_is_found_by_building_few(tmp_path, monkeypatch, arch, options, told):
     monkeypatch.undo()  # all that torchvision has
     built = []
-    monkeypatch.setattr(build, "build_empty", lambda arch: built.append(arch) or build_empty(arch))
+    monkeypatch.setattr(build, "build_empty", lambda arch, size=None: built.append(arch) or build_empty(arch, size))
     torch.save(under("module.", random_network(arch, **options).state_dict()), tmp_path / "w.pth")
     with pytest.raises(BadValueError, match=told):
         load(tmp_path / "w.pth")
