@@ -266,8 +266,8 @@ def _no_archive(path: str, head: bytes) -> BadValueError:
     if head.startswith(b"PK\3\4"):
         return BadValueError(f"{where}: cut off: the end of the zip is missing. Copy or download it again.")
     return BadValueError(
-        f"{where}: this is a file, and not a tar or a zip. Expected such an archive, or a folder of images, such as "
-        f"{os.path.dirname(path) or '.'}"
+        f"{where}: this is a file, and not a tar, zip or Parquet file. Expected one of these, or a folder of images, "
+        f"such as {os.path.dirname(path) or '.'}"
     )
 
 

@@ -35,7 +35,8 @@ def expand(where: str) -> list[str]:
     if remote := re.match(r"(s3|gs|az|https?):/(?=[^/])", where):  # as a pathlib.Path makes it
         raise MissingPathError(f"--data.dir {where}: no such folder. Did you mean {remote[0]}/{where[remote.end() :]}?")
     if missing == [where] and not re.search(r"[*?]", where):
-        raise MissingPathError(f"--data.dir {where}: no such folder. Expected a folder of images, or an archive.")
+        what = "file or folder" if os.path.splitext(where)[1] else "folder"
+        raise MissingPathError(f"--data.dir {where}: no such {what}. Expected a folder of images, or an archive.")
     if not found:
         raise MissingPathError(f"--data.dir {where}: nothing matches this pattern. Expected archives, or a folder.")
     if missing:
