@@ -94,7 +94,8 @@ def extract(
     dir = os.fspath(source) if isinstance(source, str | os.PathLike) else ""
     if out_dir is not None and not dir:
         raise BadValueError(
-            f"out_dir={str(out_dir)!r}: expected a folder as source, or a table. Select a folder's images with files=."
+            f"out_dir={str(out_dir)!r}: expected a folder, an archive or a table as source. Select a folder's images "
+            "with files=."
         )
     owners = {"model": model, "data": ImageFolderDataModule, "writer": FeatureWriter}
     with QUIET, on_one_core():

@@ -300,7 +300,7 @@ MISTAKES = [
     ({"precision": "31"}, "--trainer.precision 31: "),
     ({"source": []}, "source: nothing in it. Expected a folder, paths of images, or PIL images"),
     ({"source": [1]}, "source: item 0 is a int. Expected only PIL images"),
-    ({"source": ["a.jpg"], "out_dir": "x"}, "out_dir='x': expected a folder as source"),
+    ({"source": ["a.jpg"], "out_dir": "x"}, "out_dir='x': expected a folder, an archive or a table as source"),
 ]
 
 
