@@ -32,6 +32,7 @@ LISTINGS = 5  # that are begun, where one breaks off
 MOST_BACKOFF = 10.0  # seconds between two attempts
 
 AGAIN = ("RequestTimeout", "SlowDown", "Throttling", "ThrottlingException", "TooManyRequests", "ServerBusy")
+NO_CREDENTIALS, NO_PATH = "NoCredentials", "NoPath"  # codes of ours
 NO_BUCKET = ("NoSuchBucket", "ContainerNotFound")
 REFUSED_TO_ALL = (  # credentials that do not hold (any more), not one object's permissions
     "AuthenticationFailed", "ExpiredToken", "InvalidAccessKeyId", "InvalidToken", "RequestTimeTooSkewed",
@@ -66,6 +67,11 @@ class Trouble(NamedTuple):
         passes = self.status in (0, 408, 425, 429) or self.status >= 500
         return (passes and self.status not in (501, 505)) or self.code in AGAIN
 
+    def as_answer(self) -> Answer:
+        """Return the answer to the first request of all: a failure of the store, or the user's mistake."""
+        failed = self.may_pass and self.code != NO_CREDENTIALS
+        return Answer("failed", self.words) if failed else Answer("refused", tuple(self))
+
 
 def explain(err: BaseException) -> Trouble:
     """Find out from an exception of obstore, whose type says little, what the store said."""
@@ -79,14 +85,16 @@ def explain(err: BaseException) -> Trouble:
         inner = re.findall(r'message: "([^"]*)"|source: (TimedOut)|kind: (Timeout)', debug)
         reason = next(("timed out" if timeout or kind else message for message, timeout, kind in inner[::-1]), "")
         words = (reason or text.split(" - ")[-1]) if isinstance(err, Exception) else "obstore failed"
-    status = int(found[1]) if found else 0
+    status, name = int(found[1]) if found else 0, code[1] if code else ""
     if "redirect" in text.lower():
         status, words = 301, "the bucket is in another region: set AWS_REGION"
-    elif "169.254.169.254" in text or "metadata.google" in text:
-        status, words = 401, "no credentials"
-    elif (not found and isinstance(err, ValueError)) or type(err).__name__ in ("InvalidPathError", "NotSupportedError"):
+    elif "169.254.169.254" in text or "metadata.google" in text:  # where machines ask for theirs, and may have to wait
+        status, name, words = 0, NO_CREDENTIALS, "no credentials"
+    elif type(err).__name__ == "InvalidPathError":
+        status, name, words = 400, NO_PATH, text
+    elif not found and (isinstance(err, ValueError) or type(err).__name__ == "NotSupportedError"):
         status, words = 400, text
-    return Trouble(status, code[1] if code else "", without_secrets(" ".join(words.split())[:300]).rstrip("."))
+    return Trouble(status, name, without_secrets(" ".join(words.split())[:300]).rstrip("."))
 
 
 def without_secrets(text: str) -> str:
@@ -160,7 +168,7 @@ class Store:
             if found.may_pass:
                 found = None
         assert isinstance(found, Trouble)
-        yield Answer("failed", found.words) if found.may_pass else Answer("refused", tuple(found))
+        yield found.as_answer()
 
     def is_empty(self) -> Iterator[Answer]:
         """Yield whether there is nothing below the prefix."""
@@ -189,7 +197,7 @@ class Store:
         """Yield the size and the stamp of an object; a URL may be signed for no other request than this."""
         found = self._persist(partial(self._request, name, (0, 1)), min(UNANSWERED, self.retry_seconds))
         if isinstance(found, Trouble):
-            yield Answer("failed", found.words) if found.may_pass else Answer("refused", tuple(found))
+            yield found.as_answer()
         else:
             yield Answer("opened", (found[0]["size"], stamp(found[0])))
 
@@ -233,7 +241,8 @@ class Store:
             now = time.monotonic()
             begun = begun or now
             limit = self.retry_seconds if result.status or unanswered is None else unanswered
-            if not result.may_pass or now - begun >= limit:
+            is_mistake = unanswered is not None and result.code == NO_CREDENTIALS
+            if not result.may_pass or is_mistake or now - begun >= limit:
                 return result
             if now - begun > QUIET:
                 self._report(result)

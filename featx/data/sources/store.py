@@ -18,7 +18,7 @@ from torch.utils.data import get_worker_info
 from featx.data.selection import Selection
 from featx.data.sources.archive import SUFFIXES, Archives
 from featx.data.sources.base import Source
-from featx.data.sources.fetcher import NO_BUCKET, REFUSED_TO_ALL, Trouble, without_secrets
+from featx.data.sources.fetcher import NO_BUCKET, NO_CREDENTIALS, NO_PATH, REFUSED_TO_ALL, Trouble, without_secrets
 from featx.data.sources.members import FOLDER, Members
 from featx.data.sources.patterns import select
 from featx.data.sources.table import Table
@@ -125,7 +125,9 @@ def _refused(where: str, trouble: Trouble) -> UserError:
             "there is no such bucket",
             "Expected one that exists; docs/stores.md says how to reach others.",
         )
-    elif trouble.status in (401, 403) or trouble.code in REFUSED_TO_ALL:
+    elif trouble.code == NO_PATH:
+        what, remedy = "it has a name that obstore cannot read", "Rename the object, or read a prefix without it."
+    elif trouble.status in (401, 403) or trouble.code in (*REFUSED_TO_ALL, NO_CREDENTIALS):
         what = "no permission" if trouble.code not in REFUSED_TO_ALL else "these credentials are not valid"
         remedy = ACCESS[where[:2]]
     else:

@@ -16,8 +16,8 @@ from proxy import Proxy
 from pyarrow import parquet
 
 from featx.data.sources import ImageTree, find
-from featx.data.sources.fetcher import without_secrets
-from featx.data.sources.store import shown
+from featx.data.sources.fetcher import explain, without_secrets
+from featx.data.sources.store import _refused, shown
 from featx.errors import StoreError, UserError
 
 pytestmark = pytest.mark.xdist_group("store")  # one server
@@ -247,6 +247,27 @@ def test_without_permission_a_url_is_refused(photos_in_store, monkeypatch, key, 
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", secret)
     status, message = refusal(photos_in_store)
     assert status == 2 and message.startswith(f"--data.dir {photos_in_store}: {words}")
+
+
+def test_without_credentials_a_url_is_refused_at_once(bucket, monkeypatch):
+    for name in ("SKIP_SIGNATURE", "ENDPOINT_URL"):
+        monkeypatch.delenv(f"AWS_{name}")
+    status, message = refusal("s3://bucket/photos", retry_seconds=300)
+    assert status == 2 and message.startswith(
+        "--data.dir s3://bucket/photos: no permission (no credentials).\nSet AWS_"
+    )
+
+
+def test_markers_of_folders_are_no_images(some, bucket):
+    for name in ("some/", "some/empty/"):
+        bucket.put(f"bucket/{name}")
+    store = find("s3://bucket/some")
+    assert len(store) == 20 and all(name.endswith(".png") for name in store.names)
+
+
+def test_a_key_that_obstore_cannot_read_is_named():
+    trouble = explain(type("InvalidPathError", (Exception,), {})("invalid path: photos/a//b.jpg\n\nDebug source: x"))
+    assert "a//b.jpg" in str(_refused("s3://bucket/photos", trouble)) and not trouble.may_pass
 
 
 def test_a_store_that_is_not_there_is_a_failure(proxy):
