@@ -5,13 +5,14 @@ import os
 import signal
 import sys
 import tarfile
+import time
 import zipfile
 from pathlib import Path
 
 import pyarrow as pa
 import pytest
 import tiny
-from conftest import make_image
+from conftest import launch, make_image, predict
 from proxy import Proxy
 from pyarrow import parquet
 
@@ -116,6 +117,26 @@ def test_a_store_that_is_gone_ends_the_run_which_continues_later(some, proxy, tm
     proxy.rule = lambda path: ""
     tiny.run("s3://bucket/some", tmp_path / "store")
     assert rows(tmp_path / "store") == rows(tmp_path / "folder")
+
+
+def test_a_run_that_is_killed_is_ended_by_two_processes(photos, photos_in_store, proxy, tmp_path):
+    env = {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
+    line = ("--model.arch", "squeezenet1_1", "--model.weights", "random", "--model.layer", "features.12")
+    line += ("--model.pool", "avg", "--data.batch_size", "4", "--trainer.accelerator", "cpu")
+    predict(photos, tmp_path / "folder", *line)
+    proxy.delay = 0.2
+    killed = launch("predict", "--data.dir", photos_in_store, "--writer.out_dir", tmp_path / "store", *line, env=env)
+    while sum(path.read_bytes().count(b"\n") for path in tmp_path.glob("store/.featx/*/*.journal")) < 4:
+        assert killed.poll() is None, killed.communicate()
+        time.sleep(0.01)
+    killed.kill()
+    assert killed.communicate() and not (tmp_path / "store/features.12.csv").exists()
+    proxy.delay = 0
+    done = predict(
+        photos_in_store, tmp_path / "store", *line, "--trainer.devices", 2, "--trainer.strategy", "ddp", env=env
+    )
+    assert "continuing" in done.stderr
+    assert (tmp_path / "store/features.12.csv").read_bytes() == (tmp_path / "folder/features.12.csv").read_bytes()
 
 
 def test_an_object_without_permission_is_listed_but_credentials_that_expire_are_the_stores_failure(some, proxy):
