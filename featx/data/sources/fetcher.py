@@ -99,7 +99,7 @@ def explain(err: BaseException) -> Trouble:
 
 def without_secrets(text: str) -> str:
     """Return text without the parts of URLs that give access: their queries, and the users in them."""
-    return re.sub(r"(https?://)(?:[^\s/@]*@)?([^\s?]*)(?:\?\S*)?", r"\1\2", text)
+    return re.sub(r"(https?://)(?:[^\s/]*@)?([^\s?]*)(?:\?\S*)?", r"\1\2", text)
 
 
 def stamp(meta: Any) -> int:

@@ -351,6 +351,8 @@ def find_in_store(
         members = bucket.list()
         paths = [url for url in bucket.urls(members) if url.lower().endswith(SUFFIXES + TABLES)]
         if not paths or any(map(selection.is_image, bucket.urls(members))):
+            if column is not None:
+                raise BadValueError(f"--data.column {column}: {url} has images, which have no columns. Leave it out.")
             return ObjectStore(bucket, members, files, selection)
     if all(path.lower().endswith(TABLES) for path in paths):
         if files is not None:

@@ -279,6 +279,10 @@ def test_without_credentials_a_url_is_refused_at_once(bucket, monkeypatch):
     )
 
 
+def test_images_in_a_store_have_no_columns(some):
+    assert "has images, which have no columns" in refusal("s3://bucket/some", column="jpg")[1]
+
+
 def test_markers_of_folders_are_no_images(some, bucket):
     for name in ("some/", "some/empty/"):
         bucket.put(f"bucket/{name}")
@@ -308,7 +312,7 @@ def test_rows_are_not_written_to_a_store(photos):
 
 
 def test_what_gives_access_is_never_shown():
-    assert shown("https://user:pw@host/a.tar?X-Amz-Signature=abc#x") == "https://host/a.tar"
+    assert shown("https://user:p@w@host/a.tar?X-Amz-Signature=abc#x") == "https://host/a.tar"
     assert without_secrets("GET https://a.blob.core.windows.net/c?sv=1&sig=abc failed: x") == (
         "GET https://a.blob.core.windows.net/c failed: x"
     )
