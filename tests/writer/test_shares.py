@@ -148,7 +148,7 @@ def test_what_is_noted_of_images_is_kept_for_an_update(photos, tmp_path, monkeyp
     assert update.computed == 1 and update.records["2"]["values_overflowed"] > overflowed
 
 
-def test_jobs_repair_images_of_an_updated_layer(photos, tmp_path):
+def test_jobs_repair_an_updated_layer(photos, tmp_path):
     photos = shutil.copytree(photos, tmp_path / "photos")
     broken = photos / "cats" / "broken.png"
     run(photos, tmp_path / "out")
@@ -156,10 +156,9 @@ def test_jobs_repair_images_of_an_updated_layer(photos, tmp_path):
     run(photos, tmp_path / "out", update=True)
     assert run(photos, tmp_path / "out", data={"shard": "1/2"}).computed == 0  # nothing to do
     make_image(99, (50, 50)).save(broken)
-    jobs = [run(photos, tmp_path / "out", data={"shard": f"{n}/2"}) for n in (1, 2)]
-    assert sum(job.computed for job in jobs) == 1
+    jobs = [run(photos, tmp_path / "out", data={"shard": shard}) for shard in ("2/2", "1/2")]
+    assert sum(job.computed for job in jobs) == 1 and jobs[1].records["2"]["errors"] == 0
     assert_clean(tmp_path / "out")
-    assert (tmp_path / "out" / "2.csv").read_text().count("broken.png") == 1
 
 
 @pytest.mark.parametrize("how", HOW, ids=["files", "shards"])
