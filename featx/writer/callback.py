@@ -299,7 +299,9 @@ class FeatureWriter(BasePredictionWriter):
             session, left = self._begin(data, model.preprocessing)
         gathered = self._gather((session, left, list(self._states), list(self._kept), self._places, digest))
         session, left, layers, updated, places, _ = gathered[0]
-        if not trainer.is_global_zero and self.job is None:
+        if self.job is not None:  # each process has found out by itself what is updated
+            self._states = {layer: self._states.get(layer, self._all[layer]) for layer in layers}
+        elif not trainer.is_global_zero:
             self._states = {layer: self._all[layer] for layer in layers}
             self._kept, self._places = dict.fromkeys(updated), places
             self._restrict(data)
