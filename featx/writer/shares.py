@@ -50,6 +50,68 @@ class Claim(NamedTuple):
     before: tuple[int, ...]
 
 
+class Heartbeat:
+    """A job's file, which shows the others every ``BEAT`` seconds that it is alive, and what it has done so far.
+
+    Args:
+        progress: Returns what ``featx status`` shows of this job: images and faults.
+
+    Attributes:
+        path: The file.
+        gone: Whether it was missing.
+    """
+
+    def __init__(self, progress: Callable[[], Json]) -> None:
+        self.path = Path()
+        self.gone = False
+        self._progress = progress
+        self._begun = time.monotonic()
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._beat, name="featx-heartbeat", daemon=True)
+
+    def start(self, path: Path) -> None:
+        """Begin to beat in a file with the content of ``info``."""
+        self.path = path
+        self._thread.start()
+
+    def stop(self, wait: bool = True) -> bool:
+        """Beat no more, from this call's end if it waits, and return whether it was beating."""
+        self._stop.set()
+        was_alive = self._thread.is_alive()
+        if was_alive and wait:
+            self._thread.join()
+        return was_alive
+
+    def _beat(self) -> None:
+        while not self._stop.wait(BEAT):
+            self.now()
+
+    def now(self) -> float:
+        """Beat, and return the time of that by the clock of the file system; 0 if it failed."""
+        try:
+            file = os.open(self.path, os.O_RDWR)
+        except (FileNotFoundError, NotADirectoryError):
+            self.gone = True
+            return 0.0
+        except OSError:  # the next one may get through
+            return 0.0
+        try:
+            os.pwrite(file, self.info(), 0)
+            os.utime(file)  # without a time: a network file system takes its server's
+            return os.fstat(file).st_mtime
+        except OSError:  # EIO and ESTALE pass: https://github.com/tox-dev/filelock/pull/562
+            return 0.0
+        finally:
+            with suppress(OSError):
+                os.close(file)
+
+    def info(self) -> bytes:
+        """Return what is known of this job, as JSON."""
+        info = {"host": platform.node(), "process": os.getpid(), **self._progress()}
+        info["seconds"] = round(time.monotonic() - self._begun, 1)
+        return json.dumps(info).encode().ljust(INFO_BYTES)
+
+
 class Shares:
     """One job's view of the shares of a run.
 
@@ -62,26 +124,24 @@ class Shares:
         job: This job's number, which is its session.
         own: The number of this job's share; 0 for auto.
         of: The number of shares; 0 until ``auto`` knows it.
-        gone: Whether the folder was removed, because the run is finished.
+        heartbeat: Of this job.
     """
 
     def __init__(self, folder: Path, shard: str, progress: Callable[[], Json] = dict) -> None:
         self.folder = folder / NAME
         self.own, self.of = (0, 0) if shard == "auto" else tuple(map(int, shard.split("/")))
         self.job = 0
-        self.gone = False
-        self._progress = progress
-        self._begun = time.monotonic()
+        self.heartbeat = Heartbeat(progress)
+        self._gone = False
         self._jobs: dict[tuple[str, int], int] = {}  # of claims, which never change
         self._held: set[str] = set()
         self._free: list[int] = []  # shares that nobody had at the last look
         self._listing = 0  # the generation of this job's claim of the list
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._beat, name="featx-heartbeat", daemon=True)
 
     @property
-    def _job_path(self) -> Path:
-        return self.folder / f"job-{self.job:06}"
+    def gone(self) -> bool:
+        """Whether the folder was removed, because the run is finished."""
+        return self._gone or self.heartbeat.gone
 
     def enter(self, session: int) -> None:
         """Create this job's file, with a number from ``session`` on that no other has, and begin its heartbeat."""
@@ -89,61 +149,31 @@ class Shares:
             self.folder.mkdir(parents=True, exist_ok=True)
         taken = [int(name[4:]) for name in self._names() if re.fullmatch(r"job-\d+", name)]
         number, tries = max([session, *(number + 1 for number in taken)]), 0
-        while not self._create(f"job-{number:06}", self._info()):
+        while not self._create(f"job-{number:06}", self.heartbeat.info()):
             tries += 1
             number += chance.randint(1, 4 * tries)
             self.folder.mkdir(parents=True, exist_ok=True)  # another job has removed it
-        self.job, self.gone = number, False
-        self._thread.start()
+        self.job, self._gone = number, False
+        self.heartbeat.start(self.folder / f"job-{number:06}")
 
     def leave(self) -> None:
         """End the heartbeat; what this job has claimed and not done is free at once."""
-        self._stop.set()
-        if not self._thread.is_alive():
+        if not self.heartbeat.stop():
             return
-        self._thread.join()
         with suppress(OSError):
             if (self.folder / PLAN).exists():
-                os.utime(self._job_path, (0, 0))
+                os.utime(self.heartbeat.path, (0, 0))
             else:  # there was nothing to do, or a mistake
-                for path in (self.folder / f"{LIST}.{self._listing}", self._job_path):
+                for path in (self.folder / f"{LIST}.{self._listing}", self.heartbeat.path):
                     path.unlink(missing_ok=True)
                 self.folder.rmdir()
-
-    def _beat(self) -> None:
-        while not self._stop.wait(BEAT):
-            self._now()
-
-    def _now(self) -> float:
-        """Give a heartbeat, and return its time by the clock of the file system."""
-        try:
-            file = os.open(self._job_path, os.O_RDWR)
-        except (FileNotFoundError, NotADirectoryError):
-            self.gone = True
-            return 0.0
-        except OSError:  # the next one may get through
-            return 0.0
-        try:
-            os.pwrite(file, self._info(), 0)
-            os.utime(file)  # without a time: a network file system takes its server's
-            return os.fstat(file).st_mtime
-        except OSError:  # EIO and ESTALE pass: https://github.com/tox-dev/filelock/pull/562
-            return 0.0
-        finally:
-            with suppress(OSError):
-                os.close(file)
-
-    def _info(self) -> bytes:
-        info = {"host": platform.node(), "process": os.getpid(), **self._progress()}
-        info["seconds"] = round(time.monotonic() - self._begun, 1)
-        return json.dumps(info).encode().ljust(INFO_BYTES)
 
     def _names(self) -> list[str]:
         """Return the names of all files; after a file of this job's own was created there, NFS caches none of them."""
         try:
             return os.listdir(self.folder)
         except FileNotFoundError:
-            self.gone = True
+            self._gone = True
             return []
 
     def _create(self, name: str, data: bytes, sync: bool = False) -> bool:
@@ -153,7 +183,7 @@ class Shares:
         except FileExistsError:
             return False
         except FileNotFoundError:
-            self.gone = True
+            self._gone = True
             return False
         except OSError as err:
             with disk.reporting(self.folder / name):
@@ -246,7 +276,7 @@ class Shares:
 
     def is_lost(self, what: str, generation: int, now: float | None = None) -> bool:
         """Whether the job that made a claim has given no heartbeat for so long that it is taken for lost."""
-        now = self._now() if now is None else now
+        now = self.heartbeat.now() if now is None else now
         for name in (f"job-{self._job_of(what, generation):06}", f"{what}.{generation}"):
             with suppress(OSError), (self.folder / name).open("rb") as file:  # opened, NFS looks at the file anew
                 return now - os.fstat(file.fileno()).st_mtime > LOST
@@ -277,7 +307,7 @@ class Shares:
         while self._free:
             if claim := self.claim(self.name(share := self._free.pop()), 0):
                 return share, claim
-        now = self._now()
+        now = self.heartbeat.now()
         for share in [share for share in left if self.name(share) in claims][:LOOKED_AT]:
             if claim := self.claim(self.name(share), claims[self.name(share)], now):
                 return share, claim
@@ -286,7 +316,7 @@ class Shares:
     def is_any_free(self) -> bool:
         """Whether ``take`` would find a share."""
         done, claims = self.look()
-        left, now = [self.name(share) for share in range(1, self.of + 1) if share not in done], self._now()
+        left, now = [self.name(share) for share in range(1, self.of + 1) if share not in done], self.heartbeat.now()
         return any(what not in claims for what in left) or any(
             self._is_own(what, claims[what]) or self.is_lost(what, claims[what], now)
             for what in chance.sample(left, min(LOOKED_AT, len(left)))
@@ -308,8 +338,8 @@ class Shares:
 
     def remove(self) -> None:
         """Remove the folder, as the run is finished."""
-        self.gone = True
-        self._stop.set()
+        self._gone = True
+        self.heartbeat.stop(wait=False)
         remove(self.folder)
 
     def wait_for_plan(self) -> Json | None:

@@ -404,11 +404,11 @@ def test_a_file_system_that_fails_now_and_then_or_has_no_locks_stops_no_job(phot
     assert "no locks on its file system" in caplog.text
     job = shares.Shares(tmp_path / ".featx", "2/2")
     job.enter(1)
-    assert job._now() > 0
+    assert job.heartbeat.now() > 0
     with monkeypatch.context() as patch:
         patch.setattr("os.utime", lambda *args: refuse())
-        assert job._now() == 0 and not job.gone and not job.is_lost("list", 1)
-    assert job._now() > 0
+        assert job.heartbeat.now() == 0 and not job.gone and not job.is_lost("list", 1)
+    assert job.heartbeat.now() > 0
     job.leave()
 
 
@@ -421,7 +421,7 @@ def test_a_claim_is_exclusive_and_passes_on_when_its_job_has_left_or_is_late(tmp
     assert first.claim(first.name(1)) == (first.name(1), 1, ()) and second.claim(first.name(1)) is None
     first.leave()
     assert second.claim(first.name(1)) == (first.name(1), 2, (first.job,)) and third.claim(first.name(1)) is None
-    os.utime(second._job_path, (1, os.stat(second._job_path).st_mtime - shares.LOST - 1))
+    os.utime(second.heartbeat.path, (1, os.stat(second.heartbeat.path).st_mtime - shares.LOST - 1))
     assert third.claim(first.name(1)) == (first.name(1), 3, (first.job, second.job))
     for job in (second, third):
         job.leave()
