@@ -51,6 +51,38 @@ class Shard(NamedTuple):
     rows: dict[str, Path]
 
 
+class Readers:
+    """The revision of the reader of each kind of image file: of this version, and of what earlier runs computed.
+
+    Args:
+        now: Those of this version, 1 for other kinds.
+        names: The images.
+    """
+
+    def __init__(self, now: Mapping[str, int], names: Sequence[str]) -> None:
+        self.now = dict(now)
+        self._names = names
+
+    def of(self, entries: Iterable[Entry]) -> dict[str, int]:
+        """Return those that read some batches."""
+        found: dict[str, int] = {}
+        for entry in entries:
+            found |= self._by_suffix if entry.readers is None else entry.readers
+        return dict(sorted(found.items()))
+
+    def of_old(self, old: Json, entries: Iterable[Entry]) -> dict[str, int]:
+        """Return those of a record, or of an unfinished run with the batches in its journals."""
+        if (readers := old.get("readers")) is not None:
+            return dict(readers)
+        return self._by_suffix if "files" in old else self.of(entries)
+
+    @cached_property
+    def _by_suffix(self) -> dict[str, int]:
+        """Those in format 1, which did not record them: revision 1 for the kinds that the names suggest."""
+        suffixes = {os.path.splitext(name)[1].lower() for name in self._names}
+        return {kind: 1 for suffix, kind in Image.registered_extensions().items() if suffix in suffixes}
+
+
 class LayerState:
     """One layer's files in an output folder: the results and, below ``.featx``, the files needed to resume.
 
@@ -84,7 +116,7 @@ class LayerState:
         self.columns = columns
         self.identity = identity
         self.images = images
-        self.readers = readers
+        self.readers = Readers(readers, images.names)
         self.folder = out_dir / HIDDEN / file_name(layer) / below
         self.old: Json | None = None
         self.shards_folder = out_dir / file_name(layer)
@@ -197,29 +229,9 @@ class LayerState:
 
     def _differences(self, old: Json) -> list[str]:
         """Return one line per difference between this run and a record or an unfinished run that changes values."""
-        readers = self.readers_of_old(old)
-        now = {kind: self.readers.get(kind, 1) for kind in readers}
+        readers = self.readers.of_old(old, self._entries())
+        now = {kind: self.readers.now.get(kind, 1) for kind in readers}
         return records.differences(old["identity"] | {"readers": readers}, self.identity | {"readers": now})
-
-    def readers_of_old(self, old: Json) -> dict[str, int]:
-        """Return the revision of the reader of each kind of file in a record or an unfinished run."""
-        if (readers := old.get("readers")) is not None:
-            return dict(readers)
-        # An unfinished run has them in its journals.
-        return self._readers_by_suffix if "files" in old else self.readers_of(self._entries())
-
-    def readers_of(self, entries: Iterable[Entry]) -> dict[str, int]:
-        """Return the revision of the reader of each kind of file in some batches."""
-        found: dict[str, int] = {}
-        for entry in entries:
-            found |= self._readers_by_suffix if entry.readers is None else entry.readers
-        return dict(sorted(found.items()))
-
-    @cached_property
-    def _readers_by_suffix(self) -> dict[str, int]:
-        """The readers in format 1, which did not record them: revision 1 for the kinds that the names suggest."""
-        suffixes = {os.path.splitext(name)[1].lower() for name in self.images.names}
-        return {kind: 1 for suffix, kind in Image.registered_extensions().items() if suffix in suffixes}
 
     def _unknown_files(self, record: Json | None, run: Json | None) -> list[Path]:
         """Return files that featx did not write and would have to replace, or that would be read as shards."""
@@ -245,19 +257,11 @@ class LayerState:
 
     def _is_complete(self, path: Path, record: Json, unfinished: bool) -> bool:
         recorded = record["files"].get(self.key(path))
-        found = recorded is not None and self._find(path, recorded, unfinished) is not None
+        hidden = self.folder if unfinished else None
+        found = recorded is not None and _find(path, recorded, hidden, self.sharded) is not None
         if recorded and not found and path.exists() and not unfinished:
             raise BadValueError(f"{path}: does not match {self.record_path.name}: it was changed.\n{START_OVER}")
         return found
-
-    def _find(self, path: Path, recorded: Json, unfinished: bool) -> Path | None:
-        """Return where a result is: at its path or, if the run ended before renaming it, still hidden."""
-        hidden = sorted(self.folder.glob(f"*-{path.name}" if self.sharded else "*")) if unfinished else []
-        for place in (path, *hidden, path):  # twice, because rank 0 may be renaming it
-            with suppress(OSError, DiskError):
-                if place.stat().st_size == recorded["bytes"] and journal.digest(place) == recorded["sha256"]:
-                    return place
-        return None
 
     def begin(self, overwrite: bool = False, shared: bool = False) -> None:
         """Write ``run.json``, which only the same run may continue; remove leftovers that no ``run.json`` explains.
@@ -277,7 +281,7 @@ class LayerState:
             noted = records.read_noted(self.inputs_path)
         records.save_inputs(self.inputs_path, self.images, noted)
         run = {"format": journal.FORMAT, "identity": self.identity, "inputs": self.inputs}
-        run |= {"readers": dict(self.readers)} if shared else {}
+        run |= {"readers": self.readers.now} if shared else {}
         disk.replace(self.run_path, records.as_json(run))
 
     def _remove_results(self) -> None:
@@ -325,7 +329,7 @@ class LayerState:
     def rename_hidden(self, record: Json) -> None:
         """Rename the files of a record that are still hidden."""
         for path, recorded in ((self.out_dir / name, recorded) for name, recorded in record["files"].items()):
-            place = self._find(path, recorded, True)
+            place = _find(path, recorded, self.folder, self.sharded)
             if place is not None and place != path:
                 with disk.reporting(path):
                     path.parent.mkdir(exist_ok=True)
@@ -338,6 +342,16 @@ class LayerState:
             last = f"{journal.next_session(self.folder) - 1:06}"
             keep |= {*self.folder.glob(f"{last}*.journal"), *self.folder.glob("rows*")}
         self.clear(keep)
+
+
+def _find(path: Path, recorded: Json, folder: Path | None, sharded: bool) -> Path | None:
+    """Return where a result is: at its path or, if the run ended before renaming it, still hidden in a folder."""
+    hidden = sorted(folder.glob(f"*-{path.name}" if sharded else "*")) if folder is not None else []
+    for place in (path, *hidden, path):  # twice, because rank 0 may be renaming it
+        with suppress(OSError, DiskError):
+            if place.stat().st_size == recorded["bytes"] and journal.digest(place) == recorded["sha256"]:
+                return place
+    return None
 
 
 def errors_csv(faults: list[Fault]) -> bytes:

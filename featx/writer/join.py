@@ -93,7 +93,7 @@ def record_of(state: LayerState, files: Json, rows: int, faults: list[Fault], en
         "values_overflowed": sum(entry.not_finite[2] for entry in entries),
         "remarks": add_up(entry.remarks for entry in entries),
         "inputs": state.inputs,
-        "readers": state.readers_of(entries),
+        "readers": state.readers.of(entries),
         "identity": state.identity,
         "run": {**run, "batches_by_device": Counter(entry.device for entry in entries)},
     }

@@ -58,13 +58,13 @@ class Update(LayerState):
     def __init__(self, whole: LayerState, images: Images, places: Ints, kept: Kept | None = None) -> None:
         formats = [format.suffixes[0] for format in whole.formats]
         super().__init__(
-            whole.out_dir, whole.layer, whole.columns, formats, whole.identity, images, whole.readers, UPDATE
+            whole.out_dir, whole.layer, whole.columns, formats, whole.identity, images, whole.readers.now, UPDATE
         )
         self.whole = whole
         self.places = places
         self.kept = kept
         # An update of other images, of other content or by other readers has another digest: its parts are not used.
-        about = [self.digest, images.digest(), dict(sorted(whole.readers.items()))]
+        about = [self.digest, images.digest(), dict(sorted(whole.readers.now.items()))]
         self.digest = hashlib.sha256(json.dumps(about).encode()).hexdigest()
 
     def begin(self, overwrite: bool = False, shared: bool = False) -> None:
@@ -77,7 +77,7 @@ class Update(LayerState):
         if self.digest not in digests:
             records.save_inputs(self.folder / _list_name(self.digest), self.images)
             digests = [*digests, self.digest]
-        run = {"format": journal.FORMAT, "identity": self.identity, "readers": dict(self.readers),
+        run = {"format": journal.FORMAT, "identity": self.identity, "readers": self.readers.now,
                "inputs": self.inputs, "updates": digests}  # fmt: skip
         disk.replace(self.run_path, records.as_json(run))
         kept, images = int((self.kept.rows >= 0).sum()), len(self.images)
@@ -141,7 +141,7 @@ class Update(LayerState):
         in_order = [faults[name] for name in whole.images.names if name in faults]
         entries = [one.entry for one in kept.placed] + entries
         record = record_of(whole, files, int((rows >= 0).sum()), in_order, entries, run)
-        record["readers"] = dict(sorted({**whole.readers_of_old(old), **record["readers"]}.items()))
+        record["readers"] = dict(sorted({**whole.readers.of_old(old, ()), **record["readers"]}.items()))
         new = (kept.rows == COMPUTE) | (kept.rows >= old["rows"])
         generation = {"date": run["started"], "images": int(new.sum()), "device": _devices(record)}
         record["generations"] = [*(old.get("generations") or [_first_generation(old)]), generation]
@@ -194,7 +194,7 @@ def _take_over_all(
 def _interrupted(state: LayerState) -> list[str]:
     """Return the digests of the updates that were interrupted since a layer was finished, if their rows can be used."""
     run = records.read_run(state.folder / UPDATE / "run.json") or {}
-    is_same = run.get("identity") == json.loads(json.dumps(state.identity)) and run.get("readers") == state.readers
+    is_same = run.get("identity") == json.loads(json.dumps(state.identity)) and run.get("readers") == state.readers.now
     return list(run.get("updates", [])) if is_same else []
 
 
