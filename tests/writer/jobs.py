@@ -27,7 +27,7 @@ class Images:
 
     def __init__(self, batches: int) -> None:
         self.names = [f"{number:06}.png" for number in range(2 * batches)]
-        self.sizes = self.mtimes = np.zeros(2 * batches, np.int64)
+        self.sizes = self.stamps = np.zeros(2 * batches, np.int64)
 
     def __len__(self) -> int:
         return len(self.names)
