@@ -10,10 +10,44 @@ from pathlib import Path
 from torch import Tensor
 
 from featx.data.batch import Images
-from featx.errors import BadValueError, count, log, note, size_in_words
+from featx.errors import BadValueError, UserError, count, log, note, size_in_words
 from featx.writer.disk import DiskError
 from featx.writer.folder import UPDATE, LayerState
 from featx.writer.formats import FORMATS, is_plain, row_name
+
+
+def check_options(
+    out_dir: str, format: object, formats: Sequence[str], dtype: str, update: bool, overwrite: bool
+) -> None:
+    """Raise BadValueError if an option of the FeatureWriter has a bad value, or does not go with another."""
+    if not formats or set(formats) - FORMATS.keys():
+        raise BadValueError(f"--writer.format {format}: expected csv, npy, parquet or a list such as '[csv,npy]'.")
+    if dtype == "float16" and formats == ["csv"]:
+        raise BadValueError("--writer.dtype float16: csv is always float32. Use --writer.format npy or parquet.")
+    if update and overwrite:
+        raise BadValueError(
+            "--writer.update true: keeps the rows of unchanged images, and --writer.overwrite true removes them.\n"
+            "Expected one of the two."
+        )
+    if "://" in out_dir:
+        raise BadValueError(f"--writer.out_dir {out_dir}: expected a folder on a local or shared disk.")
+
+
+def check_jobs(shard: str, overwrite: bool) -> None:
+    """Raise BadValueError if an option does not go with ``--data.shard``."""
+    if overwrite:
+        raise BadValueError(
+            f"--writer.overwrite true: with --data.shard {shard} each job would remove the others' rows.\n"
+            "Remove the folder before you start the jobs, or use another --writer.out_dir."
+        )
+
+
+def check_limit(batches: float) -> None:
+    """Raise BadValueError if the Trainer leaves out batches: 1.0 is all of them."""
+    if batches != 1.0:
+        raise BadValueError(
+            f"--trainer.limit_predict_batches {batches}: rows would be missing. Use a folder with fewer images instead."
+        )
 
 
 def check_folder(folder: Path, formats: Iterable[str]) -> None:
@@ -95,6 +129,21 @@ def check_space(
             "free. Free some space, or use a folder on another disk."
         )
     return total
+
+
+def check_same_images(where: str, digests: Sequence[str]) -> None:
+    """Raise UserError if the processes have lists of images with different digests."""
+    if len(set(digests)) > 1:
+        raise UserError(f"--data.dir {where}: the processes see different images. The folder changed or is not shared.")
+
+
+def check_seen(out_dir: str, seen: Sequence[bool]) -> None:
+    """Raise UserError if a process does not see the files of process 0; ``seen`` is by rank."""
+    if not all(seen):
+        raise UserError(
+            f"--writer.out_dir {out_dir}: rank {seen.index(False)} does not see what rank 0 writes there. "
+            "Expected a folder that all machines share."
+        )
 
 
 def warn_of_names(paths: Sequence[str], names: str) -> None:

@@ -66,7 +66,7 @@ class Job:
         self._plan = self.shares.wait_for_plan() if self._rank == 0 else self.shares.read(PLAN)
         if self._plan is None or data.images is not None:
             return
-        self._compare("--data.files", self._plan["files"], _digest(data.files))
+        _compare("--data.files", self._plan["files"], _digest(data.files))
         try:
             data.restore(partial(records.read_inputs, self.shares.folder / self._plan["list"]))
         except FileNotFoundError:  # the run has just finished
@@ -101,22 +101,12 @@ class Job:
         if not plan:  # the run has just finished
             return
         journal.check_format(self.shares.folder / PLAN, plan)
-        self._compare("--model.layer", sorted(plan["layers"]), sorted(every))
-        self._compare("--writer.format", sorted(plan["formats"]), sorted(formats))
-        self._compare("--data.dir", plan["inputs"], first.inputs, "other images")
-        self._compare("identity", plan["layers"], {layer: state.digest for layer, state in every.items()}, "differs")
+        _compare("--model.layer", sorted(plan["layers"]), sorted(every))
+        _compare("--writer.format", sorted(plan["formats"]), sorted(formats))
+        _compare("--data.dir", plan["inputs"], first.inputs, "other images")
+        _compare("identity", plan["layers"], {layer: state.digest for layer, state in every.items()}, "differs")
         self._device, self._same = device, same
         check_device("the first job started", {plan["device"]} - {device}, device, same)
-
-    @staticmethod
-    def _compare(option: str, theirs: Any, mine: Any, words: str = "") -> None:
-        if theirs != mine:
-            found = words or (", ".join(mine) if isinstance(mine, list) else "another list")
-            expected = f" ({', '.join(theirs)})" if isinstance(theirs, list) else ""
-            raise BadValueError(
-                f"{option} {found}: expected the same as in the first job of this run{expected}.\n"
-                "Use another --writer.out_dir for another run."
-            )
 
     def begin(
         self, states: States, data: Any, is_unchanged: Callable[[Fault], bool], seconds: float | None
@@ -134,7 +124,7 @@ class Job:
         """
         total = -(-len(data.images) // data.batch_size)
         self._take = partial(iter, ())
-        if not states or self.is_finished(states):
+        if not states or is_finished(states):
             return self.shares.job, np.arange(0)
         if self._missing is not None:
             return self.shares.job, np.array(self._missing, dtype=np.int64)
@@ -234,7 +224,7 @@ class Job:
             ``join``; ``again``: some shares are left to compute; ``left``: others do the rest; ``finished``.
         """
         noted = False
-        while not (self.shares.gone or self.is_finished(states)):
+        while not (self.shares.gone or is_finished(states)):
             if not self.shares.left():
                 if self.shares.claim(JOIN):
                     return "join"
@@ -260,10 +250,6 @@ class Job:
         left = self.shares.left()
         what = f"share {self.shares.own} of {self.shares.of} is done" if self.shares.own else "this job is done"
         return f"{what}, {left:,} {'is' if left == 1 else 'are'} not"
-
-    def is_finished(self, states: States) -> bool:
-        """Whether another job has finished all layers."""
-        return all(not state.run_path.exists() and state.record_path.exists() for state in states.values())
 
     def finished(self, states: States) -> dict[str, Json]:
         """Finish the layers that a lost job has joined, and return their records."""
@@ -309,6 +295,11 @@ def beat() -> float:
     return shares.BEAT
 
 
+def is_finished(states: States) -> bool:
+    """Whether another job has finished all layers."""
+    return all(not state.run_path.exists() and state.record_path.exists() for state in states.values())
+
+
 def check_device(whose: str, others: Collection[str], device: str, same: bool) -> None:
     """Warn of rows from another kind of device, or raise BadValueError if all must be from the same."""
     if others and same:
@@ -318,6 +309,17 @@ def check_device(whose: str, others: Collection[str], device: str, same: bool) -
         )
     if others:
         log.warning("%s on %s; on %s last digits may differ", whose, ", ".join(sorted(others)), device)
+
+
+def _compare(option: str, theirs: Any, mine: Any, words: str = "") -> None:
+    """Raise BadValueError if this job differs from the plan in an option."""
+    if theirs != mine:
+        found = words or (", ".join(mine) if isinstance(mine, list) else "another list")
+        expected = f" ({', '.join(theirs)})" if isinstance(theirs, list) else ""
+        raise BadValueError(
+            f"{option} {found}: expected the same as in the first job of this run{expected}.\n"
+            "Use another --writer.out_dir for another run."
+        )
 
 
 def _digest(path: str | Path | None) -> str | None:

@@ -5,7 +5,8 @@ from collections import Counter
 from collections.abc import Set
 from pathlib import Path
 
-from featx.data.batch import Fault, add_up
+from featx.data.batch import Fault, add_up, report
+from featx.errors import count, log
 from featx.writer import disk, journal, records
 from featx.writer.folder import LayerState, Shard, errors_csv
 from featx.writer.journal import Entry, Head, Placed
@@ -75,6 +76,18 @@ def finish(
         disk.rename(path, target)
     state.clean_up(keep_journal=bool(faults))
     return record
+
+
+def warn_of_values(record: Json) -> None:
+    """Warn of values in a layer's files that are not finite, and of images that look wrong in it."""
+    layer = record["layer"]
+    if overflowed := record["values_overflowed"]:
+        log.warning("%s: %s too large for float16 became infinite: --writer.dtype float32 keeps them",
+                    layer, count(overflowed, "value"))  # fmt: skip
+    if record["values_not_finite"]:
+        values, rows = count(record["values_not_finite"], "value"), count(record["rows_not_finite"], "row")
+        log.warning("%s: %s nan or infinite, in %s", layer, values, rows)
+    report(record["remarks"], layer)
 
 
 def record_of(state: LayerState, files: Json, rows: int, faults: list[Fault], entries: list[Entry], run: Json) -> Json:

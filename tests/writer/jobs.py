@@ -15,7 +15,7 @@ import numpy as np
 
 from featx.writer import shares
 from featx.writer.folder import LayerState
-from featx.writer.job import Job
+from featx.writer.job import Job, is_finished
 from featx.writer.join import finish
 from featx.writer.journal import Entry, Part
 
@@ -48,7 +48,7 @@ def work(out: Path, batches: int) -> None:
     job.enter(data)
     job.agree(states, states, data, ["csv"], "none", False)
     again = True
-    while again and not job.is_finished(states):
+    while again and not is_finished(states):
         session, left = job.begin(states, data, lambda fault: True, None)
         part, stem = None, ""
         for batch in job.deal(session, left, 0, 1):

@@ -18,7 +18,7 @@ from start import Process
 from tiny import Scale, run
 
 from featx.errors import BadValueError
-from featx.writer import callback, disk, join, records, shares
+from featx.writer import callback, disk, join, records, shares, work
 from featx.writer.disk import DiskError
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
@@ -361,7 +361,7 @@ def test_a_join_that_is_cut_off_anywhere_is_finished_by_any_other(photos, tmp_pa
                 patch.setattr(disk, name, lambda *args, name=name, **how: cut_off(name, *args, **how))
             return join.finish(*args, **how)
 
-        patch.setattr(callback, "finish", break_from_here)
+        patch.setattr(work, "finish", break_from_here)
         with pytest.raises(DiskError, match="cut off"):
             run(photos, tmp_path / "out", data={"shard": "1/2"}, **options)
     run(photos, tmp_path / "out", data={"shard": next_job}, **options)
