@@ -7,7 +7,7 @@ import time
 import traceback
 from collections import UserDict, defaultdict, deque
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cached_property
 from typing import Any, Literal, TypeVar
@@ -310,6 +310,10 @@ class Passes:
     def _finish(self, parts: list[Part], places: Tensor) -> dict[str, Tensor]:
         self.stages["network"] += sum(seconds for _, seconds in parts)
         return _join([rows for rows, _ in parts], places)
+
+    def wait(self) -> None:
+        """Wait for the passes in progress; reading their rows raises what went wrong."""
+        wait(self._running)
 
     def batches_at_once(self, batch_size: int) -> int:
         """Return how many batches may be in progress at the same time."""

@@ -334,6 +334,10 @@ class FeatureExtractor(LightningModule):
         """
         return self.passes.rows(batch)
 
+    def on_predict_end(self) -> None:
+        """Wait for the passes in progress: Lightning moves the network next, during which an RNN cannot run."""
+        self.passes.wait()
+
     def batches_at_once(self, batch_size: int) -> int:
         """Return how many batches may be in progress at the same time."""
         return self.passes.batches_at_once(batch_size)

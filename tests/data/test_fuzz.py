@@ -148,10 +148,14 @@ def covers_its_screen(data):
     return data[6:10] == data[at + 5 : at + 9] and data[at + 1 : at + 5] == bytes(4)
 
 
+def peak() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # kB
+
+
 @pytest.mark.parametrize("turns", [200, pytest.param(2000, marks=pytest.mark.torture)])
 @pytest.mark.parametrize("name", WHOLE)
 def test_a_mutated_file_is_what_an_independent_decoder_sees_or_a_fault(tmp_path, name, turns):
-    rng, whole, path = random.Random(f"{name} {turns}"), WHOLE[name](), tmp_path / "x"
+    rng, whole, path, before = random.Random(f"{name} {turns}"), WHOLE[name](), tmp_path / "x", peak()
     rights = []
     for data in whole:
         path.write_bytes(data)
@@ -176,4 +180,4 @@ def test_a_mutated_file_is_what_an_independent_decoder_sees_or_a_fault(tmp_path,
                 same = np.array_equal(pixels, other)
                 assert same or (name == "GIF" and not covers_its_screen(data)), f"turn {turn}: a picture of its own"
     assert outcomes["fault"] and sum(outcomes.values()) <= turns
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < 2_000_000  # kB
+    assert peak() < max(2_000_000, before + 100_000)  # kB; tests before it in this process may have taken more

@@ -625,3 +625,30 @@ def test_quantized_networks_and_extra_state_give_rows_and_a_digest(tmp_path):
     before = model.weights_digest
     ExtraState.version, model._digest = 2, None
     assert model.weights_digest != before
+
+
+class Resting(nn.Linear):
+    """Takes its time, and notes whether it is moved meanwhile, as Lightning does at the end of a run."""
+
+    busy, moved = 0, 0
+
+    def forward(self, rows):
+        Resting.busy += 1
+        time.sleep(0.2)
+        Resting.busy -= 1
+        return super().forward(rows)
+
+    def _apply(self, *args, **kwargs):
+        Resting.moved += Resting.busy
+        return super()._apply(*args, **kwargs)
+
+
+class Moved(FeatureExtractor):
+    def build_network(self):
+        return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), Resting(3, 2))
+
+
+def test_lightning_moves_no_network_that_is_in_a_pass(few, tmp_path):
+    Resting.busy = Resting.moved = 0
+    run(few, tmp_path, model=Moved, data={"batch_size": 1})
+    assert Resting.moved == 0

@@ -230,7 +230,9 @@ def _index(path: str, opener: Callable[[str], Ranged], saved: Saved) -> tuple[Ar
     """Open an archive and list its members."""
     try:
         if os.path.isdir(path):
-            raise BadValueError(f"--data.dir {path}: this is a folder. Expected one, or a pattern of tars or zips.")
+            raise BadValueError(
+                f"--data.dir {path}: this is a folder. Expected one folder, or a pattern of tars or zips."
+            )
         file = opener(path)
         head = file.read(tar.BLOCK, 0) if file.size else b""
         if tar.is_tar(head):
@@ -266,8 +268,8 @@ def _no_archive(path: str, head: bytes) -> BadValueError:
     if head.startswith(b"PK\3\4"):
         return BadValueError(f"{where}: cut off: the end of the zip is missing. Copy or download it again.")
     return BadValueError(
-        f"{where}: this is a file, and not a tar, zip or Parquet file. Expected one of these, or a folder of images, "
-        f"such as {os.path.dirname(path) or '.'}"
+        f"{where}: this is a file, and not a tar, zip or Parquet file. Expected a folder of images, such as "
+        f"{os.path.dirname(path) or '.'}, or one of these files."
     )
 
 

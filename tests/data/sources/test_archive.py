@@ -318,7 +318,7 @@ def test_mistakes_are_reported_before_the_first_batch(tmp_path):
 
     photo = tmp_path / "a.jpg"
     photo.write_bytes(b"\xff\xd8" * 1000)
-    assert "this is a file, and not a tar, zip or Parquet file. Expected one of these, or a folder" in message(photo)
+    assert "this is a file, and not a tar, zip or Parquet file. Expected a folder of images" in message(photo)
     for name, magic, tool in (("a b.tgz", b"\x1f\x8b", "gzip"), ("a b.tar.zst", b"\x28\xb5\x2f\xfd", "zstd")):
         (tmp_path / name).write_bytes(magic + bytes(1000))
         assert message(tmp_path / name).endswith(f"{tool} -dc '{tmp_path}/{name}' > '{tmp_path}/a b.tar'")
