@@ -364,5 +364,6 @@ def _pack(rows: Iterator[tuple[str, str]], selection: Selection) -> tuple[Names,
             blob += encoded
             ends.append(len(blob))
     names = Names(bytes(blob), np.array(ends, "<i8"))
-    unique = len(np.unique(np.asarray(digests))) == len(digests)
-    return names, np.array(kept, bool), sorted(classes - {""}) or [""], unique
+    ordered = np.sort(np.asarray(digests))  # np.unique would import numpy.ma
+    unique = not (ordered[1:] == ordered[:-1]).any()
+    return names, np.array(kept, bool), sorted(classes - {""}) or [""], bool(unique)
