@@ -68,6 +68,7 @@ def test_names_read_back_from_their_lines():
 
 def test_the_header_names_each_column():
     assert FORMATS["csv"]("fc7", 3, {"header": True}).head(9) == b"image,fc7.0,fc7.1,fc7.2\n"
+    assert FORMATS["csv"]('m#a,"b', 2, {"header": True}).head(9) == b'image,"m#a,""b.0","m#a,""b.1"\n'
 
 
 READING = (REPO / "docs" / "formats.md").read_text().partition("## Reading them without featx")[2].partition("\n## ")[0]

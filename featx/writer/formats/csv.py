@@ -20,8 +20,8 @@ class Csv(FileFormat):
 
     def head(self, rows: int) -> bytes:
         """Return the line of column names, ``image,fc7.0,fc7.1,…``, if ``header`` is set."""
-        columns = [f"{self.layer}.{column}" for column in range(self.columns)]
-        return ",".join(["image", *columns]).encode() + b"\n" if self.identity["header"] else b""
+        columns = (f"{self.layer}.{column}".encode() for column in range(self.columns))
+        return b",".join([b"image", *map(_quoted, columns)]) + b"\n" if self.identity["header"] else b""
 
     def encode(self, names: list[bytes], values: Floats) -> tuple[bytes, int]:
         """Return the rows' lines."""
@@ -89,8 +89,11 @@ def csv_row(name: bytes, values: Floats) -> bytes:
         for index in np.flatnonzero(~np.isfinite(values)):
             texts[index] = b"%a" % float(values[index])
         text = b",".join(texts)
-    quoted = name if is_plain(name) else b'"' + name.replace(b'"', b'""') + b'"'
-    return quoted + b"," + text + b"\n"
+    return _quoted(name) + b"," + text + b"\n"
+
+
+def _quoted(name: bytes) -> bytes:
+    return name if is_plain(name) else b'"' + name.replace(b'"', b'""') + b'"'
 
 
 def is_plain(name: bytes) -> bool:
