@@ -44,6 +44,8 @@ def fetch(url: str) -> Path:
             log.info("downloading %s to %s", url, folder)
             _download(url, path)
     except OSError as err:
+        if isinstance(err, HTTPError):
+            err.close()  # else its connection is left to the collector
         raise UserError(f"weights cannot be downloaded from {url}\n({first_line(err)}). {remedy}") from err
     finally:
         Path(f"{path}.lock").unlink(missing_ok=True)
@@ -102,7 +104,8 @@ def check_server(url: str) -> None:
         try:
             with urlopen(Request(url, method="HEAD", headers={"User-Agent": "featx"}), timeout=TIMEOUT):
                 failure.clear()
-        except HTTPError:
+        except HTTPError as err:
+            err.close()
             failure.clear()  # the server answers; the real request reports its error
         except BaseException as err:
             failure[:] = [getattr(err, "reason", err)]
