@@ -66,7 +66,7 @@ def stand_ins() -> Iterator[None]:
     for name, known in STAND_INS.items():
         if name not in sys.modules and (spec := find_spec(name.split(".")[0])):
             sys.modules[name] = module = _StandIn(name)
-            vars(module).update(known, __spec__=spec)  # find_spec gives it to whoever asks if it is installed
+            vars(module).update(known, __spec__=spec)  # find_spec returns it, so it counts as installed
     try:
         yield
     finally:

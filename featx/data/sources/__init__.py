@@ -74,7 +74,7 @@ def find(
         UserError: There is no such source, it cannot be read, or there is no image in it.
     """
     if is_url(where):
-        return find_in_store(where, files, selection, column, cache, retry_seconds)
+        return find_in_store(where, files, selection or Selection(), column, cache, retry_seconds)
     paths = expand(where)
     if tables := _tables(paths):
         if files is not None:

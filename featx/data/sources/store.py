@@ -328,16 +328,12 @@ def check_url(where: str) -> None:
 
 
 def find_in_store(
-    where: str,
-    files: str | Sequence[str] | None = None,
-    selection: Selection | None = None,
-    column: str | None = None,
-    cache: Path | None = None,
-    retry_seconds: float = 300,
-) -> Source:
+    where: str, files: str | Sequence[str] | None, selection: Selection, column: str | None, cache: Path | None,
+    retry_seconds: float,
+) -> Source:  # fmt: skip
     """Return the source of images that a URL names, as ``sources.find`` does for a path."""
     check_url(where)
-    url, selection = shown(where), selection or Selection()
+    url = shown(where)
     pattern = re.search(r"[*?]|\{[^{}]*(,|\.\.)[^{}]*\}", url)
     if where.startswith(HTTP):
         bucket, paths = Bucket(where, retry_seconds), [url]
